@@ -77,7 +77,9 @@ class Row:
         if self.engine:
             after = self.engine.statistics()
             found |= {name: after[name] - before[name] for name in ("loads", "evictions")}
-            found |= {"adapter_bytes": after["adapter_bytes"], "host_bytes": after["host_bytes"]}
+            asked = sum(bool(answer.call.adapter) for answer in answers)
+            found["hit_rate"] = 1 - found["loads"] / asked if asked else None
+            found |= {name: after[name] for name in ("adapter_bytes", "kv_bytes", "host_bytes")}
         self.turns.append(found | {"resident_bytes": resident()})
         return answers
 
@@ -97,15 +99,12 @@ def workload(arguments: argparse.Namespace, adapters: int, popularity: str, requ
 
 
 def timed(serve: Callable[..., list[Answer]], concurrency: int) -> Callable[[Sequence[Call]], Measured]:
-    """PEFT's batches, with their time."""
+    """PEFT's batches, with their time; its tokens have none."""
 
     def measured(found: Sequence[Call]) -> Measured:
         start = time.perf_counter()
         answers = serve(found, concurrency)
-        seconds = time.perf_counter() - start
-        for answer in answers:  # a batch's tokens come at its end
-            answer.sent, answer.times = 0.0, [seconds]
-        return answers, seconds
+        return answers, time.perf_counter() - start
 
     return measured
 
@@ -230,8 +229,10 @@ def report(result: dict[str, Any], found: Sequence[Row]) -> None:
         middle = lambda get: statistics.median(map(get, turns))  # noqa: E731
         cells = [middle(lambda t: t["tokens_per_second"]), middle(lambda t: t["ttft_ms"]["p50"])]
         cells += [middle(lambda t: t["ttft_ms"]["p99"]), middle(lambda t: t["tpot_ms"]["p50"])]
-        loads = sum(t.get("loads", 0) for t in turns)
-        table.add_row(name, *(f"{cell:,.1f}" for cell in cells), str(loads), str(sum(t["failed"] for t in turns)))
+        counts = [sum(t.get(what, 0) for t in turns) for what in ("loads", "failed")]
+        table.add_row(
+            name, *(f"{cell:,.1f}" if cell else "-" for cell in cells), str(loads), str(sum(t["failed"] for t in turns))
+        )
 
     for row in found:
         add(row.key, row.turns)

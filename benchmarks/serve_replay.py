@@ -121,13 +121,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def figures(answers: Sequence[Answer], seconds: float, slo: tuple[float, float]) -> dict[str, Any]:
-    """What the answers show.
+    """What the answers show; latencies are those of answers whose tokens have times.
 
     Args:
         slo: seconds to the first token, and for each further token, within which an answer is good.
     """
     failed = [answer for answer in answers if answer.error]
-    good = [answer for answer in answers if not answer.error and answer.times]
+    right = [answer for answer in answers if not answer.error]
+    good = [answer for answer in right if answer.times]
     each = [
         (answer.times[-1] - answer.times[0]) / (answer.generated - 1) if answer.generated > 1 else 0.0
         for answer in good
@@ -135,8 +136,8 @@ def figures(answers: Sequence[Answer], seconds: float, slo: tuple[float, float])
     met = [answer.first <= slo[0] and t <= slo[1] for answer, t in zip(good, each, strict=True)]
     gaps = [b - a for answer in good for a, b in itertools.pairwise(answer.times)]
     return {
-        "requests_per_second": len(good) / seconds,
-        "tokens_per_second": sum(answer.generated for answer in good) / seconds,
+        "requests_per_second": len(right) / seconds,
+        "tokens_per_second": sum(answer.generated for answer in right) / seconds,
         "ttft_ms": spread([answer.first for answer in good]),
         "itl_ms": spread(gaps),
         "tpot_ms": spread(each),

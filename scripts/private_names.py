@@ -111,7 +111,7 @@ def _defined(tree: ast.AST) -> Iterator[str]:
             for inner in node.body:
                 targets = inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
-                if isinstance(inner, ast.FunctionDef):
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
                     yield inner.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             yield node.attr

@@ -44,11 +44,13 @@ from torch._dynamo import config
 from transformers.modeling_utils import load_state_dict
 class Layer(torch.nn.Module):
     _own = 3
+    async def _later(self):
+        return 3
     def _apply(self, fn):
         self._mine = 1
         return super()._apply(fn)
     def forward(self, x):
-        return self._own + self._mine + x.module._parameters["weight"] + getattr(x, "_buffers")["b"]
+        return self._own + self._mine + self._later() + x.module._parameters["weight"] + getattr(x, "_buffers")["b"]
 """
 
 

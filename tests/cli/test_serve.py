@@ -29,13 +29,14 @@ from tests.tiny import shaken
 
 PAGE = pages.ROOT / "docs" / "how-to" / "serve.md"
 BASE = "builtin:base"
+GROUP = pytest.mark.xdist_group("serve")  # the tests of the one process, in their order
 
 
 class Process:
     """`lorary serve` with these arguments, on a free port, ready to be asked."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        call = [sys.executable, "-m", "lorary", "serve", *arguments, "--port", "0"]
+        call = [sys.executable, "-m", "lorary", "serve", *arguments, "--port", "0", "--drain", "600"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(call, cwd=folder, stdout=pipe, stderr=pipe, text=True)
         assert self.process.stdout
@@ -80,6 +81,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     process.process.communicate()
 
 
+@pytest.mark.slow
+@GROUP
 def test_it_says_where_it_is_and_what_to_try(server: Process) -> None:
     url = f"http://127.0.0.1:{server.port}"
     first, models, example, page, last = server.welcome
@@ -92,6 +95,8 @@ def test_it_says_where_it_is_and_what_to_try(server: Process) -> None:
         assert json.loads(ran.stdout)["choices"][0]["finish_reason"]
 
 
+@pytest.mark.slow
+@GROUP
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_the_pages_curl_examples(server: Process) -> None:
     lines = [line for block in pages.blocks(PAGE) for line in block.code.replace("\\\n", " ").splitlines()]
@@ -111,20 +116,26 @@ def test_the_pages_curl_examples(server: Process) -> None:
     assert unloaded == "Success: LoRA adapter 'third' removed successfully."
 
 
+@pytest.mark.slow
+@GROUP
 def test_the_pages_client_example(server: Process, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = (block for block in pages.blocks(PAGE) if block.language == "python")
     exec(compile(server.here(block.code), str(PAGE), "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
+@GROUP
 def test_the_pages_error_is_what_the_server_says(server: Process) -> None:
     (block,) = (block for block in pages.blocks(PAGE) if block.language == "json")
     answer = server.ask("POST", "/v1/completions", {"model": "docs", "prompt": "x", "temperature": 9})
     assert json.loads(answer[2]) == json.loads(block.code)
 
 
+@pytest.mark.slow
+@GROUP
 def test_a_signal_lets_running_requests_end(server: Process) -> None:
-    body = {"model": "docs", "prompt": [5] * 9, "max_tokens": 240, "ignore_eos": True, "stream": True}
+    body = {"model": "docs", "prompt": [5] * 9, "max_tokens": 120, "ignore_eos": True, "stream": True}
     with server.answer("POST", "/v1/completions", body) as running:
         running.readline()
         server.process.send_signal(signal.SIGTERM)

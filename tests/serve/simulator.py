@@ -13,8 +13,9 @@ from random import Random
 from typing import NamedTuple
 
 from lorary.serve.admission import Admission
+from lorary.serve.decide import decide
 from lorary.serve.pending import Pending
-from lorary.serve.policy import Decision, Policy, Snapshot, decide
+from lorary.serve.policy import Decision, Policy, Snapshot
 
 
 class Arrival(NamedTuple):

@@ -175,15 +175,24 @@ def test_real_architectures(name: str) -> None:
         assert off(served, expected) < 1e-5
 
 
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("model.rotary_emb", {}),
+    "Gemma3": ("model.rotary_emb", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "Phi3": ("model.rotary_emb", {}),
+    "Mixtral": ("model.rotary_emb", {"head_dim": 4}),
+}
+
+
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "Lfm2MoeForCausalLM"])
+@pytest.mark.parametrize("name", LONG)
 def test_a_longer_context(name: str, rope: str) -> None:
     """Of the rows of the adapter alone: the base has its own angles and configuration afterwards."""
+    path, settings = LONG[name]
+    bases = [tiny.seeded(f"{name}ForCausalLM", max_position_embeddings=64, **settings) for _ in range(2)]
     method = made_of("longlora", length=256, rope=rope, shifted=False).replace(full=())
-    adapter = adapter_of(architectures.model(name).eval(), method, ["attention"])
-    base = architectures.model(name).eval()
+    adapter, base = adapter_of(bases[0], method, ["attention"]), bases[1]
     config, form = repr(base.config), serving_form(adapter, base)
-    assert list(form.rotary) == ["model.pos_emb" if name.startswith("Lfm2") else "model.rotary_emb"]
+    assert list(form.rotary) == [path]
     assert form.max_context == 256
     with computing(base, dataclasses.replace(form, rotary={})):
         short = tiny.logits(base)

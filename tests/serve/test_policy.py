@@ -12,9 +12,10 @@ import pytest
 
 from lorary.errors import ConfigError, StateError
 from lorary.serve.admission import Admission
+from lorary.serve.decide import decide
 from lorary.serve.engine import RequestError
 from lorary.serve.pending import Pending, Waiting
-from lorary.serve.policy import Decision, Policy, Snapshot, decide, why_never
+from lorary.serve.policy import Decision, Policy, Snapshot, why_never
 from tests.serve import simulator
 from tests.serve.simulator import Arrival, Cost, simulate
 
@@ -243,9 +244,9 @@ def test_the_least_recently_used_idle_adapters_go_first_and_those_that_are_waite
 def test_a_pinned_adapter_that_is_not_resident_needs_room() -> None:
     waiting, pinned = Waiting([Pending("a", ("x",), arrived=0.0)]), frozenset({"x"})
     snapshot = Snapshot(0.0, waiting, resident={"old": 6}, sizes={"x": 5}, free=0, pinned=pinned)
-    assert decide(snapshot) == Decision(("a",), evict=("old",))
-    assert decide(dataclasses.replace(snapshot, resident={"x": 5})) == Decision(("a",))
-    assert decide(dataclasses.replace(snapshot, resident={})).admit == ()
+    assert decide(snapshot, POLICY) == Decision(("a",), evict=("old",))
+    assert decide(dataclasses.replace(snapshot, resident={"x": 5}), POLICY) == Decision(("a",))
+    assert decide(dataclasses.replace(snapshot, resident={}), POLICY).admit == ()
 
 
 def test_nothing_is_asked_again_while_nothing_changes() -> None:
@@ -286,7 +287,7 @@ def test_nothing_is_asked_again_while_nothing_changes() -> None:
         (lambda: Pending("a", ("x", "x")), RequestError, "adapters: are ['x', 'x'], and must be sorted, each once"),
         (lambda: Pending("a", deadline=math.nan), RequestError, "deadline: is not a number"),
         (
-            lambda: decide(Snapshot(0, Waiting([Pending("a", ("x",))]))),
+            lambda: decide(Snapshot(0, Waiting([Pending("a", ("x",))])), POLICY),
             StateError,
             "x: is waited for, and its size is not given",
         ),

@@ -9,8 +9,9 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorary.serve.decide import decide
 from lorary.serve.pending import Pending, Waiting
-from lorary.serve.policy import Decision, Policy, Snapshot, decide
+from lorary.serve.policy import Decision, Policy, Snapshot
 from lorary.serve.shares import Shares
 from tests.serve.simulator import Arrival, Cost, simulate
 from tests.serve.test_policy import late

@@ -198,6 +198,16 @@ def test_a_server_without_a_root_loads_what_its_owner_names_only(tmp_path: Path)
         assert [card.name for card in registry.cards()] == ["a"]
 
 
+@pytest.mark.parametrize("name", [None, 3, ["a"], {"a": 1}, b"a"])
+def test_names_that_are_no_texts_are_unknown(name: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a", "1")
+    with serving(tmp_path) as registry:
+        with pytest.raises(UnknownAdapterError, match="not a text"):
+            registry.lease(name)
+        with pytest.raises(UnknownAdapterError, match="not a text"):
+            registry.unload(name)
+
+
 def test_names_that_are_taken_are_refused_unless_replaced(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / name, "1")
@@ -281,6 +291,21 @@ def test_unloading_ends_the_name_at_once_and_the_content_with_its_last_request(t
         with pytest.raises(UnknownAdapterError):
             registry.unload("a")
         assert registry.load("a", "a").state in ("ready", "resident")
+
+
+def test_names_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path / "kept", "1")
+    with serving(tmp_path) as registry:
+        for i in range(20):
+            registry.load(f"x{i}", "kept")
+            registry.unload(f"x{i}")
+            write(tmp_path / f"a{i}", str(i))
+            uid(registry.lease(f"a{i}"))
+            shutil.rmtree(tmp_path / f"a{i}")
+        assert [card.name for card in registry.cards()] == ["kept"]
+        assert registry.statistics()["names"] == 0
+        assert not registry._unloaded
+        assert registry.statistics()["draining"] == 20  # requests have them still
 
 
 def test_unloading_while_it_is_read_leaves_its_requests_their_content(tmp_path: Path) -> None:

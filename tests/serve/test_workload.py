@@ -1,10 +1,12 @@
-"""The workload of the serving benchmark: equal for equal seeds, with the popularity and the rate that it says."""
+"""The serving benchmark: a workload equal for equal seeds, with the popularity and rate that it says; its figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import itertools
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     if not BENCHMARKS.is_dir():
         pytest.skip("without the benchmarks")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("serve_workload")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return benchmark("serve_workload", monkeypatch)
 
 
 def counts(module: Any, popularity: str, n: int = 10, requests: int = 5000) -> list[int]:
@@ -64,3 +70,35 @@ def test_rate_lengths_and_common_beginnings(module: Any) -> None:
     assert {call.max_tokens for call in found} == {4}
     beginnings = {(call.adapter, *call.prompt[:4]) for call in found}
     assert len(beginnings) == 3
+
+
+def test_figures_and_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of known answers; a closed loop never has more in flight than it may."""
+    replay = benchmark("serve_replay", monkeypatch)
+    call = benchmark("serve_workload", monkeypatch).Call(0.0, "a0", [17], 3)
+    answers = [replay.Answer(call, sent=1.0, times=[1.1, 1.3, 1.5], generated=3) for _ in range(9)]
+    answers.append(replay.Answer(call, sent=1.0, times=[2.0, 2.1, 2.2], generated=3))
+    answers.append(replay.Answer(call, error="503"))
+    found = replay.figures(answers, 2.0, (0.5, 0.25))
+    assert (found["requests_per_second"], found["tokens_per_second"], found["failed"]) == (5.0, 15.0, 1)
+    assert found["ttft_ms"]["p50"] == pytest.approx(100)
+    assert found["ttft_ms"]["mean"] == pytest.approx(190)
+    assert found["tpot_ms"]["p50"] == found["itl_ms"]["p90"] == pytest.approx(200)
+    assert found["slo"] == pytest.approx(9 / 11)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def ask(answer: Any) -> None:
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+        time.sleep(0.001)
+        with lock:
+            running -= 1
+
+    answers, seconds = replay.closed_loop(ask, [call] * 20, 4)
+    assert most <= 4
+    assert (len(answers), seconds > 0) == (20, True)
+    calls = [call._replace(at=i / 100) for i in range(5)]
+    starts = []
+    replay.open_loop(lambda answer: starts.append(answer.call.at), calls)
+    assert sorted(starts) == [call.at for call in calls]

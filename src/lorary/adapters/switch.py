@@ -226,7 +226,8 @@ def base_mismatches(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
         if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
             problems.append(already_quantized(name, adapted.init))
         problems += tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
-    parameters = {name: tuple(t.shape) for name, t in [*base_parameters(model), *persistent_buffers(modules).items()]}
+    every = [*base_parameters(model), *persistent_buffers(modules).items()] if adapter.full else []
+    parameters = {name: tuple(t.shape) for name, t in every}
     for name, tensor in adapter.full.items():
         if parameters.get(name) != tuple(tensor.shape):
             found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"

@@ -11,7 +11,7 @@ _ENGINES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("vllm", "vllm_options", "verify"), ("vllm",)),
     "replicas": ("ray",),
     **dict.fromkeys(("root", "budget", "admin_key", "max_rank", "max_adapter", "max_body"), ("own", "ray")),
-    **dict.fromkeys(("drain", "template"), ("own", "ray")),
+    **dict.fromkeys(("drain", "template", "quantize"), ("own", "ray")),
 }
 _FIXES = {
     "root": "name the adapters on the command line",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorary.cli import printable
+from lorary.cli._notes import print_notes
 from lorary.cli._serve import Start, base_name, base_of, find_adapters, load_adapters, opened, welcome
 from lorary.errors import Diagnostic, LoraryError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from lorary.serve.http.settings import Settings
 
 _SHOWN_LINES = 12
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")  # the last line of a traceback
 
 
 def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: int) -> None:
@@ -32,7 +35,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
     Raises:
         LoraryError: an adapter cannot be found, or the replicas do not start, with the reason.
     """
-    from lorary.serve.address import free_port
+    from lorary.serve.http.server import free_port
     from lorary.serve.ray.app import NAME, application, ray_serve, started
     from lorary.serve.ray.remote_engine import RemoteEngine
 
@@ -47,9 +50,10 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
         try:
             serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise _failed(serve.status().applications.get(NAME), error) from None
+            raise failed_start(serve.status().applications.get(NAME), error) from None
         engine = RemoteEngine(serve.get_deployment_handle("Engine", app_name=NAME), *describe())
         engine.start()
+        print_notes(f"{card.name}: {note}" for card in engine.adapters() for note in card.notes)
         print(printable(welcome(engine, settings, (host, port))), flush=True)
         _wait_for_signal()
         _note("stopping: running requests end first")
@@ -77,16 +81,21 @@ def described(start: Start, base: str) -> tuple[Any, str, int | None]:
     from lorary.layers.rope import max_context
     from lorary.model.loading.from_pretrained import load_config, load_tokenizer
     from lorary.model.loading.source import ModelSection
+    from lorary.train.data.chat import use_template
 
     section = ModelSection.of(base, dtype=start.dtype)
-    return load_tokenizer(section), base_name(start, base), max_context(load_config(section).get_text_config())
+    tokenizer, config = load_tokenizer(section), load_config(section)
+    use_template(tokenizer, start.template)
+    return tokenizer, base_name(start, base), max_context(config.get_text_config())
 
 
-def _failed(status: Any, error: Exception) -> LoraryError:
-    """The error of replicas that did not start, with the end of what they said."""
-    said = [deployment.message for deployment in status.deployments.values()] if status is not None else []
-    lines = [line for text in said or [str(error)] for line in text.strip().splitlines() if line.strip()]
-    return LoraryError("the replicas did not start:", [Diagnostic("", line) for line in lines[-_SHOWN_LINES:]])
+def failed_start(status: Any, error: Exception) -> LoraryError:
+    """The error of replicas that did not start: what they raised, without the way there."""
+    said = "\n".join(deployment.message for deployment in status.deployments.values()) if status is not None else ""
+    lines = (said or str(error)).strip().splitlines()
+    raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
+    shown = [line.strip().removeprefix("- ") for line in lines[raised[-1] if raised else 0 :] if line.strip()]
+    return LoraryError("the replicas did not start:", [Diagnostic("", line) for line in shown[:_SHOWN_LINES]])
 
 
 def _wait_for_signal() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +95,19 @@ def without_device_hooks(module: nn.Module) -> None:
     """Give a module its own forward again, without accelerate's hooks that move inputs between devices."""
     if "_old_forward" in vars(module):
         vars(module)["forward"] = vars(module)["_old_forward"]
+
+
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call the cache of a forward pass, of newer releases and of older ones."""
+
+
+def cache_of(outputs: Any) -> dict[str, Any]:
+    """The cache that a forward pass returns, under the name of the argument that takes it; empty if there is none."""
+    for name in CACHES:
+        found = outputs.get(name) if isinstance(outputs, Mapping) else None
+        if found is not None:
+            return {name: found}
+    return {}
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def kind_of_form(
     base: nn.Module, sites: Mapping[str, SiteForm], overrides: Overrides, rotary: Mapping[str, object]
 ) -> str:
     """The kind of a form, such as `low rank` or `low rank with gain, overrides`."""
-    if override_bytes(overrides) > REPLICA * sum(p.numel() * p.element_size() for p in base.parameters()):
+    if overrides and override_bytes(overrides) > REPLICA * sum(p.numel() * p.element_size() for p in base.parameters()):
         return "replica"
     forms = list(sites.values())
     first = [

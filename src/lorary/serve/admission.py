@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
+from lorary.serve.decide import decide
 from lorary.serve.pending import Pending, Waiting
-from lorary.serve.policy import Decision, Policy, Snapshot, decide
+from lorary.serve.policy import Decision, Policy, Snapshot
 from lorary.serve.shares import Shares
 
 

@@ -44,6 +44,7 @@ class Arrivals:
         self._waiting: dict[str, InFlight] = {}
         self._parked: dict[str, InFlight] = {}  # some of them
         self._retried: str | None = None  # the one of them that has asked again
+        self._alone = False  # whether no other request held adapters then
         self._freed = False  # whether a request has ended since
         self._crowded = False  # whether a parked request has waited too long
 
@@ -100,7 +101,7 @@ class Arrivals:
             if flight.begin_by is not None and flight.begin_by <= now:
                 found.ended[id] = ("deadline", "its adapters were not loaded in time")
             elif flight.ready and flight.busy:
-                alone = all(other is flight or not other.loans for other in others.values())
+                alone = self._retried == id and self._alone and _without_loans(others, flight)
                 self._park(flight)
                 if alone:
                     found.ended[id] = ("error", "its adapters have no room in the host's memory together")
@@ -128,7 +129,7 @@ class Arrivals:
 
     def _ask_again(self, others: Mapping[str, InFlight]) -> tuple[str, str] | None:
         """Let the oldest parked request ask again, if there may be room; (id, reason) if it fails."""
-        idle = not any(flight.loans for flight in others.values())
+        idle = _without_loans(others)
         if self._retried is not None or not self._parked or not (self._freed or idle):
             return None
         self._freed = False
@@ -140,5 +141,10 @@ class Arrivals:
         except LoraryError as error:
             return id, str(error)
         del self._parked[id]
-        self._retried = id
+        self._retried, self._alone = id, idle
         return None
+
+
+def _without_loans(flights: Mapping[str, InFlight], but: InFlight | None = None) -> bool:
+    """Whether no request, or none but one, holds adapters."""
+    return not any(flight.loans for flight in flights.values() if flight is not but)

@@ -6,12 +6,15 @@ batch. On a CPU a loop over the requests is faster; on a GPU flash attention doe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_FREE_PADDING = 512  # keys: less than the cost of a call
 NAME = "lorary_flash_of_each_request"  # "flash" tells Transformers that it needs no mask
 
 
@@ -37,26 +40,74 @@ def attention_of_each_request(
         sliding_window: keys that a query sees at most, its own included.
         softcap: of the scores (Gemma 2).
         s_aux: [heads] attention sinks (GPT-OSS).
-        cache: Transformers' paged cache; it returns the keys and values of all requests with those of earlier tokens.
+        cache: Transformers' paged cache, which returns the keys and values of all requests with those of earlier
+            tokens; None if the module has updated it already, as from Transformers 5.24 on.
         kwargs: the borders of the requests (`cu_seq_lens_q`, `cu_seq_lens_k`), and what the cache needs.
 
     Returns:
         [1, tokens, heads, dim], and no weights.
     """
-    if attention_mask is not None or cache is None:
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if attention_mask is not None or not isinstance(kwargs.get("cu_seq_lens_k"), Tensor):
         raise ValueError("this attention is for continuous batching, without a mask")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-    for i in range(len(queries) - 1):
-        q, k = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
+    rows = [(slice(*q), slice(*k)) for q, k in zip(pairwise(queries), pairwise(keys), strict=True)]
+    plain = not softcap and s_aux is None
+    if plain and (decoding := _worth_batching(rows, sliding_window)):
+        places = [q.start for q, _ in decoding]
+        out[0, places] = _of_single_tokens(query[0, :, places], key[0], value[0], [k for _, k in decoding], scaling)
+        rows = [(q, k) for q, k in rows if q.stop - q.start != 1]
+    for q, k in rows:
         own = (query[:, :, q], key[:, :, k], value[:, :, k])
-        if softcap or s_aux is not None:
-            part = _by_definition(*own, scaling, sliding_window, softcap, s_aux)
-        else:
+        if plain:
             part = _fused(*own, scaling, sliding_window)
+        else:
+            part = _by_definition(*own, scaling, sliding_window, softcap, s_aux)
         out[:, q] = part.transpose(1, 2)
     return out, None
+
+
+def _worth_batching(rows: Sequence[tuple[slice, slice]], window: int | None) -> list[tuple[slice, slice]]:
+    """The requests with one token, if padding their keys to the longest costs less than a call for each."""
+    single = [row for row in rows if row[0].stop - row[0].start == 1]
+    lengths = [k.stop - k.start for _, k in single]
+    if len(single) < 2 or (window is not None and max(lengths) > window):
+        return []
+    padding = len(single) * max(lengths) - sum(lengths)
+    return single if padding <= max(sum(lengths), _FREE_PADDING) else []
+
+
+def _of_single_tokens(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[slice], scaling: float | None
+) -> Tensor:
+    """Attention of one token of each of several requests.
+
+    Args:
+        query: [heads, requests, dim].
+        key, value: [kv heads, tokens, dim] of all requests.
+        spans: the keys of each request.
+        scaling: of the scores.
+
+    Returns:
+        [requests, heads, dim].
+    """
+    heads, count, kv_heads = query.shape[0], query.shape[1], key.shape[0]
+    lengths = torch.tensor([k.stop - k.start for k in spans], device=key.device)
+    place = torch.arange(int(lengths.max()), device=key.device)
+    index = torch.tensor([k.start for k in spans], device=key.device)[:, None] + place
+    index.clamp_(max=key.shape[1] - 1)  # behind the last request there is nothing to pad with
+    grouped = query.reshape(kv_heads, heads // kv_heads, count, -1).permute(2, 0, 1, 3)  # a group's heads as queries
+    k, v = (_rows_of(t, index) for t in (key, value))
+    mask = (place < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling).reshape(count, heads, -1)
+
+
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """[kv heads, tokens, dim] -> [requests, kv heads, n, dim] by [requests, n] places; a token lies in one piece."""
+    found = x.transpose(0, 1).index_select(0, index.flatten())
+    return found.view(*index.shape, *found.shape[1:]).transpose(1, 2)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -93,6 +93,8 @@ class BatchingEngine:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._leave_model()
         self.store.close()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
@@ -207,8 +209,11 @@ class BatchingEngine:
         finally:
             for id in list(self._flights):
                 self._end(id, "error" if self._dead else "cancelled", self._dead or "")
-            self.layers.remove()
-            self.runner.close()
+            self._leave_model()
+
+    def _leave_model(self) -> None:
+        self.layers.remove()
+        self.runner.close()
 
     def _turn(self) -> bool:
         """Wait for something to do, and do a little of it; False at the end."""

@@ -101,5 +101,6 @@ class Entry:
             form.method if form is not None else "",
             error=str(error) if error is not None else "",
             created=self.created,
+            max_context=form.max_context if form is not None else None,
             notes=form.notes if form is not None else (),
         )

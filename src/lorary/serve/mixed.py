@@ -195,9 +195,8 @@ def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwar
     """A module that is no layer: a rotary embedding, or one with parameters to override."""
     if any(covered.path in piece.form.rotary for rows in step.rows.values() for piece in rows.pieces):
         return _rotary(served, covered, step, y, args, kwargs)
-    pieces = (piece for rows in step.rows.values() for piece in rows.overriding)
-    if not any(covered.path in piece.form.overrides for piece in pieces):
-        return y
+    if not any(covered.path in piece.form.overrides for rows in step.rows.values() for piece in rows.overriding):
+        return y  # another adapter covers it, for other batches
     x, axis = _input(args, kwargs), covered.axis
     if axis == -1:  # not known: a row, or a sequence of rows
         axis = x.dim() - 2 if x.dim() in (2, 3) else None

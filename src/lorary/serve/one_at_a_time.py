@@ -18,6 +18,7 @@ from lorary.adapters.switch import switch
 from lorary.errors import Diagnostic, FileError, suggestion
 from lorary.files.strict_json import show
 from lorary.layers.rope import max_context, text_config
+from lorary.layers.transformers_internals import cache_of
 from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.in_flight import InFlight, end_tokens
 from lorary.serve.request import Deliver, Request
@@ -119,12 +120,12 @@ class OneAtATime:
         self._switch(request.adapters)
         if self.max_context is not None:
             flight.limit = min(flight.limit, self.max_context - len(request.prompt))
-        new, cache = list(request.prompt), None
+        new, cache = list(request.prompt), dict[str, Any]()
         while not flight.done:
             if self._ending or request.id in self._cancelled:
                 return flight.finish("cancelled")
-            out = self.model(torch.tensor([new]), past_key_values=cache)
-            cache = out.past_key_values
+            out = self.model(torch.tensor([new]), use_cache=True, **cache)
+            cache = cache_of(out)
             (drawn,) = draw(out.logits[:, -1].float(), [flight.sampler])
             flight.take(drawn, self._ends)
             new = [drawn.token]

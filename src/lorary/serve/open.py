@@ -177,16 +177,24 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> 
     for way, make in ways.items():
         try:
             runner = make()
-            error = probe.error(runner)
         except ConfigError:
             raise
         except Exception as failure:
-            reasons.append(f"{way}: {str(failure).splitlines()[0]}" if str(failure) else f"{way}: {failure!r}")
+            reasons.append(f"{way}: {_first_line(failure)}")
             continue
-        if error <= probe.tolerance:
-            if reasons:
-                logger.warning("%s is computed in %s, which is slower (%s)", name, way, "; ".join(reasons))
-            return runner
-        reasons.append(f"{way}: its logits differ by {error:.2g} of the largest")
+        try:
+            error = probe.error(runner)
+        except Exception as failure:
+            reasons.append(f"{way}: {_first_line(failure)}")
+        else:
+            if error <= probe.tolerance:
+                if reasons:
+                    logger.warning("%s is computed in %s, which is slower (%s)", name, way, "; ".join(reasons))
+                return runner
+            reasons.append(f"{way}: its logits differ by {error:.2g} of the largest")
         runner.close()
     raise LoraryError(f"cannot serve {name}:", [Diagnostic("", reason) for reason in reasons])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

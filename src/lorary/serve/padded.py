@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.layers.transformers_internals import cache_of
 from lorary.serve.arena import Arena, PlainArena
 from lorary.serve.batch import Batch
 from lorary.serve.layers import ServedLayers
 from lorary.serve.runner import Choose, Row, Shape
 
-_CACHES = ("past_key_values", "cache_params", "state")  # what models call the cache that they return
 _MOST_GROUPS = 4
 
 
@@ -77,9 +77,9 @@ class PaddedRunner:
             group.members = [None if member and member.row.id == id else member for member in group.members]
 
     def restart(self, id: str) -> None:
-        found = [m for group in self._groups for m in group.living if m.row.id == id]
-        self.remove(id)
-        self._waiting.update({member.row.id: member for member in found})
+        for member in [member for group in self._groups for member in group.living if member.row.id == id]:
+            self.remove(id)
+            self._waiting[id] = member
 
     def step(self, choose: Choose, only: str | None = None) -> None:
         self.current = []
@@ -113,7 +113,7 @@ class PaddedRunner:
         ids, inputs = self._inputs(group)
         with self.layers.computing(Batch.of([(adapters, ids.shape[1], 1) for adapters in rows])):
             out = self.model(ids, **inputs)
-        group.cache = {name: out[name] for name in _CACHES if out.get(name) is not None}
+        group.cache = cache_of(out)
         alive = [i for i, member in enumerate(group.members) if member is not None]
         tokens = choose([member.row for member in group.living], out.logits[alive, -1].float())
         for member, token in zip(group.living, tokens, strict=True):

@@ -129,12 +129,15 @@ class Registry:
         with self._lock:
             self._entry(name)
             self._replace(name, None)
-            self._unloaded.add(name)
+            if self.root is not None and self.root.find(name) is not None:
+                self._unloaded.add(name)
 
     def cards(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
         found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
         with self._lock:
+            for name in [n for n, entry in self._entries.items() if entry.source is None and n not in found]:
+                self._replace(name, None)  # its folder is gone
             hidden = self._unloaded | set(self.reserved)
             cards = {n: AdapterCard(n, folder=folder) for n, folder in found.items() if n not in hidden}
             cards |= {name: self._card(entry) for name, entry in self._entries.items()}
@@ -168,6 +171,8 @@ class Registry:
 
     def _entry(self, name: str) -> Entry:
         """The entry of a name, made if it is found below the root."""
+        if invalid_name(name):  # also what is no text
+            raise self._unknown(name)
         if name in self._entries:
             return self._entries[name]
         hidden = self.root is None or name in self._unloaded or name in self.reserved
@@ -177,9 +182,11 @@ class Registry:
         return self._entries.setdefault(name, Entry(name, folder=found))
 
     def _unknown(self, name: str) -> UnknownAdapterError:
-        what = invalid_name(name) or f"no adapter has the name {show(name)}"
-        names = self._entries if len(self._entries) <= _MOST_COMPARED and not invalid_name(name) else ()
-        return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, suggestion(name, names))])
+        what, fix = invalid_name(name), ""
+        if not what:
+            what = f"no adapter has the name {show(name)}"
+            fix = suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
+        return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, fix)])
 
     def _name_problems(self, name: str, replace: bool) -> list[Diagnostic]:
         if what := invalid_name(name):

@@ -160,8 +160,8 @@ def test_the_parts_are_put_together_once(
     saved: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once more where they are compared with what the seed gives."""
-    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors._collect
-    monkeypatch.setattr(shared_tensors, "_collect", lambda *words: calls.append(words) or original(*words))
+    adapter, calls, original = lorary.Adapter.of(vera(LLAMA, save_projections=saved)), [], shared_tensors.whole_tensors
+    monkeypatch.setattr(shared_tensors, "whole_tensors", lambda *words: calls.append(words) or original(*words))
     lorary.save_adapter(adapter, tmp_path)
     assert len(calls) == times
 

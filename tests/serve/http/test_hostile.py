@@ -17,6 +17,8 @@ from lorary.serve.http.settings import MIB, Settings
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
 
+pytestmark = pytest.mark.xdist_group("http")  # one server for all
+
 COMPLETION = {"model": BASE, "prompt": "x", "max_tokens": 1, "temperature": 0}
 SECONDS = 0.5
 CHUNKED = request("POST", "/v1/completions", None, "Transfer-Encoding: chunked", key=KEY)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
+from lorary import builtin
+from lorary.errors import Diagnostic
+from lorary.serve.engine import AdapterCard, BusyError, Engine
+from lorary.serve.http.app import create_app
 from lorary.serve.http.metrics import adapters_that_fit, metrics_router
 from lorary.serve.http.observed import Observed
+from lorary.serve.http.settings import Settings
 from lorary.serve.request import Event, Finished, Request, Token
+from lorary.serve.statistics import Statistics
 from tests.serve.http.scripted import Scripted
 
 
@@ -24,9 +30,13 @@ def scrape(observed: Observed, accept: str = "") -> dict[str, float]:
     answer = TestClient(app).get("/metrics", headers={"accept": accept})
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return parsed(answer.text)
+
+
+def parsed(text: str) -> dict[str, float]:
     return {
         f"{s.name}{{{','.join(f'{k}={v}' for k, v in sorted(s.labels.items()))}}}": s.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in text_string_to_metric_families(text)
         for s in family.samples
     }
 
@@ -105,23 +115,39 @@ def test_the_figures_of_the_engine() -> None:
     assert any(key.startswith("process_") for key in found)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (UnknownAdapterError("", [Diagnostic("x", "unknown")]), "unknown adapter"),
-        (RequestError("", [Diagnostic("prompt", "too long")]), "invalid request"),
-        (BusyError("", [Diagnostic("", "the queue is full")]), "busy"),
-        (FileError("", [Diagnostic("x", "rank 4096")]), "adapter"),
-    ],
-)
-def test_what_the_engine_refuses_is_counted_by_reason(error: LoraryError, reason: str) -> None:
-    engine = Scripted()
-    engine.refuse, observed = error, Observed(engine)
-    with pytest.raises(type(error)):
-        observed.submit(Request((1,), {"x": 1.0}), lambda event: None)
-    found = scrape(observed)
-    assert found[f"lorary_rejected_requests_total{{reason={reason}}}"] == 1
+def test_errors_are_counted_by_reason(tmp_path: Path) -> None:
+    engine = Scripted((Finished("error"),), builtin.load_tokenizer())
+    app = create_app(engine, Settings(keys={"k": "t"}, body_bytes=1000, headers=20))
+    client = TestClient(app, headers={"Authorization": "Bearer k"}, raise_server_exceptions=False)
+
+    def complete(**fields: Any) -> int:
+        return client.post("/v1/completions", json={"model": "base", "prompt": "x"} | fields).status_code
+
+    assert complete() == 500
+    assert complete(model="nope") == 404
+    assert complete(temperature=9) == 400
+    assert client.post("/generate", json={"inputs": ""}).status_code == 422
+    assert complete(prompt="x" * 2000) == 413
+    assert client.get("/v1/models", headers={f"h{i}": "x" for i in range(30)}).status_code == 431
+    assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert client.post("/v1/load_lora_adapter", json={}).status_code == 403
+    engine.refuse = BusyError("", [Diagnostic("", "the queue is full")])
+    assert complete() == 429
+    found = parsed(client.get("/metrics").text)
+    counts = {key: value for key, value in found.items() if key.startswith("lorary_rejected_requests_total")}
+    reasons = ("busy", "failed", "forbidden", "no valid key", "not found")
+    expected = dict.fromkeys(reasons, 1) | {"invalid": 2, "too large": 2}
+    assert counts == {f"lorary_rejected_requests_total{{reason={reason}}}": n for reason, n in expected.items()}
     assert found["vllm:num_requests_waiting{model_name=base}"] == 0
+
+
+def test_every_figure_of_an_engine_has_a_metric(engine: Engine) -> None:
+    from lorary.serve.http.metrics import _COUNTERS, _GAUGES, _SUMMARIES
+
+    shown = {key for key, _ in (*_GAUGES.values(), *_COUNTERS.values())} | {"running", "waiting"}
+    shown |= {key for count, total, _ in _SUMMARIES.values() for key in (count, total)}
+    assert shown == set(Statistics.__annotations__)
+    assert set(engine.statistics()) == shown
 
 
 def test_names_that_would_break_the_text_format_do_not() -> None:

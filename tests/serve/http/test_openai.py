@@ -17,6 +17,8 @@ from lorary.serve.http.openai_bodies import ChatBody, CompletionBody
 from lorary.serve.request import Request, Sampling
 from tests.serve.http.live import BASE, Live, base, request, tokenizer
 
+pytestmark = pytest.mark.xdist_group("http")  # one server for all
+
 MESSAGES: list[Any] = [{"role": "user", "content": "write a parser"}]
 PROMPT = "def parse("
 

@@ -63,13 +63,16 @@ def test_the_state_of_thousands_of_adapters_is_small() -> None:
     engine = Scripted((), builtin.load_tokenizer(), budget_bytes=1000, adapter_bytes=10, kv_bytes=20)
     engine.cards = [AdapterCard(f"a{i:04}", folder="/srv/secret", bytes=5) for i in range(5000)]
     engine.cards[4000] = AdapterCard("a4000", state="resident", running=2)
+    engine.cards[4001] = AdapterCard("a4001", state="failed", error="/srv/secret/weights are gone")
     client = TestClient(create_app(engine))
     first = client.get("/ui/status").json()
-    assert first["states"] == {"on disk": 4999, "resident": 1}
+    assert first["states"] == {"on disk": 4998, "resident": 1, "failed": 1}
     assert (first["matching"], len(first["adapters"]), len(first["names"])) == (5000, 100, 1000)
     assert first["adapters"][0]["name"] == "a4000"  # the busiest first
     assert first["bytes"] == {"budget": 1000, "adapters": 10, "kv": 20}
+    assert first["adapters"][1]["error"] == "weights are gone"
     assert "secret" not in str(first)
+    assert "/srv" not in client.get("/v1/models").text
     later = client.get("/ui/status", params={"known": first["version"], "find": "A40"}).json()
     assert later["names"] is None
     assert later["matching"] == 100
@@ -194,7 +197,7 @@ def test_errors_are_shown_and_the_base_does_not_answer_instead(page: Any, server
     assert page.locator(".said.assistant").count() == 0
 
 
-@pytest.mark.parametrize("how", ["button", "escape"])
+@pytest.mark.parametrize("how", ["button", "escape", "clear"])
 def test_a_side_can_be_stopped(page: Any, how: str) -> None:
     """The engine holds its answers back: the sides stream until they are stopped, and it is told."""
     engine = Scripted(None, builtin.load_tokenizer())
@@ -212,6 +215,15 @@ def test_a_side_can_be_stopped(page: Any, how: str) -> None:
             page.keyboard.press("Escape")
             expect(side(page, "B").locator(".facts")).to_have_text("stopped")
             assert len(cancelled(engine, 2)) == 2
+        elif how == "clear":
+            for letter in "AB":
+                page.get_by_role("button", name=f"Clear side {letter}").click()
+            assert len(cancelled(engine, 2)) == 2
+            expect(page.locator("#send")).to_be_enabled()
+            assert page.locator(".said").count() == 0
+            send(page, "Again")
+            expect(page.locator("#waiting")).to_have_text("2")
+            assert len({request.prompt for request in engine.requests}) == 2  # nothing of the first turn is left
         else:
             page.get_by_role("button", name="Stop side A").click()
             expect(side(page, "A").locator(".facts")).to_have_text("stopped")
@@ -220,7 +232,8 @@ def test_a_side_can_be_stopped(page: Any, how: str) -> None:
             (other,) = set(engine.delivers) - {stopped}
             engine.delivers[other](Finished("length", " more", 3, 0, 2))
             expect(side(page, "B").locator(".said.assistant")).to_have_text("word more")
-        expect(page.locator("#send")).to_be_enabled()
+        if how != "clear":
+            expect(page.locator("#send")).to_be_enabled()
         expect(page.locator("#alive")).to_have_text("serving")
 
 

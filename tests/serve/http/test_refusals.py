@@ -10,6 +10,8 @@ import pytest
 
 from tests.serve.http.live import BASE, Live
 
+pytestmark = pytest.mark.xdist_group("http")  # one server for all
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 USER = [{"role": "user", "content": "hi"}]

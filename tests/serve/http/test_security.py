@@ -18,6 +18,8 @@ from lorary.serve.http.settings import Settings
 from lorary.serve.request import Deliver, Request
 from tests.serve.http.live import ADMIN_KEY, BASE, KEY, OTHER_KEY, Live, live
 
+pytestmark = pytest.mark.xdist_group("http")  # one server for all
+
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 LISTED = [BASE, "a", "b", "c"]  # `c` is found below the root
 COMPLETION = {"model": BASE, "prompt": "x", "max_tokens": 1, "temperature": 0}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from lorary.cli._serve_ray import failed_start
 from lorary.errors import ConfigError
 from lorary.serve.ray.app import Cluster, RaySettings, application
 from tests.pages import ROOT
@@ -43,3 +45,25 @@ def test_no_request_is_lost_or_wrong_when_a_replica_is_killed() -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "48 requests, 0 wrong or lost" in ran.stdout
+
+
+RAISED = """The deployment failed to start 1 times in a row. Error:
+Traceback (most recent call last):
+  File "replica.py", line 1928, in initialize
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "open.py", line 41, in open_engine
+    raise FileError("cannot serve these adapters:", problems)
+lorary.errors.FileError: cannot serve these adapters:
+  - bad: adapter_model.safetensors: the file has 36,764: it is cut short
+"""
+
+
+def test_what_a_replica_raised_is_shown_without_the_way_there() -> None:
+    status = SimpleNamespace(deployments={"Engine": SimpleNamespace(message=RAISED)})
+    assert str(failed_start(status, RuntimeError("deploying failed"))) == (
+        "the replicas did not start:\n"
+        "  - lorary.errors.FileError: cannot serve these adapters:\n"
+        "  - bad: adapter_model.safetensors: the file has 36,764: it is cut short"
+    )
+    assert str(failed_start(None, RuntimeError("no answer"))) == "the replicas did not start:\n  - no answer"

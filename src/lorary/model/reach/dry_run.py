@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.torch_internals import parameters_of, schema_of, storage_id
 from lorary.layers.rope import text_config
+from lorary.layers.transformers_internals import cache_of
 from lorary.model.reach.inputs import Inputs, model_inputs
 from lorary.model.reach.source import Line
 from lorary.model.reach.twin import MetaAnswers, random_numbers_kept, twin_of
@@ -113,9 +114,8 @@ def _decode(model: Any) -> None:
     with contextlib.suppress(Exception):
         inputs = next(iter(model_inputs(model)))
         outputs = model(**inputs.kwargs, use_cache=True)
-        caches = {name: getattr(outputs, name, None) for name in ("past_key_values", "cache_params")}
         step = {key: value[:, -1:] for key, value in inputs.kwargs.items()}
-        model(**step, **{name: cache for name, cache in caches.items() if cache is not None}, use_cache=True)
+        model(**step, **cache_of(outputs), use_cache=True)
 
 
 def _short(error: Exception) -> str:

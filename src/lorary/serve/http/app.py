@@ -11,7 +11,7 @@ from lorary.serve.http.errors import ApiError, handle_errors, log
 from lorary.serve.http.generate import generate_router
 from lorary.serve.http.limits import Limits, Traffic
 from lorary.serve.http.lorax import lorax_router
-from lorary.serve.http.metrics import metrics_router
+from lorary.serve.http.metrics import CountErrors, metrics_router
 from lorary.serve.http.models import models_router
 from lorary.serve.http.observed import Observed
 from lorary.serve.http.openai import openai_router
@@ -53,5 +53,6 @@ def create_app(engine: Engine, settings: Settings | None = None, traffic: Traffi
         return Response()
 
     app.add_middleware(Limits, settings=settings, traffic=traffic)
-    app.add_middleware(Keys, settings=settings)  # the last one added is the first one asked
+    app.add_middleware(Keys, settings=settings)
+    app.add_middleware(CountErrors, metrics=observed.metrics)  # the last one added is the first one asked
     return app

@@ -59,7 +59,7 @@ class Limits:
             return
         try:
             self._check(scope)
-            body = await self._body(receive)
+            body = await self._read(receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -73,7 +73,7 @@ class Limits:
             what = f"{len(scope['headers'])} headers, more than the {self.settings.headers} that are accepted"
             raise ApiError(431, what, headers={"Connection": "close"})
 
-    async def _body(self, receive: Receive) -> bytes:
+    async def _read(self, receive: Receive) -> bytes:
         most, seconds, size = self.settings.body_bytes, self.settings.body_seconds, 0
         parts = []
         close = {"Connection": "close"}

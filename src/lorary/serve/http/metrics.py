@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Count
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorary.serve.engine import AdapterCard
 
@@ -42,6 +43,22 @@ _COUNTERS = {
 _SUMMARIES = {
     "lorary_adapter_load_seconds": ("loads", "load_seconds", "Loads of adapters from disk."),
     "lorary_queue_seconds": ("begun", "queue_seconds", "Waiting of requests before they joined the batch."),
+}
+
+
+# Status -> reason of a refusal.
+_REASONS = {
+    400: "invalid",
+    401: "no valid key",
+    403: "forbidden",
+    404: "not found",
+    408: "slow client",
+    413: "too large",
+    415: "invalid",
+    422: "invalid",
+    429: "busy",
+    431: "too large",
+    503: "unavailable",
 }
 
 
@@ -88,7 +105,7 @@ class Metrics:
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts.", "model_name").labels(**tokens)
         self.new_tokens = counter("vllm:generation_tokens", "Tokens generated.", "model_name").labels(**tokens)
         self._finished = counter("vllm:request_success", "Requests by their end.", "model_name", "finished_reason")
-        self._rejected = counter("lorary_rejected_requests", "Requests that were refused.", "reason")
+        self._rejected = counter("lorary_rejected_requests", "Requests that were answered with an error.", "reason")
         registry.register(_Moment(source))
         ProcessCollector(registry=registry)
 
@@ -97,9 +114,24 @@ class Metrics:
         reason = "abort" if reason == "cancelled" else reason
         self._finished.labels(model_name=self.model, finished_reason=reason).inc()
 
-    def rejected(self, reason: str) -> None:
-        """Count a request that was refused."""
-        self._rejected.labels(reason=reason).inc()
+    def rejected(self, status: int) -> None:
+        """Count a request that was answered with an error."""
+        self._rejected.labels(reason=_REASONS.get(status, "failed")).inc()
+
+
+class CountErrors:
+    """Middleware that counts the answers with an error, whoever gives them: it is asked before all others."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self.metrics.rejected(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counted)
 
 
 class _Moment(Collector):

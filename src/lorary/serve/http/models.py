@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from lorary.files.strict_json import show
 from lorary.serve.engine import AdapterCard, Engine
-from lorary.serve.http.errors import ApiError
+from lorary.serve.http.errors import ApiError, without_folders
 from lorary.serve.http.settings import Settings
 
 
@@ -24,8 +24,7 @@ def models_router(engine: Engine, settings: Settings) -> APIRouter:
     def of_adapter(card: AdapterCard) -> dict[str, Any]:
         root = shown_folder(card.folder, settings)
         found = _card(card.name, int(card.created), root, engine.name, card.max_context or engine.max_context)
-        keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting", "error")
-        return found | {"lorary": {key: getattr(card, key) for key in keys}}
+        return found | {"lorary": shown_state(card)}
 
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -71,6 +70,12 @@ def adapters_of(
     if len(found) > settings.adapters:
         raise ApiError(400, f"`adapters`: {len(found)} adapters, more than the {settings.adapters} of one request")
     return found
+
+
+def shown_state(card: AdapterCard) -> dict[str, Any]:
+    """An adapter's state as clients see it."""
+    keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting")
+    return {key: getattr(card, key) for key in keys} | {"error": without_folders(card.error)}
 
 
 def shown_folder(folder: str, settings: Settings) -> str:

@@ -7,12 +7,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import LoraryError
-from lorary.serve.engine import AdapterCard, BusyError, Engine, RequestError, UnknownAdapterError
+from lorary.serve.engine import AdapterCard, Engine
 from lorary.serve.http.metrics import Metrics
 from lorary.serve.request import Deliver, Event, Request, Token
-
-_REASONS = {UnknownAdapterError: "unknown adapter", RequestError: "invalid request", BusyError: "busy"}
 
 
 @dataclass
@@ -63,9 +60,8 @@ class Observed:
         self.changed = time.time()
         try:
             self._engine.submit(request, lambda event: self._pass_on(request.id, flight, deliver, event))
-        except LoraryError as error:
+        except BaseException:
             self._in_flight.pop(request.id, None)
-            self.metrics.rejected(_REASONS.get(type(error), "adapter"))
             raise
 
     def cancel(self, id: str) -> None:

@@ -17,7 +17,7 @@ class TokenTexts:
     """The texts of single tokens, as they are in the middle of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         self._length = len(self._decode([]))  # some tokenizers drop the space before the first word
 
@@ -25,7 +25,7 @@ class TokenTexts:
         return self._decode([id])[self._length :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([*self._before, *ids], clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode([*self._before, *ids], clean_up_tokenization_spaces=False))
 
 
 class Interface(Protocol):

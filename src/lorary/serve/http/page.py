@@ -11,7 +11,6 @@ import base64
 import hashlib
 import time
 from collections import Counter
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 from lorary.serve.engine import AdapterCard
+from lorary.serve.http.models import shown_state
 from lorary.serve.http.observed import Observed
 
 STATIC = Path(__file__).parent / "static"
@@ -101,7 +101,7 @@ def status(engine: Observed, find: str = "", known: str = "") -> dict[str, Any]:
         },
         "states": dict(Counter(card.state for card in cards)),
         "matching": len(found),
-        "adapters": [_row(card) for card in found[:_ROWS]],
+        "adapters": [{"name": card.name} | shown_state(card) for card in found[:_ROWS]],
         "version": version,
         "names": None if known == version else names,
     }
@@ -110,9 +110,3 @@ def status(engine: Observed, find: str = "", known: str = "") -> dict[str, Any]:
 def _liveliest(card: AdapterCard) -> tuple[int, int, str]:
     place = _ORDER.index(card.state) if card.state in _ORDER else len(_ORDER)
     return -(card.running + card.waiting), place, card.name
-
-
-def _row(card: AdapterCard) -> dict[str, Any]:
-    """What the page shows of an adapter; where it lies is for administrators."""
-    shown = ("name", "state", "form", "rank", "bytes", "method", "running", "waiting", "error")
-    return {key: value for key, value in asdict(card).items() if key in shown}

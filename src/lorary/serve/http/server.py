@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lorary.errors import Diagnostic, LoraryError
+from lorary.errors import Diagnostic, LoraryError, check_overridden
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
@@ -26,6 +26,20 @@ _HEADER_BYTES = 16 * 1024  # of a request at most
 _CONNECTIONS = 2000
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 _CLOSING = 2  # seconds for the last bytes of the answers, after the drain
+
+# Methods of uvicorn that are overridden here -> their arguments.
+OVERRIDDEN: dict[type, dict[str, tuple[str, ...]]] = {
+    uvicorn.Server: {"startup": ("sockets",), "handle_exit": ("sig", "frame"), "on_tick": ("counter",)},
+    H11Protocol: {
+        "connection_made": ("transport",),
+        "data_received": ("data",),
+        "on_response_complete": (),
+        "connection_lost": ("exc",),
+        "send_400_response": ("msg",),
+    },
+}
+for _cls, _methods in OVERRIDDEN.items():
+    check_overridden(_cls, _methods, "uvicorn")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,6 +61,16 @@ def bind(host: str, port: int) -> socket.socket:
         problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
         raise LoraryError("cannot listen:", [problem]) from None
     return listener
+
+
+def free_port(host: str, port: int) -> int:
+    """The port for a server that another program starts, any free one for 0. One that is taken would answer for it.
+
+    Raises:
+        LoraryError: as `bind`.
+    """
+    with bind(host, port) as listener:
+        return int(listener.getsockname()[1])
 
 
 class Server(uvicorn.Server):

@@ -118,9 +118,16 @@ class Panel {
 
   clear() {
     this.stop();
+    this.abort = undefined; // what still comes of the answer is nobody's
     this.messages = [];
     this.log.replaceChildren();
-    this.facts.textContent = "";
+    this.idle("");
+  }
+
+  idle(facts) {
+    this.facts.textContent = facts;
+    this.stopButton.disabled = true;
+    this.log.setAttribute("aria-busy", "false");
   }
 
   stop() {
@@ -135,7 +142,7 @@ class Panel {
     this.stopButton.disabled = false;
     const answer = this.say("assistant", "");
     const start = performance.now();
-    let first, usage, text = "";
+    let first, usage, text = "", facts = "";
     try {
       const chat = settings.mode === "chat";
       const system = settings.system ? [{ role: "system", content: settings.system }] : [];
@@ -153,18 +160,15 @@ class Panel {
         answer.textContent = text;
         if (atEnd) this.log.scrollTop = this.log.scrollHeight;
       }
-      this.facts.textContent = factsOf(usage, first, start);
+      facts = factsOf(usage, first, start);
     } catch (error) {
-      if (error.name === "AbortError") this.facts.textContent = "stopped";
-      else {
-        this.say("error", error instanceof Refused ? error.message : "The server does not answer.");
-        this.facts.textContent = "";
-      }
+      if (error.name === "AbortError") facts = "stopped";
+      else this.say("error", error instanceof Refused ? error.message : "The server does not answer.");
     }
+    if (this.abort !== abort) return; // cleared meanwhile
     if (text) this.messages = [...messages, { role: "assistant", content: text }];
     else answer.remove();
-    if (this.abort === abort) this.stopButton.disabled = true;
-    this.log.setAttribute("aria-busy", "false");
+    this.idle(facts);
   }
 }
 
