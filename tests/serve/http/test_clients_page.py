@@ -51,7 +51,7 @@ def test_the_curl_examples(documented: Live) -> None:
     assert "third" in json.loads(loaded)["loaded_adapters"]
     assert json.loads(unloaded)["success"]
     named = set(re.findall(r"`((?:vllm|lorary)[:_]\w+)`", PAGE.read_text()))
-    optional = re.compile("_bytes|prefix|adapter_|queue")  # engines leave out what they do not know
+    optional = re.compile("_bytes|prefix|adapter_|queue|replicas|retries")  # engines leave out what they do not know
     told = {name for name in named if f"\n# TYPE {name} " in metrics}
     assert {name for name in named - told if not optional.search(name)} == set()
     assert len(told) > 8
