@@ -34,7 +34,7 @@ NEWEST_RUNS := build/newest
 # may break - loading, quantised bases, PEFT's files, the trainers, the command line's own check.
 NEWEST_TESTS := tests/adapters/peft tests/model/loading tests/model/test_quantize.py tests/train/trainer/test_mixin.py \
   tests/train/trainer/test_checkpoint.py tests/train/runner/test_quantized_base.py tests/train/runner/test_run.py \
-  tests/cli/test_doctor.py tests/test_private_names.py tests/serve/test_parity.py tests/serve/test_continuous.py
+  tests/cli/test_doctor.py tests/test_private_names.py tests/serve/test_parity.py tests/serve/engine/test_continuous.py
 
 # Without compiled modules on disk every new Python would compile PyTorch and the libraries around it again.
 unexport PYTHONDONTWRITEBYTECODE

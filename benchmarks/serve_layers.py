@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cases import machine, new_table
-from lorary.serve.batch import Batch, Weighted
-from lorary.serve.layers import ServedLayers
-from lorary.serve.ops import cpu
-from lorary.serve.serving_form import ServingForm, SiteForm
+from lorary.serve.batch.batch import Batch, Weighted
+from lorary.serve.batch.layers import ServedLayers
+from lorary.serve.batch.ops import cpu
+from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 ADAPTERS = (1, 8, 32)
 PEFT_ADAPTERS = (4, 8, 32)

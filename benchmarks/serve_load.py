@@ -30,11 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorary
 from cases import MiB, machine, new_table
 from lorary.adapters.save_load import load_adapter, save_adapter
-from lorary.serve.adapter_root import AdapterRoot
-from lorary.serve.arena import PlainArena
-from lorary.serve.loader import Loader
-from lorary.serve.pool import Pool
-from lorary.serve.registry import Registry
+from lorary.serve.pool.adapter_root import AdapterRoot
+from lorary.serve.pool.arena import PlainArena
+from lorary.serve.pool.loader import Loader
+from lorary.serve.pool.pool import Pool
+from lorary.serve.pool.registry import Registry
 
 
 def untouched(hidden: int, layers: int) -> Any:

@@ -63,7 +63,7 @@ def load(base: Path) -> Any:
 def engine(base: Path, root: Path | None, arguments: Any, model: Any = None) -> Any:
     """lorary's engine, started; with the adapters below `root`."""
     from lorary.serve.open import engine_of
-    from lorary.serve.policy import Policy
+    from lorary.serve.scheduler.policy import Policy
 
     tokenizer = load_tokenizer(ModelSection.of(str(base), dtype="float32"))
     policy = Policy(max_running=arguments.concurrency, max_adapters=arguments.concurrency)

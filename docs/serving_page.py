@@ -9,8 +9,8 @@ import torch
 
 import lorary
 from lorary.cli.method_page import stem
-from lorary.serve.form import serving_form
-from lorary.serve.serving_form import ServingForm
+from lorary.serve.forms.form import serving_form
+from lorary.serve.forms.serving_form import ServingForm
 
 HEAD = """# What a server computes
 

@@ -28,7 +28,7 @@ PLACES = {
     "kernels/torch_internals.py": "PyTorch",
     TRANSFORMERS: "Transformers",
     "layers/other_quantizers.py": "bitsandbytes",
-    "serve/continuous.py": "Transformers' continuous batching",
+    "serve/engine/continuous.py": "Transformers' continuous batching",
     "train/trainer/trainer_internals.py": "the trainers of Transformers, TRL and accelerate",
 }
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "safetensors", "triton")
@@ -87,7 +87,7 @@ def foreign() -> frozenset[str]:
     from torch import nn
 
     from lorary.model.loading.quantized import LoraryQuantizer
-    from lorary.serve.continuous import SortedScheduler
+    from lorary.serve.engine.continuous import SortedScheduler
     from lorary.train.trainer.dpo import DPOTrainer
     from lorary.train.trainer.sft import SFTTrainer
 

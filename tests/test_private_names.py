@@ -21,7 +21,7 @@ import lorary
 from lorary.errors import LoraryError, changed_release, check_overridden
 from lorary.kernels import torch_internals
 from lorary.layers import transformers_internals
-from lorary.serve import continuous
+from lorary.serve.engine import continuous
 from lorary.train.trainer import trainer_internals
 from lorary.train.trainer.mixin import AdapterTraining
 from tests import pages, tiny

@@ -101,7 +101,7 @@ def requests() -> list[Asked]:
 def answer_one_at_a_time(folders: dict[str, Path], asked: list[Asked]) -> None:
     """Set what each request must get."""
     from lorary import builtin
-    from lorary.serve.one_at_a_time import OneAtATime
+    from lorary.serve.engine.one_at_a_time import OneAtATime
     from lorary.serve.request import Event, Finished, Request, Sampling
 
     engine = OneAtATime(builtin.load_model(), builtin.load_tokenizer(), "builtin:base")

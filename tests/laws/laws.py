@@ -16,7 +16,7 @@ from lorary.errors import FileError, MethodError
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.methods.adalora import SVDDelta
-from lorary.serve.form import serving_form
+from lorary.serve.forms.form import serving_form
 
 from ..serve.reference import computing
 from .cases import Case, numbers, seed

@@ -24,7 +24,7 @@ from lorary.methods.melora import BlockDiagonal
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.pissa import SVDInit
 from lorary.methods.vera import SharedProjectionDelta
-from lorary.serve import form
+from lorary.serve.forms import form
 from lorary.spec import interfaces
 from lorary.spec.fields import COUNT
 from lorary.spec.interfaces import Delta

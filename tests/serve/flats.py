@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorary.serve.flat import Flat, flatten
-from lorary.serve.serving_form import ServingForm, SiteForm
+from lorary.serve.forms.flat import Flat, flatten
+from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 _SHARED = {"A": torch.full((8, 6), 0.5), "B": torch.full((7, 8), 0.25)}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.layers.kinds import KINDS, kind_of
-from lorary.serve.serving_form import ServingForm, SiteForm
+from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 
 @contextlib.contextmanager

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from lorary.serve.admission import Admission
-from lorary.serve.decide import decide
-from lorary.serve.pending import Pending
-from lorary.serve.policy import Decision, Policy, Snapshot
+from lorary.serve.scheduler.admission import Admission
+from lorary.serve.scheduler.decide import decide
+from lorary.serve.scheduler.pending import Pending
+from lorary.serve.scheduler.policy import Decision, Policy, Snapshot
 
 
 class Arrival(NamedTuple):

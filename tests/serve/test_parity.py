@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import lorary
-from lorary.serve import continuous
-from lorary.serve.batch import Batch
-from lorary.serve.batching import BatchingEngine
-from lorary.serve.continuous import PagedRunner
-from lorary.serve.form import serving_form
-from lorary.serve.layers import ServedLayers
-from lorary.serve.one_at_a_time import OneAtATime
+from lorary.serve.batch.batch import Batch
+from lorary.serve.batch.layers import ServedLayers
+from lorary.serve.engine import continuous
+from lorary.serve.engine.batching import BatchingEngine
+from lorary.serve.engine.continuous import PagedRunner
+from lorary.serve.engine.one_at_a_time import OneAtATime
+from lorary.serve.engine.runner import Row, Shape
+from lorary.serve.forms.form import serving_form
 from lorary.serve.open import engine_of
-from lorary.serve.policy import Policy
 from lorary.serve.request import Request, Sampling
-from lorary.serve.runner import Row, Shape
+from lorary.serve.scheduler.policy import Policy
 from tests import tiny
 from tests.laws.cases import made_of
 

@@ -9,12 +9,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorary.serve.decide import decide
-from lorary.serve.pending import Pending, Waiting
-from lorary.serve.policy import Decision, Policy, Snapshot
-from lorary.serve.shares import Shares
+from lorary.serve.scheduler.decide import decide
+from lorary.serve.scheduler.pending import Pending, Waiting
+from lorary.serve.scheduler.policy import Decision, Policy, Snapshot
+from lorary.serve.scheduler.shares import Shares
+from tests.serve.scheduler.test_policy import late
 from tests.serve.simulator import Arrival, Cost, simulate
-from tests.serve.test_policy import late
 
 NOW = 10.0
 quick = settings(

@@ -8,8 +8,8 @@ import pytest
 
 import lorary
 from lorary.serve.open import engine_of
-from lorary.serve.policy import Policy
 from lorary.serve.request import Finished, Request, Sampling
+from lorary.serve.scheduler.policy import Policy
 from tests import tiny
 
 from .running import saved_adapter, words

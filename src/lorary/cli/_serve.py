@@ -17,7 +17,7 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.serve.http.settings import Settings
 
 if TYPE_CHECKING:
-    from lorary.serve.engine import Engine
+    from lorary.serve.engine.engine import Engine
     from lorary.spec.interfaces import Storage
 
 A = TypeVar("A")
@@ -186,8 +186,8 @@ def storage_of(folders: Mapping[str, Path], quantize: str) -> Storage | None:
 
 def opened(start: Start, base: str, folders: Mapping[str, Path]) -> Engine:
     """The engine for the base of these adapters, which are not loaded yet; it is not started."""
-    from lorary.serve.loader import Limits
     from lorary.serve.open import open_engine
+    from lorary.serve.pool.loader import Limits
     from lorary.train.data.chat import use_template
 
     limits = Limits(bytes=start.adapter_bytes, rank=start.rank)

@@ -16,7 +16,7 @@ from lorary.cli._serve import Start, base_name, base_of, find_adapters, load_ada
 from lorary.errors import Diagnostic, LoraryError
 
 if TYPE_CHECKING:
-    from lorary.serve.engine import Engine
+    from lorary.serve.engine.engine import Engine
     from lorary.serve.http.settings import Settings
 
 _SHOWN_LINES = 12

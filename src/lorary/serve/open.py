@@ -13,19 +13,19 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
-from lorary.serve.adapter_root import AdapterRoot
-from lorary.serve.batching import BatchingEngine
-from lorary.serve.in_flight import end_tokens
-from lorary.serve.layers import ServedLayers
-from lorary.serve.loader import Limits, Loader
-from lorary.serve.merged import spare_bytes
-from lorary.serve.padded import PaddedRunner
-from lorary.serve.policy import Policy
-from lorary.serve.pool import Pool
-from lorary.serve.probe import Probe
-from lorary.serve.registry import Registry
-from lorary.serve.runner import Runner, Shape
-from lorary.serve.store import Store
+from lorary.serve.batch.layers import ServedLayers
+from lorary.serve.batch.merged import spare_bytes
+from lorary.serve.engine.batching import BatchingEngine
+from lorary.serve.engine.in_flight import end_tokens
+from lorary.serve.engine.padded import PaddedRunner
+from lorary.serve.engine.probe import Probe
+from lorary.serve.engine.runner import Runner, Shape
+from lorary.serve.pool.adapter_root import AdapterRoot
+from lorary.serve.pool.loader import Limits, Loader
+from lorary.serve.pool.pool import Pool
+from lorary.serve.pool.registry import Registry
+from lorary.serve.pool.store import Store
+from lorary.serve.scheduler.policy import Policy
 from lorary.spec.interfaces import Storage
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> 
     """
 
     def paged_runner() -> Runner:
-        from lorary.serve.continuous import PagedRunner
+        from lorary.serve.engine.continuous import PagedRunner
 
         return PagedRunner(model, layers, shape)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.settings import Settings
 from tests.serve.http.live import Live, live, save_adapter, started_engine
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import lorary
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.server import Server, bind

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorary.errors import Diagnostic
-from lorary.serve.engine import BusyError, Engine
+from lorary.serve.engine.engine import BusyError, Engine
 from lorary.serve.http.settings import MIB, Settings
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
@@ -203,7 +203,7 @@ def busy(seconds: float) -> BusyError:
     return found
 
 
-LEAK = Finished("error", error="CUDA out of memory in /srv/lorary/serve/layers.py:7")
+LEAK = Finished("error", error="CUDA out of memory in /srv/lorary/serve/batch/layers.py:7")
 _CUT = "the request was cancelled: the server is shutting down"
 
 

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from lorary import builtin
 from lorary.errors import Diagnostic
-from lorary.serve.engine import BusyError, Engine
+from lorary.serve.engine.engine import BusyError, Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.request import Event, Finished, Token
 from tests.serve.http.live import BASE, Live

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lorary
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.openai_bodies import ChatBody, CompletionBody
 from lorary.serve.request import Request, Sampling
 from tests.serve.http.live import BASE, Live, base, request, tokenizer

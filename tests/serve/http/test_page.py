@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lorary import builtin
-from lorary.serve.engine import AdapterCard
+from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.http.app import create_app
 from lorary.serve.http.page import STATIC
 from lorary.serve.http.settings import Settings

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.settings import Settings
 from lorary.serve.request import Deliver, Request

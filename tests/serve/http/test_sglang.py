@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lorary import builtin
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.settings import Settings
 from lorary.serve.request import Event, Finished, Token

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Response
 
 from lorary import __version__
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http.adapters import adapters_router
 from lorary.serve.http.errors import ApiError, handle_errors, log
 from lorary.serve.http.generate import generate_router

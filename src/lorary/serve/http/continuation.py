@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request as HTTPRequest
 
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.running import Running
 from lorary.serve.http.security import caller

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from lorary import __version__
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.bodies import Body, Name, check_body, read_json
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError, shaped_errors

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from lorary.files.strict_json import show
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.errors import ApiError, without_folders
 from lorary.serve.http.settings import Settings
 

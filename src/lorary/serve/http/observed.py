@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.metrics import Metrics
 from lorary.serve.request import Deliver, Event, Request, Token
 
@@ -30,7 +30,7 @@ class InFlight:
 
 
 class Observed:
-    """An engine around another, with metrics; see `lorary.serve.engine.Engine`.
+    """An engine around another, with metrics; see `lorary.serve.engine.engine.Engine`.
 
     Attributes:
         metrics: the instruments.

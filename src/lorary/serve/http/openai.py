@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from lorary.serve.engine import AdapterCard, Engine
+from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http import errors
 from lorary.serve.http.bodies import read_body
 from lorary.serve.http.continuation import Continuation, start

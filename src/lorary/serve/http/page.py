@@ -19,7 +19,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from lorary.serve.engine import AdapterCard
+from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.http.models import shown_state
 from lorary.serve.http.observed import Observed
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 
-from lorary.serve.engine import Engine
+from lorary.serve.engine.engine import Engine
 from lorary.serve.http import errors
 from lorary.serve.http.adapters import load_adapter, unload_adapter
 from lorary.serve.http.bodies import Body, check_body, read_body, read_json

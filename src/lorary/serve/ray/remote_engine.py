@@ -21,7 +21,7 @@ from typing import Any
 
 from lorary.errors import Diagnostic, FileError, LoraryError, did_you_mean
 from lorary.files.strict_json import show
-from lorary.serve.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
+from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.ray.replica import Answer, Status, affinity
 from lorary.serve.request import Deliver, Event, Finished, Request
 
@@ -36,7 +36,7 @@ _SHARED = "put its folder under --root: every replica finds it there"
 
 
 class RemoteEngine:
-    """See `lorary.serve.engine.Engine`.
+    """See `lorary.serve.engine.engine.Engine`.
 
     Args:
         handle: Ray Serve's handle of the replicas.
@@ -307,7 +307,7 @@ def merged_cards(replicas: Iterable[Iterable[AdapterCard]]) -> list[AdapterCard]
 
 
 def merged_figures(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of `lorary.serve.statistics` of all replicas: sums, and the mean of shares."""
+    """The figures of `lorary.serve.engine.statistics` of all replicas: sums, and the mean of shares."""
     names = dict.fromkeys(name for figures in replicas for name in figures)
     found = {name: [figures[name] for figures in replicas if name in figures] for name in names}
     return {name: sum(values) / (len(values) if name in _SHARES else 1) for name, values in found.items()}

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from lorary.errors import LoraryError
-from lorary.serve.engine import AdapterCard, Engine, UnknownAdapterError
+from lorary.serve.engine.engine import AdapterCard, Engine, UnknownAdapterError
 from lorary.serve.request import Event, Finished, Request
 
 Answer = LoraryError | tuple[Event, ...]  # a refusal, or what has been generated since the last one

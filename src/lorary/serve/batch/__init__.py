@@ -1,0 +1,1 @@
+"""Forward passes in which each row has its own adapters."""

@@ -1,0 +1,323 @@
+"""The registry: names of adapters, the content that each stands for, and the requests in flight.
+
+A name stands for what its folder holds: when the files change, the next request gets the new content, under another
+uid, and requests in flight keep what they began with. Equal bytes have an equal uid, so that a reload of the same
+adapter keeps its prefix cache. Unloading forgets the name at once, and the content with the last request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import Future
+from pathlib import Path
+
+from lorary.errors import Diagnostic, FileError, LoraryError, MethodError, suggestion
+from lorary.files.safe_open import checked_path
+from lorary.files.strict_json import show
+from lorary.serve.engine.engine import AdapterCard, BusyError, UnknownAdapterError
+from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
+from lorary.serve.pool.lease import Entry, Lease, Reading
+from lorary.serve.pool.loader import Loaded, Loader
+from lorary.serve.pool.pool import Pool
+
+_HEADLINE = "cannot load the adapter:"
+_STOPS = BusyError("no room for the adapter now:", [Diagnostic("", "the server stops")])
+_MOST_COMPARED = 500  # names that a misspelt one is compared with
+
+
+class Registry:
+    """Names of adapters. Every method may be called from any thread.
+
+    Args:
+        pool: where contents are kept.
+        loader: reads them.
+        root: below which adapters are found without being registered, and to which `load` is confined; None: neither.
+        reserved: names that no adapter can have: the base's.
+        recheck: seconds for which the files of an adapter are taken to be unchanged.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        loader: Loader,
+        *,
+        root: AdapterRoot | None = None,
+        reserved: Collection[str] = (),
+        recheck: float = 0.5,
+    ) -> None:
+        self.pool, self.loader, self.root, self.reserved, self.recheck = pool, loader, root, reserved, recheck
+        self._lock = threading.RLock()
+        self._entries = dict[str, Entry]()
+        self._unloaded = set[str]()  # names below the root that are not found again
+        self._users = Counter[str]()  # uid -> names that stand for it, and requests that lease it
+        self._pins = Counter[str]()  # uid -> pinned names
+
+    def lease(self, name: str) -> Lease:
+        """Lease an adapter for a request; it is read first if it is not on the host.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+            FileError, MethodError: its folder cannot be served, as found before.
+            BusyError: too many adapters are being read.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            self._look(entry)
+            if entry.source is None and not entry.stamp:  # it was found below the root, and is gone
+                self._replace(name, None)
+                raise self._unknown(name)
+            if entry.error is not None:
+                raise type(entry.error)(entry.error.headline, entry.error.problems)
+            lease = Lease(name, self._release)
+            if entry.stale or not (entry.uid and self.pool.hold(entry.uid)):
+                self._read(entry, lease)
+                return lease
+            self._grant(lease, entry.uid)
+        lease.future.set_result(lease.uid)
+        return lease
+
+    def load(
+        self, name: str, folder: str, *, replace: bool = False, pinned: bool = False, trusted: bool = False
+    ) -> AdapterCard:
+        """Register an adapter; it blocks until the adapter is on the host.
+
+        Args:
+            name: the name.
+            folder: its folder; below the root, unless it is trusted.
+            replace: whether another adapter of this name is replaced; its requests in flight keep it.
+            pinned: whether it stays in memory.
+            trusted: whether the folder comes from the server's owner.
+
+        Raises:
+            FileError: the name or the folder cannot be used, with every reason; nothing has changed.
+            MethodError: its method cannot be served on this base.
+            BusyError: there is no room for it now.
+        """
+        entry = Entry(name, folder, trusted, pinned)
+        with self._lock:
+            problems = self._name_problems(name, replace)
+            try:
+                entry.folder = self._path(entry)
+                problems += [] if problems or replace else self._found_elsewhere(name, entry.folder)
+            except FileError as error:
+                problems += error.problems
+            if problems:
+                raise FileError(_HEADLINE, problems)
+            self._look(entry)
+            lease = Lease(name, self._release)
+            self._read(entry, lease)
+        lease.future.result()
+        try:
+            with self._lock:
+                if problems := self._name_problems(name, replace):  # another call was quicker
+                    self._abandon(entry)
+                    raise FileError(_HEADLINE, problems)
+                self._replace(name, entry)
+                return self._card(entry)
+        finally:
+            lease.release()
+
+    def unload(self, name: str) -> None:
+        """Forget a name, also one that is found below the root, until it is loaded again.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+        """
+        with self._lock:
+            self._entry(name)
+            self._replace(name, None)
+            if self.root is not None and self.root.find(name) is not None:
+                self._unloaded.add(name)
+
+    def cards(self) -> list[AdapterCard]:
+        """All adapters that requests may name, by name."""
+        found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
+        with self._lock:
+            for name in [n for n, entry in self._entries.items() if entry.source is None and n not in found]:
+                self._replace(name, None)  # its folder is gone
+            hidden = self._unloaded | set(self.reserved)
+            cards = {n: AdapterCard(n, folder=folder) for n, folder in found.items() if n not in hidden}
+            cards |= {name: self._card(entry) for name, entry in self._entries.items()}
+        return [cards[name] for name in sorted(cards)]
+
+    def card(self, name: str) -> AdapterCard:
+        """One adapter.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+        """
+        with self._lock:
+            return self._card(self._entry(name))
+
+    def statistics(self) -> dict[str, int]:
+        """Figures of this moment."""
+        with self._lock:
+            current = {entry.uid for entry in self._entries.values()}
+            return {
+                "names": len(self._entries),
+                "reading": sum(1 for entry in self._entries.values() if entry.reading is not None),
+                "failed": sum(1 for entry in self._entries.values() if entry.error is not None),
+                "draining": sum(1 for uid in self._users if uid not in current),
+            }
+
+    def close(self) -> None:
+        """End the loader."""
+        self.loader.close()
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    def _entry(self, name: str) -> Entry:
+        """The entry of a name, made if it is found below the root."""
+        if invalid_name(name):  # also what is no text
+            raise self._unknown(name)
+        if name in self._entries:
+            return self._entries[name]
+        hidden = self.root is None or name in self._unloaded or name in self.reserved
+        found = None if self.root is None or hidden else self.root.find(name)
+        if found is None:
+            raise self._unknown(name)
+        return self._entries.setdefault(name, Entry(name, folder=found))
+
+    def _unknown(self, name: str) -> UnknownAdapterError:
+        what, fix = invalid_name(name), ""
+        if not what:
+            what = f"no adapter has the name {show(name)}"
+            fix = suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
+        return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, fix)])
+
+    def _name_problems(self, name: str, replace: bool) -> list[Diagnostic]:
+        if what := invalid_name(name):
+            return [Diagnostic("name", what)]
+        if name in self.reserved:
+            return [Diagnostic("name", f"{show(name)} is the base's")]
+        entry = self._entries.get(name)
+        if entry is not None and entry.source is not None and not replace:
+            return [Diagnostic("name", f"{show(name)} is taken", "unload it first, or replace it")]
+        return []
+
+    def _found_elsewhere(self, name: str, folder: Path) -> list[Diagnostic]:
+        there = self.root.find(name) if self.root is not None and name not in self._unloaded else None
+        what = f"{show(name)} is that of another folder below the root"
+        return [Diagnostic("name", what, "use another, or replace it")] if there not in (None, folder) else []
+
+    def _path(self, entry: Entry) -> Path:
+        """Where the folder of an entry is, links followed."""
+        if entry.trusted:
+            return Path(checked_path(entry.source, _HEADLINE)).resolve()
+        if self.root is None:
+            what, fix = "this server loads no adapters while it runs", "start it with a root for them"
+            raise FileError(_HEADLINE, [Diagnostic("", what, fix)])
+        return self.root.confine(entry.name if entry.source is None else entry.source)
+
+    def _replace(self, name: str, entry: Entry | None) -> None:
+        """Let a name stand for another entry, or for none."""
+        old = self._entries.pop(name, None)
+        if entry is not None:
+            self._entries[name] = entry
+            self._unloaded.discard(name)
+        if old is not None:
+            self._abandon(old)
+            old.reading = None  # its requests get what is read, the name does not
+
+    # --- contents -----------------------------------------------------------------------------------------------------
+
+    def _look(self, entry: Entry) -> None:
+        """Have an adapter read again if its files have changed since."""
+        now = time.monotonic()
+        if entry.stamp and now - entry.checked < self.recheck:
+            return
+        try:
+            entry.folder = self._path(entry)
+            found = stamp(entry.folder)
+        except FileError:  # a link that leads elsewhere now
+            found = ()
+        entry.checked = now
+        if found != entry.stamp:
+            entry.stamp, entry.stale, entry.error, entry.reading = found, True, None, None
+
+    def _read(self, entry: Entry, lease: Lease) -> None:
+        """Let a request wait for an adapter that is being read."""
+        if entry.reading is not None:
+            entry.reading.leases.append(lease)
+            return
+        within = None if entry.trusted or self.root is None else self.root.folder
+        future = self.loader.request(entry.folder, entry.name, within=within)
+        entry.reading = reading = Reading([lease])
+        future.add_done_callback(lambda done: self._finish(entry, reading, done))
+
+    def _finish(self, entry: Entry, reading: Reading, done: Future[Loaded]) -> None:
+        """Take an adapter that was read, or the reason why not."""
+        with self._lock:
+            waiting = [lease for lease in reading.leases if not lease.released]
+            current = entry if entry.reading is reading else None
+            error = _STOPS if done.cancelled() else done.exception() or self._keep(current, waiting, done.result())
+            if current is not None:
+                entry.reading = None
+                if error is not None:
+                    self._abandon(entry)
+                if isinstance(error, FileError | MethodError) and error.__cause__ is None:  # the files, not the machine
+                    entry.error = error  # until they change
+        for lease in waiting:
+            if error is not None:
+                lease.future.set_exception(error)
+            else:
+                lease.future.set_result(lease.uid)
+
+    def _keep(self, entry: Entry | None, waiting: list[Lease], loaded: Loaded) -> LoraryError | None:
+        """Put an adapter into the pool, for an entry and for requests; why it has no place there."""
+        uid = loaded.flat.form.uid
+        try:
+            self.pool.put(uid, loaded.flat)
+        except LoraryError as error:
+            return error
+        for lease in waiting:
+            self.pool.hold(uid)
+            self._grant(lease, uid)
+        if entry is not None:
+            self._users[uid] += 1
+            self._pins[uid] += entry.pinned
+            self._abandon(entry)  # perhaps of the same content
+            entry.take(loaded.flat, loaded.stamp)
+            self.pool.pin(uid, self._pins[uid] > 0)
+        self.pool.unhold(uid)
+        if not self._users[uid]:  # all requests for it have gone
+            self.pool.drop(uid)
+        return None
+
+    def _abandon(self, entry: Entry) -> None:
+        """Let an entry stand for no content."""
+        uid, entry.uid, entry.form, entry.bytes = entry.uid, "", None, 0
+        if uid:
+            self._pins[uid] -= entry.pinned
+            self.pool.pin(uid, self._pins[uid] > 0)
+            self._leave(uid)
+
+    def _grant(self, lease: Lease, uid: str) -> None:
+        lease.uid = uid
+        self._users[uid] += 1
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            if lease.released:
+                return
+            lease.released = True
+            if lease.uid:
+                self.pool.unhold(lease.uid)
+                self._leave(lease.uid)
+        if not lease.uid:
+            lease.future.cancel()
+
+    def _leave(self, uid: str) -> None:
+        """Forget a content with its last user."""
+        self._users[uid] -= 1
+        if not self._users[uid]:
+            del self._users[uid], self._pins[uid]
+            self.pool.drop(uid)
+
+    def _card(self, entry: Entry) -> AdapterCard:
+        if self.pool.resident(entry.uid):
+            return entry.card("resident")
+        return entry.card("ready" if entry.uid in self.pool else "on disk")

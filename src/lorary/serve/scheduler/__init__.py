@@ -1,0 +1,1 @@
+"""Which requests compute now: fair shares, ageing, room for adapters."""
