@@ -218,7 +218,7 @@ _CUT = "the request was cancelled: the server is shutting down"
         (
             [Finished("refused", error=_BAD)],
             400,
-            "cannot serve the adapter 'x': rank: it is 64; file.json: is missing",
+            "cannot serve the adapter 'x': rank: 64; a.json: is missing",
             None,
         ),
         ([Token(5, "x"), Finished("cancelled")], 503, _CUT, "5"),

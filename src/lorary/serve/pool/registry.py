@@ -185,12 +185,14 @@ class Registry:
         what, fix = invalid_name(name), ""
         if not what:
             what = f"no adapter has the name {show(name)}"
-            fix = self._nearest(name) if len(self._entries) <= _MOST_COMPARED else ""
+            fix = self._nearest(name)
         return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, fix)])
 
     def _nearest(self, name: str) -> str:
-        below = sorted(known for known in self._entries if known.startswith(f"{name}/"))  # `run` for `run/adapter`
-        return f"did you mean `{below[0]}`?" if below else suggestion(name, self._entries)
+        inside = f"{name}/adapter"  # a run folder's
+        if self.root is not None and inside not in self._unloaded and self.root.find(inside) is not None:
+            return f"did you mean `{inside}`?"
+        return suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
 
     def _name_problems(self, name: str, replace: bool) -> list[Diagnostic]:
         if what := invalid_name(name):
