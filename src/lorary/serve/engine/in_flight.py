@@ -62,6 +62,11 @@ class InFlight:
         return [loan.error for loan in self.loans if loan.error]
 
     @property
+    def refused(self) -> bool:
+        """Whether all of these lie in the adapters' files."""
+        return all(loan.refused for loan in self.loans if loan.error)
+
+    @property
     def begin_by(self) -> float | None:
         """The time by which it must have begun."""
         return None if self.request.deadline is None else self.arrived + self.request.deadline

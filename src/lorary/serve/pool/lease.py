@@ -8,11 +8,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorary.errors import LoraryError
+from lorary.errors import FileError, LoraryError, MethodError
 from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.forms.flat import Flat
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.pool.adapter_root import Stamp
+
+
+def lies_in_files(error: BaseException | None) -> bool:
+    """Whether an adapter's files are the reason, and not the machine."""
+    return isinstance(error, FileError | MethodError) and error.__cause__ is None
 
 
 class Lease:

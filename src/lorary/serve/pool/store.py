@@ -7,7 +7,7 @@ from typing import Any
 
 from lorary.serve.engine.engine import AdapterCard, BusyError
 from lorary.serve.forms.serving_form import ServingForm
-from lorary.serve.pool.lease import Lease
+from lorary.serve.pool.lease import Lease, lies_in_files
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.registry import Registry
 
@@ -35,6 +35,12 @@ class Loan:
         if not future.done() or future.cancelled():
             return ""
         return str(future.exception() or "")
+
+    @property
+    def refused(self) -> bool:
+        """Whether its files are the reason, and not the machine."""
+        future = self._lease.future
+        return future.done() and not future.cancelled() and lies_in_files(future.exception())
 
     @property
     def busy(self) -> bool:
