@@ -57,10 +57,14 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         if listener is not None:
             listener.close()
-        why = getattr(error, "strerror", None) or str(error)
-        problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
-        raise LoraryError("cannot listen:", [problem]) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> LoraryError:
+    why = getattr(error, "strerror", None) or str(error)
+    problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
+    return LoraryError("cannot listen:", [problem])
 
 
 def free_port(host: str, port: int) -> int:
@@ -114,6 +118,11 @@ class Server(uvicorn.Server):
         self._traffic, self._drain, self._stop, self._ready = traffic, settings.drain, stop, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or ():
+            try:
+                one.listen(self.config.backlog)
+            except OSError as error:  # another program has bound the address too, and listens since
+                raise _cannot_listen(*one.getsockname()[:2], error) from None
         await super().startup(sockets)
         self._ready()
 
