@@ -14,10 +14,11 @@ from lorary.cli import printable
 from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.serve.address import local_url
 from lorary.serve.http.settings import Settings
 
 if TYPE_CHECKING:
-    from lorary.serve.engine.engine import Engine
+    from lorary.serve.interface import Engine
     from lorary.spec.interfaces import Storage
 
 A = TypeVar("A")
@@ -60,7 +61,7 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
     """
     folders = find_adapters(start.adapters)
     base = base_of(folders, start.base)
-    from lorary.serve.http.server import bind
+    from lorary.serve.address import bind
 
     with bind(host, port) as listener:
         engine = opened(start, base, folders)
@@ -220,9 +221,7 @@ def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:
 
 def welcome(engine: Engine, settings: Settings, address: tuple[str, int]) -> str:
     """The text for the terminal: where the server is, its models, and a request to try."""
-    host, port = address
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url, names = f"http://{host}:{port}", [card.name for card in engine.adapters()]
+    url, names = local_url(*address), [card.name for card in engine.adapters()]
     shown = [engine.name, *names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]
     body = json.dumps({"model": names[0] if names else engine.name, "prompt": "def parse(", "max_tokens": 32})
     key = " -H 'Authorization: Bearer KEY'" if settings.guarded else ""

@@ -17,15 +17,15 @@ from lorary import builtin
 from lorary.errors import ConfigError, FileError, LoraryError
 from lorary.serve.engine.batching import BatchingEngine
 from lorary.serve.engine.continuous import PagedRunner
-from lorary.serve.engine.engine import BusyError, RequestError, UnknownAdapterError
+from lorary.serve.interface import BusyError, RequestError, UnknownAdapterError
 from lorary.serve.open import engine_of, open_engine
 from lorary.serve.request import Request, Sampling
 from lorary.serve.scheduler.policy import Policy
 from tests import tiny
 from tests.laws.cases import made_of
 
-from .running import Answer, answers, saved_adapter, submitted, words
-from .test_parity import SIZES, VOCABULARY
+from ..running import Answer, answers, saved_adapter, submitted, words
+from ..test_parity import SIZES, VOCABULARY
 
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
 PROMPT = (5, 9, 33, 2)

@@ -23,7 +23,7 @@ from tests.adapters.models import outputs
 from tests.adapters.test_mlx import LLAMA, folder_of
 from tests.laws.cases import made_of
 
-from .reference import computing
+from ..reference import computing
 
 QWEN = {"max_position_embeddings": 32}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, Engine
 from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.engine.in_flight import InFlight
+from lorary.serve.interface import BusyError
 from lorary.serve.pool.store import Store
 from lorary.serve.request import FinishReason
 

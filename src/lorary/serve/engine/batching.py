@@ -15,13 +15,13 @@ import torch
 from lorary.errors import Diagnostic, LoraryError
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.engine.arrivals import Arrivals
-from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError
 from lorary.serve.engine.in_flight import InFlight
 from lorary.serve.engine.request_checks import length_problems, request_problems
 from lorary.serve.engine.runner import Row, Runner
 from lorary.serve.engine.steps import Steps
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.forms.weighted import check_weights
+from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics
 from lorary.serve.pool.store import Store
 from lorary.serve.request import Deliver, FinishReason, Request
 from lorary.serve.scheduler.admission import Admission
@@ -32,7 +32,7 @@ _HEADLINE = "cannot serve the request:"
 
 
 class BatchingEngine:
-    """See `lorary.serve.engine.engine.Engine`.
+    """See `lorary.serve.interface.Engine`.
 
     A request waits outside of the queue while its adapters load, then in the queue until the policy admits it, and is
     then in the batch until its end.
@@ -76,7 +76,7 @@ class BatchingEngine:
         self._admission = Admission(policy)
         self._steps = Steps(runner, self._flights)
         self._ended = deque[float](maxlen=32)  # times
-        self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
+        self._counts: Statistics = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
         self._thread: threading.Thread | None = None
 
     # --- from any thread ----------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class BatchingEngine:
 
     def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
         trusted = self._thread is None  # before the start they are its owner's
-        return self.store.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
+        return self.store.registry.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
 
     def unload(self, name: str) -> None:
         self.store.registry.unload(name)
@@ -146,14 +146,14 @@ class BatchingEngine:
             return "its thread has ended"
         return self._dead
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         with self._wake:
             running = len(self._admission.running)
-            figures: dict[str, Any] = {"running": running, "waiting": len(self._flights) - running, **self._counts}
+            figures: Statistics = {"running": running, "waiting": len(self._flights) - running, **self._counts}
         figures |= self.store.statistics()
-        budget = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes
-        keys_values = max(self.runner.used_bytes() - int(figures["adapter_bytes"]), 0)
-        usage = keys_values / max(budget - int(figures["adapter_bytes"]), 1)
+        budget, adapters = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes, figures["adapter_bytes"]
+        keys_values = max(self.runner.used_bytes() - adapters, 0)
+        usage = keys_values / max(budget - adapters, 1)
         return figures | {"budget_bytes": budget, "kv_bytes": keys_values, "kv_usage": usage}
 
     def _notify(self) -> None:

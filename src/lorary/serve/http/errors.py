@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
+from lorary.serve.interface import BusyError, UnknownAdapterError
 
 log = logging.getLogger("lorary.serve")
 

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from lorary import __version__
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.bodies import Body, Name, check_body, read_json
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError, shaped_errors
@@ -25,6 +24,7 @@ from lorary.serve.http.openai_bodies import Stops, Unsupported
 from lorary.serve.http.prompts import chat_prompt, text_prompt
 from lorary.serve.http.running import EventStream, Running, check_finished, collect, sse
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 from lorary.serve.request import Finished, Sampling, Token
 
 # Status -> their status and error type; others keep their status, and are errors of validation.

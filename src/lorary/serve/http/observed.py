@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.metrics import Metrics
+from lorary.serve.interface import AdapterCard, Engine, Statistics
 from lorary.serve.request import Deliver, Event, Request, Token
 
 
@@ -30,7 +29,7 @@ class InFlight:
 
 
 class Observed:
-    """An engine around another, with metrics; see `lorary.serve.engine.engine.Engine`.
+    """An engine around another, with metrics; see `lorary.serve.interface.Engine`.
 
     Attributes:
         metrics: the instruments.
@@ -82,12 +81,12 @@ class Observed:
     def why_dead(self) -> str | None:
         return self._engine.why_dead()
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         """The engine's figures; what routers require stands here if it has none of its own."""
         flights = list(self._in_flight.values())
         running = sum(flight.last is not None for flight in flights)
-        own = {"running": running, "waiting": len(flights) - running, "kv_usage": 0.0}
-        return own | dict(self._engine.statistics())
+        own: Statistics = {"running": running, "waiting": len(flights) - running, "kv_usage": 0.0}
+        return own | self._engine.statistics()
 
     def in_use(self) -> tuple[list[str], list[str]]:
         """The names of the adapters whose requests run, and of those whose requests only wait."""

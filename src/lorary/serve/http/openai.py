@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http import errors
 from lorary.serve.http.bodies import read_body
 from lorary.serve.http.continuation import Continuation, start
@@ -20,6 +19,7 @@ from lorary.serve.http.openai_bodies import ChatBody, CompletionBody, Generation
 from lorary.serve.http.prompts import chat_prompt, plain_prompt, read_messages
 from lorary.serve.http.running import EventStream, Running, check_finished, collect, sse
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 from lorary.serve.request import Finished
 
 

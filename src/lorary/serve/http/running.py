@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.errors import ApiError, log, without_folders
+from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Request, Token
 
 

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http import errors
 from lorary.serve.http.adapters import load_adapter, unload_adapter
 from lorary.serve.http.bodies import Body, check_body, read_body, read_json
@@ -24,6 +23,7 @@ from lorary.serve.http.prompts import plain_prompt
 from lorary.serve.http.running import Answer, EventStream, Running, check_finished, collect, sse
 from lorary.serve.http.security import require_admin
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine
 from lorary.serve.request import Finished, Sampling, Token
 
 _CONSTRAINED = "constrained output is not supported"

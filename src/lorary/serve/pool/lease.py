@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.forms.flat import Flat
 from lorary.serve.forms.serving_form import ServingForm
+from lorary.serve.interface import AdapterCard
 from lorary.serve.pool.adapter_root import Stamp
 
 

@@ -21,9 +21,9 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
 from lorary.model.fingerprint import Fingerprint
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.forms.flat import Flat, flatten
 from lorary.serve.forms.form import serving_form
+from lorary.serve.interface import BusyError
 from lorary.serve.pool.adapter_root import Stamp, is_adapter, stamp, wait_for_a_tick
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from lorary.errors import Diagnostic, FileError, LoraryError, MethodError, suggestion
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, BusyError, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
 from lorary.serve.pool.lease import Entry, Lease, Reading
 from lorary.serve.pool.loader import Loaded, Loader

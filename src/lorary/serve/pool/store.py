@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from lorary.serve.engine.engine import AdapterCard, BusyError
 from lorary.serve.forms.serving_form import ServingForm
+from lorary.serve.interface import BusyError, Statistics
 from lorary.serve.pool.lease import Lease
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.registry import Registry
@@ -100,10 +100,6 @@ class Store:
         lease.future.add_done_callback(lambda _: when_ready())
         return Loan(lease, self.pool)
 
-    def load(self, name: str, folder: str, *, replace: bool, pinned: bool, trusted: bool) -> AdapterCard:
-        """See `Registry.load`."""
-        return self.registry.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
-
     def memory(self, waiting: Collection[str]) -> dict[str, Any]:
         """What the scheduling policy must know of memory, as `Admission.decide` takes it.
 
@@ -119,8 +115,8 @@ class Store:
             "pinned": frozenset(uid for uid in self.pool.pinned if self.pool.resident(uid)),
         }
 
-    def statistics(self) -> dict[str, Any]:
-        """Figures of this moment: see `lorary.serve.engine.statistics`."""
+    def statistics(self) -> Statistics:
+        """The figures of the adapters."""
         figures, loader = self.pool.statistics(), self.registry.loader
         return {
             "adapter_bytes": figures["taken_bytes"],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import ConfigError, Diagnostic
-from lorary.serve.engine.engine import Engine
+from lorary.serve.interface import Engine
 from lorary.serve.ray.remote_engine import RemoteEngine
 from lorary.serve.ray.replica import Replica
 

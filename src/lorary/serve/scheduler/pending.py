@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
-from lorary.serve.engine.engine import RequestError
+from lorary.serve.interface import RequestError
 
 
 @dataclass(frozen=True)
