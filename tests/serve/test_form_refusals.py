@@ -20,8 +20,8 @@ from lorary.spec.interfaces import component
 from tests import architectures, tiny
 from tests.laws.cases import made_of
 
-from .reference import computing
 from .forms.test_form import QWEN, adapter_of, nf4, off, qwen
+from .reference import computing
 
 
 @component

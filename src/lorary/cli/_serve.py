@@ -27,7 +27,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Start:
-    """What the command line asks for.
+    """The command line of `lorary serve`, apart from the HTTP server's settings.
 
     Args:
         adapters: folders, run folders, Hub ids, or NAME=FOLDER.
@@ -155,8 +155,7 @@ def _of_each(folders: Mapping[str, Path], read: Callable[[str, Path], A]) -> dic
             try:
                 found[name] = read(name, folder)
             except LoraryError as error:
-                reasons = error.problems or [Diagnostic("", error.headline)]
-                problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in reasons]
+                problems += error.problems_of(name)
             update(advance=1)
     if problems:
         raise FileError("cannot serve these adapters:", problems)

@@ -1,4 +1,4 @@
-"""The interface of an engine: it generates text for many requests at a time, each with its own adapters."""
+"""The interface of an engine, which generates text for many requests at a time, each with its own adapters."""
 
 from __future__ import annotations
 

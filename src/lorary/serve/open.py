@@ -64,13 +64,12 @@ def open_engine(
     if torch.cuda.is_available():
         model = model.to("cuda")
     engine = engine_of(model, load_tokenizer(section), name or base, **options)
-    problems = []
+    problems = list[Diagnostic]()
     for adapter, folder in (adapters or {}).items():
         try:
             engine.load(adapter, str(folder))
         except LoraryError as error:
-            found = error.problems or [Diagnostic("", error.headline)]
-            problems += [Diagnostic(f"{adapter}: {p.where}" if p.where else adapter, p.what, p.fix) for p in found]
+            problems += error.problems_of(adapter)
     if problems:
         engine.stop()
         raise FileError("cannot serve these adapters:", problems)

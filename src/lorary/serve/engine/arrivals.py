@@ -19,7 +19,7 @@ from lorary.serve.request import FinishReason
 
 @dataclass(frozen=True)
 class Sorted:
-    """What has become of arrivals.
+    """The arrivals that need to wait no longer.
 
     Args:
         ready: those whose adapters are in memory, in order of arrival.
@@ -31,7 +31,7 @@ class Sorted:
 
 
 class Arrivals:
-    """See above. `borrow` may be called from any thread, the rest with the engine's lock.
+    """The requests whose adapters are not in memory. `borrow` may be called from any thread, the rest under a lock.
 
     Args:
         store: of the adapters.
@@ -63,7 +63,7 @@ class Arrivals:
             flight.borrow(self._store, self._notify)
 
     def add(self, flight: InFlight) -> None:
-        """A request waits for its adapters."""
+        """Let a request wait for its adapters."""
         id = flight.request.id
         self._waiting[id] = flight
         if len(flight.loans) < len(flight.request.adapters):
@@ -77,7 +77,7 @@ class Arrivals:
             self._retried = None
 
     def freed(self) -> None:
-        """A request has ended: its adapters may have made room."""
+        """Note that a request has ended: its adapters may have made room."""
         self._freed = bool(self._parked)
 
     @property

@@ -1,4 +1,4 @@
-"""The interface of a runner: it computes forward passes for the sequences that it holds. One thread uses it."""
+"""The interface of a runner, which computes forward passes for the sequences that it holds, in one thread."""
 
 from __future__ import annotations
 

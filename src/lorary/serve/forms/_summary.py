@@ -1,4 +1,4 @@
-"""What users are told of a serving form: its kind in words, and notes."""
+"""The summary of a serving form for users: its kind in words, and notes."""
 
 from __future__ import annotations
 

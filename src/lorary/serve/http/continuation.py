@@ -1,4 +1,4 @@
-"""What the bodies of all interfaces come to: prompts to continue, and their requests to the engine."""
+"""Prompts to continue, which the bodies of all interfaces come down to, and their requests to the engine."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Metrics:
 
 
 class CountErrors:
-    """Middleware that counts the answers with an error, whoever gives them: it is asked before all others."""
+    """Middleware that counts error answers, those of other middleware too: it is the outermost."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

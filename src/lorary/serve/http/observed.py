@@ -12,8 +12,8 @@ from lorary.serve.request import Deliver, Event, Request, Token
 
 
 @dataclass
-class InFlight:
-    """A request that the engine has, and the times of its tokens.
+class Observation:
+    """The times of a request in flight.
 
     Args:
         adapters: those it names.
@@ -41,7 +41,7 @@ class Observed:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.tokenizer, self.name, self.max_context = engine.tokenizer, engine.name, engine.max_context
-        self._in_flight: dict[str, InFlight] = {}
+        self._in_flight: dict[str, Observation] = {}
         self.tokens = 0
         self.first_tokens: deque[float] = deque(maxlen=100)
         self.changed = time.time()
@@ -55,7 +55,7 @@ class Observed:
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         # before the engine has it: its events may come before `submit` returns
-        flight = self._in_flight[request.id] = InFlight(tuple(request.adapters))
+        flight = self._in_flight[request.id] = Observation(tuple(request.adapters))
         self.changed = time.time()
         try:
             self._engine.submit(request, lambda event: self._pass_on(request.id, flight, deliver, event))
@@ -95,7 +95,7 @@ class Observed:
         waiting = {name for flight in flights for name in flight.adapters} - running
         return sorted(running), sorted(waiting)
 
-    def _pass_on(self, id: str, flight: InFlight, deliver: Deliver, event: Event) -> None:
+    def _pass_on(self, id: str, flight: Observation, deliver: Deliver, event: Event) -> None:
         now, metrics = time.perf_counter(), self.metrics
         if isinstance(event, Token):
             if flight.last is None:

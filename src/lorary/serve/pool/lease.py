@@ -1,4 +1,4 @@
-"""The lease of an adapter by a request, and what the registry knows of a name."""
+"""The lease of an adapter by a request, and the registry's entry of a name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reading:
 
 @dataclass(eq=False)
 class Entry:
-    """A name, and what it stands for.
+    """A name, and the content that it stands for.
 
     Args:
         name: the name.

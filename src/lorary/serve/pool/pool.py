@@ -25,7 +25,7 @@ _EVENTS = 1000
 
 
 class Event(NamedTuple):
-    """What happened in the pool.
+    """An event of the pool, for tests and a look at what it did.
 
     Args:
         what: "put" on the host, "forget" there for room, "bring" beside the base, "hit" when it was there already,

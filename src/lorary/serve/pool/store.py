@@ -1,4 +1,4 @@
-"""The adapters of an engine: names in the registry, contents in the pool, and what a request borrows of both."""
+"""The adapters of an engine: names in the registry, contents in the pool, and the loan of an adapter from both."""
 
 from __future__ import annotations
 

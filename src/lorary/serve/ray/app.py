@@ -40,7 +40,7 @@ class RaySettings:
     drain: float = 30.0
 
     def problems(self) -> list[Diagnostic]:
-        """Why they are not acceptable."""
+        """The reasons why they are not acceptable."""
         found = []
         for name in ("replicas", "fronts", "ongoing", "queued", "cpus", "gpus", "drain"):
             least = 1 if name in ("replicas", "fronts", "ongoing") else 0

@@ -18,7 +18,7 @@ Answer = LoraryError | tuple[Event, ...]  # a refusal, or what has been generate
 
 
 class Status(NamedTuple):
-    """A replica at a moment.
+    """The state of a replica at a moment.
 
     Args:
         adapters: those that it serves.

@@ -89,7 +89,7 @@ class Waiting:
         return {tenant: next(iter(queue.values()))[1] for tenant, queue in self._tenants.items()}
 
     def add(self, request: Pending, *, first: bool = False) -> None:
-        """One more, after all others or before them.
+        """Add a request, after all others or before them.
 
         Raises:
             StateError: its id is taken.

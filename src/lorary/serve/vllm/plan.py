@@ -148,8 +148,7 @@ def vllm_plan(
         try:
             forms.append(_form(name, folder, section, converted))
         except LoraryError as error:
-            found = error.problems or [Diagnostic("", error.headline)]
-            problems += [replace(p, where=f"{name}: {p.where}" if p.where else name) for p in deduplicated(found)]
+            problems += deduplicated(error.problems_of(name))
     problems += _mixed_scalings(forms)
     if problems:
         raise FileError(_HEADLINE, problems)
