@@ -24,7 +24,6 @@ from lorary.serve.pool.adapter_root import AdapterRoot
 from lorary.serve.pool.loader import Limits, Loader
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.registry import Registry
-from lorary.serve.pool.store import Store
 from lorary.serve.scheduler.policy import Policy
 from lorary.spec.interfaces import Storage
 
@@ -129,7 +128,7 @@ def engine_of(
         name,
         runner,
         layers,
-        Store(Registry(pool, loader, root=found, reserved=[name]), pool),
+        Registry(pool, loader, root=found, reserved=[name]),
         policy,
         ends=end_tokens(model),
         vocabulary=int(text_config(model).vocab_size),

@@ -71,7 +71,7 @@ class Registry:
                 raise self._unknown(name)
             if entry.error is not None:
                 raise type(entry.error)(entry.error.headline, entry.error.problems)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             if entry.stale or not (entry.uid and self.pool.hold(entry.uid)):
                 self._read(entry, lease)
                 return lease
@@ -107,7 +107,7 @@ class Registry:
             if problems:
                 raise FileError(_HEADLINE, problems)
             self._look(entry)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             self._read(entry, lease)
         lease.future.result()
         try:
