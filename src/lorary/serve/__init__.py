@@ -15,6 +15,6 @@ The path of a request, in reading order:
     batch/layers.py, mixed.py    each layer adds to each row the terms of its adapters
     engine/sampler.py, text.py   the next token of each row, and its text
 
-Imports go one way: request and interface, forms, pool, batch, scheduler, engine, open; `http/` needs an engine's
-interface alone. `vllm/` starts vLLM in place of this engine, and `ray/` runs replicas of it.
+Imports go one way: request and interface, forms, pool, batch, scheduler, engine, open; `http/` needs little but
+the interface. `vllm/` starts vLLM in place of this engine, and `ray/` runs replicas of it.
 """
