@@ -188,6 +188,7 @@ _SECRETS = "python -c 'import secrets; print(secrets.token_urlsafe(24))'"
                 "--root: there is no folder nowhere",
             ],
         ),
+        (["builtin:base"], ["builtin:base: is a base"]),
         (["nowhere", "x=elsewhere"], ["elsewhere: there is no such folder", "nowhere: there is no such folder"]),
         (
             ["a=one", "a=two"],

@@ -19,9 +19,8 @@ from lorary.serve.interface import RequestError
 from lorary.spec.interfaces import component
 from tests import architectures, tiny
 from tests.laws.cases import made_of
-
-from .forms.test_form import QWEN, adapter_of, nf4, off, qwen
-from .reference import computing
+from tests.serve.forms.test_form import QWEN, adapter_of, nf4, off, qwen
+from tests.serve.reference import computing
 
 
 @component

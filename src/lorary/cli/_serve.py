@@ -99,6 +99,7 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     """
     from lorary.adapters.resolve import find_adapter
     from lorary.cli._chat import names_of
+    from lorary.model.loading.source import BUILTIN
 
     named = [_named(text) for text in given]
     unnamed = names_of(folder for name, folder in named if not name)
@@ -111,7 +112,8 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
         try:
             found[name] = find_adapter(folder, "serve")
         except FileError as error:
-            problems += error.problems
+            is_base = folder in BUILTIN or (Path(folder) / "config.json").is_file()
+            problems += [Diagnostic(folder, "is a base", f"use --base {folder}")] if is_base else error.problems
     if problems:
         raise FileError("cannot serve these adapters:", problems)
     return found

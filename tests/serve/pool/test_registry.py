@@ -165,6 +165,12 @@ def test_an_unknown_name_has_the_nearest_as_a_hint(tmp_path: Path) -> None:
             registry.lease("frensh")
 
 
+def test_a_run_folders_name_has_its_adapter_as_a_hint(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "adapter", "1")
+    with serving(tmp_path) as registry, pytest.raises(UnknownAdapterError, match="hint: did you mean `run/adapter`"):
+        registry.lease("run")
+
+
 PATHS = ["..", "../a", "a/../../x", "/", "/etc", "a\0b", "x" * 5000, "", ".", "link", "link/inner", "loop"]
 
 

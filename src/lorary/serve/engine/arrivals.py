@@ -106,7 +106,7 @@ class Arrivals:
                 if alone:
                     found.ended[id] = ("error", "its adapters have no room in the host's memory together")
             elif flight.ready and flight.errors:
-                found.ended[id] = ("error", "; ".join(flight.errors))
+                found.ended[id] = ("refused" if flight.refused else "error", "; ".join(flight.errors))
             elif flight.ready:
                 found.ready.append(flight)
         for id in [*found.ended, *(flight.request.id for flight in found.ready)]:

@@ -278,7 +278,7 @@ class BatchingEngine:
                 return False
             self._join(flight, [form for form in forms if form is not None])
         except LoraryError as error:
-            self._end(request.id, "error", str(error))
+            self._end(request.id, "refused", str(error))
         return True
 
     def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:

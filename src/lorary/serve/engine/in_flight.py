@@ -63,6 +63,11 @@ class InFlight:
         return [lease.error for lease in self.leases if lease.error]
 
     @property
+    def refused(self) -> bool:
+        """Whether all of these lie in the adapters' files."""
+        return all(lease.refused for lease in self.leases if lease.error)
+
+    @property
     def begin_by(self) -> float | None:
         """The time by which it must have begun."""
         return None if self.request.deadline is None else self.arrived + self.request.deadline

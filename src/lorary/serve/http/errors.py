@@ -66,6 +66,16 @@ def one_line(error: LoraryError) -> str:
     return without_folders(re.sub(r"\s+", " ", "; ".join(parts).replace(":; ", ": ")).strip())
 
 
+def printed_in_one_line(text: str) -> str:
+    """The same of an error that has been printed.
+
+    >>> printed_in_one_line("cannot serve:\\n  - rank: is 64\\n      hint: compress it\\n  - /srv/a/b.json: is missing")
+    'cannot serve: rank: is 64 (compress it); b.json: is missing'
+    """
+    text = re.sub(r"\n\s*- ", "; ", re.sub(r"\n\s*hint: (.*)", r" (\1)", text)).replace(":; ", ": ")
+    return without_folders(re.sub(r"\s+", " ", text).strip("; "))
+
+
 def without_folders(text: str) -> str:
     """The text with absolute paths cut to their last part: clients need not know where files lie.
 

@@ -88,6 +88,7 @@ def status(engine: Observed, find: str = "", known: str = "") -> dict[str, Any]:
     return {
         "model": engine.name,
         "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
+        "context": engine.max_context,
         "dead": engine.why_dead(),
         "time": time.time(),
         "tokens": engine.tokens,

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from lorary.serve.http.errors import ApiError, log, without_folders
+from lorary.serve.http.errors import ApiError, log, printed_in_one_line, without_folders
 from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Request, Token
 
@@ -134,11 +134,13 @@ def check_finished(event: Finished) -> None:
     """Refuse the end of a request that has no complete answer.
 
     Raises:
-        ApiError: it failed, was cancelled by the server, or did not begin in time.
+        ApiError: it failed, its adapter cannot be served, it was cancelled by the server, or did not begin in time.
     """
     if event.reason == "error":
         log.error("the engine failed on a request: %s", event.error)
         raise ApiError(500, f"the engine failed on this request: {without_folders(event.error) or 'see its log'}")
+    if event.reason == "refused":
+        raise ApiError(400, printed_in_one_line(event.error))
     if event.reason == "cancelled":
         raise ApiError(503, "the request was cancelled: the server is shutting down", headers={"Retry-After": "5"})
     if event.reason == "deadline":

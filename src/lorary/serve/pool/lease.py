@@ -7,13 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
-from lorary.errors import LoraryError
+from lorary.errors import FileError, LoraryError, MethodError
 from lorary.serve.forms.flat import Flat
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.interface import AdapterCard, BusyError
 from lorary.serve.pool.adapter_root import Stamp
 from lorary.serve.pool.pool import Pool
+
+
+def lies_in_files(error: BaseException | None) -> TypeGuard[LoraryError]:
+    """Whether an adapter's files are the reason, and not the machine."""
+    return isinstance(error, FileError | MethodError) and error.__cause__ is None
 
 
 class Lease:
@@ -47,6 +53,11 @@ class Lease:
     def error(self) -> str:
         """Why it cannot be used; empty if it can, or while it is read."""
         return str(self._exception or "")
+
+    @property
+    def refused(self) -> bool:
+        """Whether its files are the reason, and not the machine."""
+        return lies_in_files(self._exception)
 
     @property
     def busy(self) -> bool:
