@@ -22,10 +22,15 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         if listener is not None:
             listener.close()
-        why = getattr(error, "strerror", None) or str(error)
-        problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
-        raise LoraryError("cannot listen:", [problem]) from None
+        raise cannot_listen(host, port, error) from None
     return listener
+
+
+def cannot_listen(host: str, port: int, error: Exception) -> LoraryError:
+    """The error of an address that is taken, or not one of this machine's."""
+    why = getattr(error, "strerror", None) or str(error)
+    problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
+    return LoraryError("cannot listen:", [problem])
 
 
 def free_port(host: str, port: int) -> int:

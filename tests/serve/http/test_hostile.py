@@ -11,8 +11,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, LoraryError
+from lorary.serve.address import bind
+from lorary.serve.http.limits import Traffic
+from lorary.serve.http.server import Server
 from lorary.serve.http.settings import MIB, Settings
 from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Deliver, Finished, Request, Token
@@ -275,3 +279,14 @@ def test_an_impossible_token_is_json(engine: Engine) -> None:
         streamed = server.post("/v1/completions", COMPLETION | {"logprobs": 1, "stream": True}).body
         assert b"-9999.0" in streamed
         assert b"Infinity" not in streamed
+
+
+def test_an_address_that_another_server_has_begun_to_listen_at_meanwhile() -> None:
+    """Both are bound while they load their bases."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with closing(first), closing(bind("127.0.0.1", port)) as second:
+        first.listen()
+        server = Server(FastAPI(), Settings(), Traffic(), stop=lambda: None)
+        with pytest.raises(LoraryError, match=f"cannot listen:\n.*127.0.0.1:{port}: address already in use"):
+            server.run(sockets=[second])

@@ -113,6 +113,15 @@ def test_adapters_below_the_root_are_found_by_their_paths(tmp_path: Path) -> Non
         assert [card.name for card in registry.cards()] == ["new", "team/b", "team/deep/c"]
 
 
+def test_an_adapter_whose_record_comes_long_after_its_folder_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "slow").mkdir()
+    os.utime(tmp_path, (1, 1))  # settled: a copy that takes minutes
+    root = AdapterRoot(tmp_path)
+    assert root.names() == []
+    (tmp_path / "slow" / "adapter_config.json").write_text("{}")
+    assert root.names() == ["slow"]
+
+
 def test_a_root_that_has_not_changed_is_not_looked_through_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorary.errors import check_overridden
+from lorary.serve.address import cannot_listen
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
@@ -83,6 +84,11 @@ class Server(uvicorn.Server):
         self._traffic, self._drain, self._stop, self._ready = traffic, settings.drain, stop, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or ():
+            try:
+                one.listen(self.config.backlog)
+            except OSError as error:  # another program has bound the address too, and listens since
+                raise cannot_listen(*one.getsockname()[:2], error) from None
         await super().startup(sockets)
         self._ready()
 
