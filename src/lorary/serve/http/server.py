@@ -88,7 +88,8 @@ class Server(uvicorn.Server):
             try:
                 one.listen(self.config.backlog)
             except OSError as error:  # another program has bound the address too, and listens since
-                raise cannot_listen(*one.getsockname()[:2], error) from None
+                host, port = one.getsockname()[:2]
+                raise cannot_listen(host, port, error) from None
         await super().startup(sockets)
         self._ready()
 
