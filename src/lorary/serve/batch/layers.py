@@ -74,9 +74,7 @@ class ServedLayers:
             return
         problems = [p for path, site in form.sites.items() for p in self._site_problems(path, site)]
         problems += [p for path, own in form.overrides.items() for p in self._override_problems(path, own)]
-        problems += [
-            Diagnostic(path, "the base has no such module") for path in form.rotary if path not in self._by_path
-        ]
+        problems += [Diagnostic(path, _MISSING) for path in form.rotary if path not in self._by_path]
         if problems:
             raise StateError("cannot serve the adapter:", deduplicated(problems))
         for path in (*form.sites, *form.overrides, *form.rotary):
