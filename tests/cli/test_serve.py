@@ -207,7 +207,7 @@ def test_a_wrong_command_line_lists_every_problem(
 
 
 def test_a_taken_port_is_found_before_the_base_is_loaded(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorary.serve.http.server import bind
+    from lorary.serve.address import bind
 
     monkeypatch.setattr("lorary.cli._serve.opened", lambda *_: pytest.fail("the base was loaded"))
     with bind("127.0.0.1", 0) as taken:

@@ -17,7 +17,7 @@ from lorary import builtin
 from lorary.errors import ConfigError, FileError, LoraryError
 from lorary.serve.engine.batching import BatchingEngine
 from lorary.serve.engine.continuous import PagedRunner
-from lorary.serve.engine.engine import BusyError, RequestError, UnknownAdapterError
+from lorary.serve.interface import BusyError, RequestError, UnknownAdapterError
 from lorary.serve.open import engine_of, open_engine
 from lorary.serve.request import Request, Sampling
 from lorary.serve.scheduler.policy import Policy

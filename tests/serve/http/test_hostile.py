@@ -14,10 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 from lorary.errors import Diagnostic, LoraryError
-from lorary.serve.engine.engine import BusyError, Engine
+from lorary.serve.address import bind
 from lorary.serve.http.limits import Traffic
-from lorary.serve.http.server import Server, bind
+from lorary.serve.http.server import Server
 from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import lorary
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
 from lorary.serve.forms.flat import Flat
+from lorary.serve.interface import BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name
 from lorary.serve.pool.arena import PlainArena
 from lorary.serve.pool.lease import Lease

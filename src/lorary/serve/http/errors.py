@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
+from lorary.serve.interface import BusyError, UnknownAdapterError
 
 log = logging.getLogger("lorary.serve")
 
@@ -101,11 +100,6 @@ def api_error(error: Exception) -> ApiError:
 def _param(error: LoraryError) -> str | None:
     where = error.problems[0].where if error.problems else ""
     return where if where.isidentifier() else None
-
-
-def event(error: ApiError) -> str:
-    """The error as a server-sent event, for answers that have begun."""
-    return f"data: {json.dumps(error.body())}\n\n"
 
 
 def shaped_errors(render: Callable[[ApiError], Response]) -> type[APIRoute]:

@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.errors import ApiError, printed_in_one_line
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 
 
 def models_router(engine: Engine, settings: Settings) -> APIRouter:

@@ -19,9 +19,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.http.models import shown_state
 from lorary.serve.http.observed import Observed
+from lorary.serve.interface import AdapterCard
 
 STATIC = Path(__file__).parent / "static"
 _ROWS, _NAMES = 100, 1000  # adapters in the table, and names to pick from, at most

@@ -17,7 +17,7 @@ from pathlib import Path
 from lorary.errors import Diagnostic, FileError, LoraryError, suggestion
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, BusyError, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
 from lorary.serve.pool.lease import Entry, Lease, Reading, lies_in_files
 from lorary.serve.pool.loader import Loaded, Loader
@@ -71,7 +71,7 @@ class Registry:
                 raise self._unknown(name)
             if entry.error is not None:
                 raise type(entry.error)(entry.error.headline, entry.error.problems)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             if entry.stale or not (entry.uid and self.pool.hold(entry.uid)):
                 self._read(entry, lease)
                 return lease
@@ -107,7 +107,7 @@ class Registry:
             if problems:
                 raise FileError(_HEADLINE, problems)
             self._look(entry)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             self._read(entry, lease)
         lease.future.result()
         try:
