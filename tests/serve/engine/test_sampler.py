@@ -52,8 +52,22 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(options: dict[str, 
     assert probable <= found <= kept
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-310, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
+def test_the_lowest_temperatures_take_the_likeliest_token(temperature: float, options: dict[str, Any]) -> None:
+    found = draw(LOGITS, [sampler(temperature=temperature, seed=3, **options) for _ in LOGITS])
+    assert [one.token for one in found] == LOGITS.argmax(-1).tolist()
+
+
+def test_seeds_of_either_sign_differ() -> None:
+    first, second = sampler(seed=-1), sampler(seed=1)
+    assert first.random.random() != second.random.random()
+
+
 def test_a_draw_with_a_seed_does_not_depend_on_the_batch() -> None:
-    settings = [{"seed": i, "temperature": 0.5 + i, "top_k": 10 * (i % 2), "top_p": 0.9} for i in range(6)]
+    settings = [
+        {"seed": i, "temperature": 0.5 + i, "top_k": 10 * (i % 2), "top_p": (0.9, 1.0)[i % 3 > 0]} for i in range(6)
+    ]
     together, alone = [sampler(**s) for s in settings], [sampler(**s) for s in settings]
     for _ in range(20):
         row = draw(LOGITS, together)

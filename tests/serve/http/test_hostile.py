@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -10,10 +11,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
-from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, Engine
+from lorary.errors import Diagnostic, LoraryError
+from lorary.serve.address import bind
+from lorary.serve.http.limits import Traffic
+from lorary.serve.http.server import Server
 from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
 
@@ -204,6 +209,7 @@ def busy(seconds: float) -> BusyError:
 
 
 LEAK = Finished("error", error="CUDA out of memory in /srv/lorary/serve/batch/layers.py:7")
+_BAD = "cannot serve the adapter 'x':\n  - rank: 64\n  - /srv/a.json: is missing"
 _CUT = "the request was cancelled: the server is shutting down"
 
 
@@ -213,6 +219,12 @@ _CUT = "the request was cancelled: the server is shutting down"
         (busy(2.2), 429, "the queue is full (ask again later)", "3"),
         (busy(0), 429, "the queue is full (ask again later)", "1"),
         ([LEAK], 500, "the engine failed on this request: CUDA out of memory in layers.py:7", None),
+        (
+            [Finished("refused", error=_BAD)],
+            400,
+            "cannot serve the adapter 'x': rank: 64; a.json: is missing",
+            None,
+        ),
         ([Token(5, "x"), Finished("cancelled")], 503, _CUT, "5"),
         ([Finished("deadline")], 503, "the request did not begin within its deadline", "5"),
         (ZeroDivisionError("secret"), 500, "the server failed on this request; its log says why", None),
@@ -235,6 +247,20 @@ def test_what_goes_wrong_in_the_engine(
         assert json.loads(last.removeprefix("data: ")) == answer.json
 
 
+def test_a_broken_adapter_below_the_root_is_refused_the_first_time_as_later(server: Live, root: Path) -> None:
+    broken = root / "broken"
+    broken.mkdir()
+    try:
+        (broken / "adapter_config.json").write_text("{}")
+        answers = [server.post("/v1/completions", COMPLETION | {"model": "broken"}) for _ in range(2)]
+    finally:
+        shutil.rmtree(broken)
+    assert [answer.status for answer in answers] == [400, 400]
+    first, second = (answer.message for answer in answers)
+    assert first == second
+    assert "`peft_type`" in first
+
+
 def test_health_is_the_engines(engine: Engine) -> None:
     scripted = Scripted(engine)
     with live(scripted) as server:  # type: ignore[arg-type]
@@ -253,3 +279,14 @@ def test_an_impossible_token_is_json(engine: Engine) -> None:
         streamed = server.post("/v1/completions", COMPLETION | {"logprobs": 1, "stream": True}).body
         assert b"-9999.0" in streamed
         assert b"Infinity" not in streamed
+
+
+def test_an_address_that_another_server_has_begun_to_listen_at_meanwhile() -> None:
+    """Both are bound while they load their bases."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with closing(first), closing(bind("127.0.0.1", port)) as second:
+        first.listen()
+        server = Server(FastAPI(), Settings(), Traffic(), stop=lambda: None)
+        with pytest.raises(LoraryError, match=f"cannot listen:\n.*127.0.0.1:{port}: address already in use"):
+            server.run(sockets=[second])

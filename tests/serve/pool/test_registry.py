@@ -19,8 +19,8 @@ from torch import nn
 
 import lorary
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
 from lorary.serve.forms.flat import Flat
+from lorary.serve.interface import BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name
 from lorary.serve.pool.arena import PlainArena
 from lorary.serve.pool.lease import Lease
@@ -113,6 +113,15 @@ def test_adapters_below_the_root_are_found_by_their_paths(tmp_path: Path) -> Non
         assert [card.name for card in registry.cards()] == ["new", "team/b", "team/deep/c"]
 
 
+def test_an_adapter_whose_record_comes_long_after_its_folder_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "slow").mkdir()
+    os.utime(tmp_path, (1, 1))  # settled: a copy that takes minutes
+    root = AdapterRoot(tmp_path)
+    assert root.names() == []
+    (tmp_path / "slow" / "adapter_config.json").write_text("{}")
+    assert root.names() == ["slow"]
+
+
 def test_a_root_that_has_not_changed_is_not_looked_through_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +172,12 @@ def test_an_unknown_name_has_the_nearest_as_a_hint(tmp_path: Path) -> None:
         uid(registry.lease("french"))
         with pytest.raises(UnknownAdapterError, match=r"no adapter has the name 'frensh'\n      hint: .*`french`"):
             registry.lease("frensh")
+
+
+def test_a_run_folders_name_has_its_adapter_as_a_hint(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "adapter", "1")
+    with serving(tmp_path) as registry, pytest.raises(UnknownAdapterError, match="hint: did you mean `run/adapter`"):
+        registry.lease("run")
 
 
 PATHS = ["..", "../a", "a/../../x", "/", "/etc", "a\0b", "x" * 5000, "", ".", "link", "link/inner", "loop"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorary.errors import Diagnostic, StateError, deduplicated
 from lorary.layers.kinds import KINDS, kind_of
+from lorary.layers.quantized_weight import compute_dtype
 from lorary.layers.wrappers import unwrapped
 from lorary.model.state import state_of
 from lorary.serve.batch.batch import Batch
@@ -20,7 +21,6 @@ from lorary.serve.batch.mixed import Covered, forward_of
 from lorary.serve.batch.ops.table import AdapterTable
 from lorary.serve.batch.step import Step
 from lorary.serve.batch.token_axis import token_axes
-from lorary.serve.forms._overrides import compute_dtype
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 _MISSING = "the base has no such module"
@@ -74,9 +74,7 @@ class ServedLayers:
             return
         problems = [p for path, site in form.sites.items() for p in self._site_problems(path, site)]
         problems += [p for path, own in form.overrides.items() for p in self._override_problems(path, own)]
-        problems += [
-            Diagnostic(path, "the base has no such module") for path in form.rotary if path not in self._by_path
-        ]
+        problems += [Diagnostic(path, _MISSING) for path in form.rotary if path not in self._by_path]
         if problems:
             raise StateError("cannot serve the adapter:", deduplicated(problems))
         for path in (*form.sites, *form.overrides, *form.rotary):

@@ -43,7 +43,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.random = random.Random(sampling.seed)
+        # `random` takes -1 for 1, and answers with consecutive seeds are to differ
+        self.random = random.Random(None if sampling.seed is None else sampling.seed % 2**64)
         self.counts: Counter[int] = Counter()
 
     @property
@@ -71,9 +72,11 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:
             tokens = torch.tensor(list(shifts), device=logits.device)
             scores[row, tokens] += torch.tensor(list(shifts.values()), device=logits.device)
     tokens = scores.argmax(-1)
-    if warm := [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]:
-        rows = torch.tensor(warm, device=logits.device)
-        tokens[rows] = _sampled(scores[rows], [samplers[row] for row in warm])
+    for truncated in (False, True):  # apart: whether a row is sorted may not depend on the others
+        chosen_rows = [row for row, sampler in enumerate(samplers) if _draws(sampler.sampling, truncated)]
+        if chosen_rows:
+            rows = torch.tensor(chosen_rows, device=logits.device)
+            tokens[rows] = _sampled(scores[rows], [samplers[row] for row in chosen_rows], truncated)
     finite = logits.amax(-1).isfinite()  # NaN is the greatest of all; -inf is fine beside finite ones
     chosen, fine = torch.stack([tokens, finite.long()]).tolist()
     drawn = [Drawn(token) if ok else Drawn(-1, error=NOT_FINITE) for token, ok in zip(chosen, fine, strict=True)]
@@ -84,16 +87,23 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[Drawn]:
     return drawn
 
 
-def _sampled(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Draws with temperature, top-k and top-p, in this order: [rows]."""
+def _draws(sampling: Sampling, truncated: bool) -> bool:
+    """Whether tokens are drawn, from the likeliest ones alone or from all."""
+    return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1) is truncated
+
+
+def _sampled(scores: Tensor, samplers: Sequence[Sampler], truncated: bool) -> Tensor:
+    """Draws with temperature, top-k and top-p, in this order, the last two if `truncated`: [rows]."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
 
     settings = [sampler.sampling for sampler in samplers]
-    scores = scores.double() / column([one.temperature for one in settings])
+    scores = scores.double()
+    # from the greatest, so that no temperature is so low that the quotients are infinite
+    scores = (scores - scores.amax(-1, keepdim=True)) / column([one.temperature for one in settings])
     order: Tensor | None = None
-    if any(one.top_k > 0 or one.top_p < 1 for one in settings):
+    if truncated:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         most = column([one.top_k or scores.shape[-1] for one in settings])
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= most, -torch.inf)

@@ -130,8 +130,10 @@ class AdapterRoot:
             return []
         seen[prefix] = listing
         names = [prefix + name for name in listing.adapters]
-        if prefix.count("/") < _MOST_LEVELS - 1:
-            for name in listing.others:
+        for name in listing.others:
+            if is_adapter(self.folder / prefix / name):  # since: that changes its own time, not its parent's
+                names.append(prefix + name)
+            elif prefix.count("/") < _MOST_LEVELS - 1:
                 names += self._below(f"{prefix}{name}/", seen)
         return names
 
