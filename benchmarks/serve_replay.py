@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from lorary.serve.engine.engine import Engine
+from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Request, Sampling, Token
 from serve_workload import Call
 

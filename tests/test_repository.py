@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Within train/: each package imports only those before it.
 TRAIN = ("config", "data", "trainer", "runner")
+# Within serve/, likewise.
+SERVE = (
+    *("address", "request", "interface", "forms", "pool", "batch", "scheduler", "engine"),
+    *("open", "http", "vllm", "ray"),
+)
 # Folders of tests that are of no single room.
 ACROSS = {"laws", "papers", "golden", "outside", "clients"}
 MOST_LINES = 330  # about 300
@@ -39,8 +44,11 @@ def misplaced(module: str, other: str) -> str | None:
             return f"{there[0]} is above {here[0]}"
         if any(part.startswith("_") for part in there[1:]):
             return f"it is private to {there[0]}"
-    elif here[0] == "train" and len(here) > 1 and TRAIN.index(there[1]) > TRAIN.index(here[1]):
-        return f"train.{there[1]} is above train.{here[1]}"
+    elif len(here) > 1 and (parts := {"train": TRAIN, "serve": SERVE}.get(here[0])):
+        if parts.index(there[1]) > parts.index(here[1]):
+            return f"{here[0]}.{there[1]} is above {here[0]}.{here[1]}"
+        if here[1] != there[1] and any(part.startswith("_") for part in there[2:]):
+            return f"it is private to {here[0]}.{there[1]}"
     return None
 
 
@@ -106,6 +114,9 @@ def test_no_import_goes_in_a_circle(folder: str, prefix: str) -> None:
         ("adapters.switch", "model.attach", None),
         ("train.data.load", "train.config.load", None),
         ("train.data.load", "train.runner.run", "train.runner is above train.data"),
+        ("serve.pool.pool", "serve.engine.runner", "serve.engine is above serve.pool"),
+        ("serve.batch.layers", "serve.forms._overrides", "it is private to serve.forms"),
+        ("serve.forms.form", "serve.forms._overrides", None),
         ("files.atomic", "__init__", "__init__ is above files"),
         ("files.atomic", "_deprecated", None),
     ],

@@ -8,7 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,6 +99,15 @@ class LoraryError(Exception):
         self.headline = headline
         self.problems = tuple(problems)
         super().__init__("\n".join([headline, *(f"  - {line}" for line in folded(self.problems))]))
+
+    def problems_of(self, name: str) -> list[Diagnostic]:
+        """The problems, or else the headline as one, each placed under a name: for an error about several things.
+
+        >>> print(*LoraryError("", [Diagnostic("rank", "is 0")]).problems_of("french"))
+        french: rank: is 0
+        """
+        found = self.problems or [Diagnostic("", self.headline)]
+        return [replace(problem, where=f"{name}: {problem.where}" if problem.where else name) for problem in found]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: with its problems and further attributes, which `Exception` alone would lose."""

@@ -188,6 +188,7 @@ _SECRETS = "python -c 'import secrets; print(secrets.token_urlsafe(24))'"
                 "--root: there is no folder nowhere",
             ],
         ),
+        (["builtin:base"], ["builtin:base: is a base"]),
         (["nowhere", "x=elsewhere"], ["elsewhere: there is no such folder", "nowhere: there is no such folder"]),
         (
             ["a=one", "a=two"],
@@ -206,7 +207,7 @@ def test_a_wrong_command_line_lists_every_problem(
 
 
 def test_a_taken_port_is_found_before_the_base_is_loaded(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorary.serve.http.server import bind
+    from lorary.serve.address import bind
 
     monkeypatch.setattr("lorary.cli._serve.opened", lambda *_: pytest.fail("the base was loaded"))
     with bind("127.0.0.1", 0) as taken:

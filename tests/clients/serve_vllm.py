@@ -83,7 +83,7 @@ def compared(folders: dict[str, Path], section: Any, settings: Any) -> int:
     """Serve adapters with vLLM, and count those that it computes otherwise."""
     import dataclasses
 
-    from lorary.serve.http.server import free_port
+    from lorary.serve.address import free_port
     from lorary.serve.vllm.plan import vllm_plan
     from lorary.serve.vllm.process import check_models, running
     from lorary.serve.vllm.serve import verify_plan

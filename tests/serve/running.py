@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lorary
-from lorary.serve.engine.engine import Engine
+from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Request, Token
 from tests import tiny
 

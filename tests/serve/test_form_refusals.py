@@ -13,15 +13,14 @@ from torch import Tensor, nn
 import lorary
 from lorary.errors import FileError, LoraryError, MethodError, StateError
 from lorary.methods.longlora import LongContext
-from lorary.serve.engine.engine import RequestError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.weighted import check_weights
+from lorary.serve.interface import RequestError
 from lorary.spec.interfaces import component
 from tests import architectures, tiny
 from tests.laws.cases import made_of
-
-from .reference import computing
-from .test_form import QWEN, adapter_of, nf4, off, qwen
+from tests.serve.forms.test_form import QWEN, adapter_of, nf4, off, qwen
+from tests.serve.reference import computing
 
 
 @component

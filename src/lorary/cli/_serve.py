@@ -14,10 +14,11 @@ from lorary.cli import printable
 from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.serve.address import local_url
 from lorary.serve.http.settings import Settings
 
 if TYPE_CHECKING:
-    from lorary.serve.engine.engine import Engine
+    from lorary.serve.interface import Engine
     from lorary.spec.interfaces import Storage
 
 A = TypeVar("A")
@@ -26,7 +27,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Start:
-    """What the command line asks for.
+    """The command line of `lorary serve`, apart from the HTTP server's settings.
 
     Args:
         adapters: folders, run folders, Hub ids, or NAME=FOLDER.
@@ -60,7 +61,7 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
     """
     folders = find_adapters(start.adapters)
     base = base_of(folders, start.base)
-    from lorary.serve.http.server import bind
+    from lorary.serve.address import bind
 
     with bind(host, port) as listener:
         engine = opened(start, base, folders)
@@ -98,6 +99,7 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     """
     from lorary.adapters.resolve import find_adapter
     from lorary.cli._chat import names_of
+    from lorary.model.loading.source import BUILTIN
 
     named = [_named(text) for text in given]
     unnamed = names_of(folder for name, folder in named if not name)
@@ -110,7 +112,8 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
         try:
             found[name] = find_adapter(folder, "serve")
         except FileError as error:
-            problems += error.problems
+            is_base = folder in BUILTIN or (Path(folder) / "config.json").is_file()
+            problems += [Diagnostic(folder, "is a base", f"use --base {folder}")] if is_base else error.problems
     if problems:
         raise FileError("cannot serve these adapters:", problems)
     return found
@@ -154,8 +157,7 @@ def _of_each(folders: Mapping[str, Path], read: Callable[[str, Path], A]) -> dic
             try:
                 found[name] = read(name, folder)
             except LoraryError as error:
-                reasons = error.problems or [Diagnostic("", error.headline)]
-                problems += [Diagnostic(f"{name}: {p.where}" if p.where else name, p.what, p.fix) for p in reasons]
+                problems += error.problems_of(name)
             update(advance=1)
     if problems:
         raise FileError("cannot serve these adapters:", problems)
@@ -220,9 +222,7 @@ def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:
 
 def welcome(engine: Engine, settings: Settings, address: tuple[str, int]) -> str:
     """The text for the terminal: where the server is, its models, and a request to try."""
-    host, port = address
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    url, names = f"http://{host}:{port}", [card.name for card in engine.adapters()]
+    url, names = local_url(*address), [card.name for card in engine.adapters()]
     shown = [engine.name, *names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]
     body = json.dumps({"model": names[0] if names else engine.name, "prompt": "def parse(", "max_tokens": 32})
     key = " -H 'Authorization: Bearer KEY'" if settings.guarded else ""

@@ -1,4 +1,4 @@
-"""Which options of `lorary serve` belong to which engine."""
+"""The options of `lorary serve` by engine."""
 
 from __future__ import annotations
 

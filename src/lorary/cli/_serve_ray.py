@@ -16,8 +16,8 @@ from lorary.cli._serve import Start, base_name, base_of, find_adapters, load_ada
 from lorary.errors import Diagnostic, LoraryError
 
 if TYPE_CHECKING:
-    from lorary.serve.engine.engine import Engine
     from lorary.serve.http.settings import Settings
+    from lorary.serve.interface import Engine
 
 _SHOWN_LINES = 12
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")  # the last line of a traceback
@@ -35,7 +35,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
     Raises:
         LoraryError: an adapter cannot be found, or the replicas do not start, with the reason.
     """
-    from lorary.serve.http.server import free_port
+    from lorary.serve.address import free_port
     from lorary.serve.ray.app import NAME, application, ray_serve, started
     from lorary.serve.ray.remote_engine import RemoteEngine
 

@@ -123,6 +123,15 @@ def stored_tensors(layer: nn.Module) -> list[Tensor]:
     return [tensor for name, tensor in named if name != "bias"]
 
 
+def compute_dtype(layer: nn.Module, base: nn.Module) -> torch.dtype:
+    """The precision in which a layer computes: that of its weight, or of the base if it is quantised."""
+    dtype = getattr(layer, "dtype", None) if is_quantized(layer) else stored_tensors(layer)[0].dtype
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    wide = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(wide, torch.get_default_dtype())
+
+
 def weight_by_forward(layer: Any, rows: int = 256) -> Tensor:
     """The dense weight [out, in] of a linear layer, from its output for the identity matrix, less its bias.
 

@@ -24,7 +24,6 @@ from lorary.serve.pool.adapter_root import AdapterRoot
 from lorary.serve.pool.loader import Limits, Loader
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.registry import Registry
-from lorary.serve.pool.store import Store
 from lorary.serve.scheduler.policy import Policy
 from lorary.spec.interfaces import Storage
 
@@ -64,13 +63,12 @@ def open_engine(
     if torch.cuda.is_available():
         model = model.to("cuda")
     engine = engine_of(model, load_tokenizer(section), name or base, **options)
-    problems = []
+    problems = list[Diagnostic]()
     for adapter, folder in (adapters or {}).items():
         try:
             engine.load(adapter, str(folder))
         except LoraryError as error:
-            found = error.problems or [Diagnostic("", error.headline)]
-            problems += [Diagnostic(f"{adapter}: {p.where}" if p.where else adapter, p.what, p.fix) for p in found]
+            problems += error.problems_of(adapter)
     if problems:
         engine.stop()
         raise FileError("cannot serve these adapters:", problems)
@@ -130,7 +128,7 @@ def engine_of(
         name,
         runner,
         layers,
-        Store(Registry(pool, loader, root=found, reserved=[name]), pool),
+        Registry(pool, loader, root=found, reserved=[name]),
         policy,
         ends=end_tokens(model),
         vocabulary=int(text_config(model).vocab_size),

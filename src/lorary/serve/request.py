@@ -79,7 +79,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "refused", "error"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Finished:
         reason: "stop" at an end-of-sequence token or a stop string, "length" at `max_tokens` or a full context.
         text: text that was held back, in case that it began a stop string.
         prompt_tokens, cached_tokens, generated_tokens: its tokens; cached ones were not computed again.
-        error: what went wrong, for the reasons "error" and "deadline".
+        error: what went wrong, for the reasons "error", "deadline" and "refused": an adapter that cannot be served.
         stop: the stop string that ended it.
     """
 

@@ -24,8 +24,7 @@ from lorary.serve.batch.step import RowsError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 from lorary.spec.presets import presets
-
-from .. import tiny
+from tests import tiny
 
 Made = tuple[lorary.Adapter, ServingForm]
 # rows of each request: few, for compiled code; many, for matrix products

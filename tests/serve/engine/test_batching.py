@@ -17,15 +17,14 @@ from lorary import builtin
 from lorary.errors import ConfigError, FileError, LoraryError
 from lorary.serve.engine.batching import BatchingEngine
 from lorary.serve.engine.continuous import PagedRunner
-from lorary.serve.engine.engine import BusyError, RequestError, UnknownAdapterError
+from lorary.serve.interface import BusyError, RequestError, UnknownAdapterError
 from lorary.serve.open import engine_of, open_engine
 from lorary.serve.request import Request, Sampling
 from lorary.serve.scheduler.policy import Policy
 from tests import tiny
 from tests.laws.cases import made_of
-
-from .running import Answer, answers, saved_adapter, submitted, words
-from .test_parity import SIZES, VOCABULARY
+from tests.serve.running import Answer, answers, saved_adapter, submitted, words
+from tests.serve.test_parity import SIZES, VOCABULARY
 
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
 PROMPT = (5, 9, 33, 2)
@@ -440,7 +439,7 @@ def test_a_request_that_the_memory_cannot_hold_is_refused() -> None:
 
 def test_adapters_that_cannot_be_added_end_with_the_reason(running: BatchingEngine) -> None:
     (answer,) = answers(running, [Request(PROMPT, {"a": 0.5, "c": 0.5}, GREEDY)])
-    assert answer.end.reason == "error"
+    assert answer.end.reason == "refused"
     assert answer.end.error.startswith("cannot add these adapters:\n  - c: scales the base's output at")
     with pytest.raises(RequestError) as refusal:  # it is known by now
         submitted(running, Request(PROMPT, {"a": float("nan")}, GREEDY))

@@ -21,8 +21,7 @@ from lorary.serve.open import choose_runner, engine_of
 from lorary.serve.request import Request, Sampling
 from tests import architectures, tiny
 from tests.laws.cases import made_of
-
-from .running import answers, saved_adapter, words
+from tests.serve.running import answers, saved_adapter, words
 
 SHAPE = Shape(2**20, page=4, tokens=16)
 DENSE = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM")

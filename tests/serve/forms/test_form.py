@@ -22,8 +22,7 @@ from tests import architectures, tiny
 from tests.adapters.models import outputs
 from tests.adapters.test_mlx import LLAMA, folder_of
 from tests.laws.cases import made_of
-
-from .reference import computing
+from tests.serve.reference import computing
 
 QWEN = {"max_position_embeddings": 32}
 

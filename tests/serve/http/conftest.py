@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine
 from tests.serve.http.live import Live, live, save_adapter, started_engine
 
 

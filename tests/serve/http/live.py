@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import lorary
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
-from lorary.serve.engine.engine import Engine
+from lorary.serve.address import bind
 from lorary.serve.http.app import create_app
 from lorary.serve.http.limits import Traffic
-from lorary.serve.http.server import Server, bind
+from lorary.serve.http.server import Server
 from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.interface import Engine
 from lorary.serve.open import open_engine
 from tests.tiny import shaken
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import AdapterCard, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, UnknownAdapterError
 from lorary.serve.request import Deliver, Event, Request
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary.serve.engine.engine import Engine
+from lorary.serve.interface import Engine
 from tests import pages
 from tests.serve.http.live import Live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 from lorary.errors import Diagnostic, LoraryError
-from lorary.serve.engine.engine import BusyError, Engine
+from lorary.serve.address import bind
 from lorary.serve.http.limits import Traffic
-from lorary.serve.http.server import Server, bind
+from lorary.serve.http.server import Server
 from lorary.serve.http.settings import MIB, Settings
+from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Deliver, Finished, Request, Token
 from tests.serve.http.live import BASE, KEY, Answer, Live, live, request
 
@@ -207,6 +209,7 @@ def busy(seconds: float) -> BusyError:
 
 
 LEAK = Finished("error", error="CUDA out of memory in /srv/lorary/serve/batch/layers.py:7")
+_BAD = "cannot serve the adapter 'x':\n  - rank: 64\n  - /srv/a.json: is missing"
 _CUT = "the request was cancelled: the server is shutting down"
 
 
@@ -216,6 +219,12 @@ _CUT = "the request was cancelled: the server is shutting down"
         (busy(2.2), 429, "the queue is full (ask again later)", "3"),
         (busy(0), 429, "the queue is full (ask again later)", "1"),
         ([LEAK], 500, "the engine failed on this request: CUDA out of memory in layers.py:7", None),
+        (
+            [Finished("refused", error=_BAD)],
+            400,
+            "cannot serve the adapter 'x': rank: 64; a.json: is missing",
+            None,
+        ),
         ([Token(5, "x"), Finished("cancelled")], 503, _CUT, "5"),
         ([Finished("deadline")], 503, "the request did not begin within its deadline", "5"),
         (ZeroDivisionError("secret"), 500, "the server failed on this request; its log says why", None),
@@ -236,6 +245,20 @@ def test_what_goes_wrong_in_the_engine(
         *_, last, done, rest = streamed.body.decode().split("\n\n")
         assert (streamed.status, done, rest) == (200, "data: [DONE]", "")
         assert json.loads(last.removeprefix("data: ")) == answer.json
+
+
+def test_a_broken_adapter_below_the_root_is_refused_the_first_time_as_later(server: Live, root: Path) -> None:
+    broken = root / "broken"
+    broken.mkdir()
+    try:
+        (broken / "adapter_config.json").write_text("{}")
+        answers = [server.post("/v1/completions", COMPLETION | {"model": "broken"}) for _ in range(2)]
+    finally:
+        shutil.rmtree(broken)
+    assert [answer.status for answer in answers] == [400, 400]
+    first, second = (answer.message for answer in answers)
+    assert first == second
+    assert "`peft_type`" in first
 
 
 def test_health_is_the_engines(engine: Engine) -> None:

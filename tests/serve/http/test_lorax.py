@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 
 from lorary import builtin
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, Engine
 from lorary.serve.http.app import create_app
+from lorary.serve.interface import BusyError, Engine
 from lorary.serve.request import Event, Finished, Token
 from tests.serve.http.live import BASE, Live
 from tests.serve.http.scripted import Scripted

@@ -13,12 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lorary import builtin
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import AdapterCard, BusyError, Engine
-from lorary.serve.engine.statistics import Statistics
 from lorary.serve.http.app import create_app
 from lorary.serve.http.metrics import adapters_that_fit, metrics_router
 from lorary.serve.http.observed import Observed
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, BusyError, Engine, Statistics
 from lorary.serve.request import Event, Finished, Request, Token
 from tests.serve.http.scripted import Scripted
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lorary
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.openai_bodies import ChatBody, CompletionBody
+from lorary.serve.interface import Engine
 from lorary.serve.request import Request, Sampling
 from tests.serve.http.live import BASE, Live, base, request, tokenizer
 

@@ -14,10 +14,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lorary import builtin
-from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.http.app import create_app
 from lorary.serve.http.page import STATIC
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard
 from lorary.serve.request import Finished, Token
 from tests.serve.http.live import BASE, Live, live
 from tests.serve.http.scripted import Scripted

@@ -12,9 +12,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine
 from lorary.serve.request import Deliver, Request
 from tests.serve.http.live import ADMIN_KEY, BASE, KEY, OTHER_KEY, Live, live
 

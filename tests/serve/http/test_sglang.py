@@ -11,9 +11,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from lorary import builtin
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.app import create_app
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Token
 from tests.serve.http.live import BASE
 from tests.serve.http.scripted import Scripted

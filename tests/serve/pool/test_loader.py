@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import lorary
 from lorary.adapters import tensor_checks
 from lorary.files import safe_open
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.forms.form import serving_form
+from lorary.serve.interface import BusyError
 from lorary.serve.pool import loader as loader_module
 from lorary.serve.pool.adapter_root import AdapterRoot
 from lorary.serve.pool.arena import PlainArena

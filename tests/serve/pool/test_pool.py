@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lorary
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.forms.flat import ALIGNMENT, flatten
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
+from lorary.serve.interface import BusyError
 from lorary.serve.pool.arena import Arena, CacheArena, PlainArena
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.space import Run, Space

@@ -19,8 +19,8 @@ from torch import nn
 
 import lorary
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
 from lorary.serve.forms.flat import Flat
+from lorary.serve.interface import BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name
 from lorary.serve.pool.arena import PlainArena
 from lorary.serve.pool.lease import Lease
@@ -172,6 +172,12 @@ def test_an_unknown_name_has_the_nearest_as_a_hint(tmp_path: Path) -> None:
         uid(registry.lease("french"))
         with pytest.raises(UnknownAdapterError, match=r"no adapter has the name 'frensh'\n      hint: .*`french`"):
             registry.lease("frensh")
+
+
+def test_a_run_folders_name_has_its_adapter_as_a_hint(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "adapter", "1")
+    with serving(tmp_path) as registry, pytest.raises(UnknownAdapterError, match="hint: did you mean `run/adapter`"):
+        registry.lease("run")
 
 
 PATHS = ["..", "../a", "a/../../x", "/", "/etc", "a\0b", "x" * 5000, "", ".", "link", "link/inner", "loop"]

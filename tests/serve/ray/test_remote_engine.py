@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from lorary.errors import Diagnostic, FileError, LoraryError
-from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.ray.remote_engine import Journey, merged_cards, merged_figures
 from lorary.serve.ray.replica import affinity
 from lorary.serve.request import Event, Finished, Request, Sampling, Token

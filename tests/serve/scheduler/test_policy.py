@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorary.errors import ConfigError, StateError
-from lorary.serve.engine.engine import RequestError
+from lorary.serve.interface import RequestError
 from lorary.serve.scheduler.admission import Admission
 from lorary.serve.scheduler.decide import decide
 from lorary.serve.scheduler.pending import Pending, Waiting

@@ -17,7 +17,7 @@ from lorary import builtin
 from lorary.analysis.verify.verify import CERTIFICATE
 from lorary.errors import LoraryError
 from lorary.model.loading.source import ModelSection
-from lorary.serve.http.server import free_port
+from lorary.serve.address import free_port
 from lorary.serve.vllm.plan import VllmAdapter, VllmPlan, VllmSettings
 from lorary.serve.vllm.process import ServerError, check_models, running
 from lorary.serve.vllm.serve import serve_vllm, verify_plan

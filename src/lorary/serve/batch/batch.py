@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which adapters.
+"""The batch of a forward pass: segments of rows with the same adapters.
 
 The rows of a batch are sorted by adapter. A layer gets its rows flattened, [rows, in], and finds its segments by their
 number: a language model calls most layers with one row for each token, and its head, under continuous batching, with
@@ -28,6 +28,15 @@ class Segment(NamedTuple):
     start: int
     stop: int
     adapters: Weighted
+
+
+class Piece(NamedTuple):
+    """Consecutive rows, and an adapter with its weight. The pieces of a weighted sum have the same rows."""
+
+    start: int
+    stop: int
+    form: ServingForm
+    weight: float
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorary.errors import Diagnostic, StateError, deduplicated
 from lorary.layers.kinds import KINDS, kind_of
+from lorary.layers.quantized_weight import compute_dtype
 from lorary.layers.wrappers import unwrapped
 from lorary.model.state import state_of
 from lorary.serve.batch.batch import Batch
@@ -20,7 +21,6 @@ from lorary.serve.batch.mixed import Covered, forward_of
 from lorary.serve.batch.ops.table import AdapterTable
 from lorary.serve.batch.step import Step
 from lorary.serve.batch.token_axis import token_axes
-from lorary.serve.forms._overrides import compute_dtype
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 _MISSING = "the base has no such module"
@@ -53,7 +53,7 @@ class ServedLayers:
         if state_of(model) is not None:
             raise StateError("cannot serve:", [Diagnostic("model", "has an adapter attached", "detach it first")])
         self._model = model
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._by_path = dict(model.named_modules(remove_duplicate=False))
         rowwise = {path: m for path, m in model.named_modules() if (kind := kind_of(m)) and KINDS[kind].rowwise}
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.table = AdapterTable({path: compute_dtype(m, model) for path, m in rowwise.items()}, device)
@@ -74,13 +74,11 @@ class ServedLayers:
             return
         problems = [p for path, site in form.sites.items() for p in self._site_problems(path, site)]
         problems += [p for path, own in form.overrides.items() for p in self._override_problems(path, own)]
-        problems += [
-            Diagnostic(path, "the base has no such module") for path in form.rotary if path not in self._modules
-        ]
+        problems += [Diagnostic(path, _MISSING) for path in form.rotary if path not in self._by_path]
         if problems:
             raise StateError("cannot serve the adapter:", deduplicated(problems))
         for path in (*form.sites, *form.overrides, *form.rotary):
-            self._cover(self._modules[path])
+            self._cover(self._by_path[path])
         self.table.add(form)
 
     def remove(self) -> None:
@@ -119,7 +117,7 @@ class ServedLayers:
         module.forward = forward_of(self, covered)
 
     def _site_problems(self, path: str, site: SiteForm) -> list[Diagnostic]:
-        module = self._modules.get(path)
+        module = self._by_path.get(path)
         kind = None if module is None else kind_of(module)
         if kind is None:
             return [Diagnostic(path, "the base has no such layer")]
@@ -141,7 +139,7 @@ class ServedLayers:
         return problems
 
     def _override_problems(self, path: str, own: Mapping[str, Any]) -> list[Diagnostic]:
-        module = self._modules.get(path)
+        module = self._by_path.get(path)
         if module is None:
             return [Diagnostic(path, _MISSING)]
         held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.quantized_weight import is_quantized
-from lorary.serve.batch.batch import Batch, Weighted
+from lorary.serve.batch.batch import Batch, Piece, Weighted
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 _LAYERS_PER_STEP = 4
 
-Piece = tuple[int, int, ServingForm, float]
 Pair = tuple[Tensor, Tensor | None]  # W' [out, in], b' [out]
 
 

@@ -1,4 +1,4 @@
-"""What a covered module computes: its own output, with the adapters' terms on their rows."""
+"""The forward of a covered module: its own output plus the adapters' terms on their rows."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic
 from lorary.kernels.torch_internals import with_parameters
 from lorary.layers.kinds import KINDS, kind_of
+from lorary.serve.batch.batch import Piece
 from lorary.serve.batch.merged import MergedWeights, Pair
 from lorary.serve.batch.ops import cpu
 from lorary.serve.batch.ops.reference import with_terms
 from lorary.serve.batch.ops.table import AdapterTable
-from lorary.serve.batch.step import Piece, Rows, RowsError, Step
+from lorary.serve.batch.step import Rows, RowsError, Step
 from lorary.serve.forms.serving_form import SiteForm
 
 Forward = Callable[..., Any]
 
 
 class Served(Protocol):
-    """The layers of a model: which step they compute."""
+    """The layers of a model, and the step that they compute."""
 
     step: Step | None
     table: AdapterTable

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from lorary.errors import Diagnostic, LoraryError, StateError
-from lorary.serve.batch.batch import Batch, Segment
+from lorary.serve.batch.batch import Batch, Piece, Segment
 from lorary.serve.batch.merged import MergedWeights
 from lorary.serve.batch.ops.kernels import Kernels, kernels_for
 from lorary.serve.batch.ops.table import AdapterTable
-from lorary.serve.forms.serving_form import ServingForm
 
 
 class RowsError(LoraryError):
     """A layer got rows that the batch does not describe: a fault of the engine, not of a request."""
 
 
-class Piece(NamedTuple):
-    """Consecutive rows, and an adapter with its weight. The pieces of a weighted sum have the same rows."""
-
-    start: int
-    stop: int
-    form: ServingForm
-    weight: float
-
-
 @dataclass(frozen=True)
 class Rows:
-    """What layers have to do that get a certain number of rows.
+    """The work of the layers that get a certain number of rows.
 
     Args:
         pieces: all of it.
@@ -55,7 +45,7 @@ class Step:
     Args:
         table: [slots, layers, FIELDS] the table of adapters as it was when the pass began.
         kernels: for short segments; None without any.
-        rows: number of rows -> what is to be done.
+        rows: number of rows -> the work.
         merged: the merged weights of the only adapters; None if layers add terms.
     """
 
@@ -65,7 +55,7 @@ class Step:
     merged: MergedWeights | None = None
 
     def of(self, path: str, count: int) -> Rows:
-        """What a layer that got so many rows has to do.
+        """The work of a layer that got so many rows.
 
         Raises:
             RowsError: the batch says nothing of so many rows.
@@ -87,7 +77,7 @@ class Step:
             merged: the merged weights, if there may be any.
 
         Raises:
-            StateError: its adapters are not covered, have no sum, or its segments are no rows in order.
+            StateError: its adapters are not covered or have no sum, or its segments are out of order.
         """
         kernels = kernels_for(table.tensor.device)
         tensor = table.tensor  # before the slots, which a later tensor may not have

@@ -1,4 +1,4 @@
-"""Which dimension of a module's input the tokens lie along: a norm within attention may get heads before tokens."""
+"""The token dimension of each module's input: a norm within attention may get heads before tokens."""
 
 from __future__ import annotations
 

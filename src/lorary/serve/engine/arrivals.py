@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.engine.in_flight import InFlight
-from lorary.serve.pool.store import Store
+from lorary.serve.interface import BusyError
+from lorary.serve.pool.registry import Registry
 from lorary.serve.request import FinishReason
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """What has become of arrivals.
+    """The arrivals that need to wait no longer.
 
     Args:
         ready: those whose adapters are in memory, in order of arrival.
@@ -31,16 +31,16 @@ class Sorted:
 
 
 class Arrivals:
-    """See above. `borrow` may be called from any thread, the rest with the engine's lock.
+    """The requests whose adapters are not in memory yet. All but `borrow` is called with the engine's lock.
 
     Args:
-        store: of the adapters.
+        registry: of the adapters.
         notify: called from any thread when `has_news` may have become true.
         patience: seconds after which a parked request keeps younger ones from reading adapters.
     """
 
-    def __init__(self, store: Store, notify: Callable[[], None], patience: float) -> None:
-        self._store, self._notify, self._patience = store, notify, patience
+    def __init__(self, registry: Registry, notify: Callable[[], None], patience: float) -> None:
+        self._registry, self._notify, self._patience = registry, notify, patience
         self._waiting: dict[str, InFlight] = {}
         self._parked: dict[str, InFlight] = {}  # some of them
         self._retried: str | None = None  # the one of them that has asked again
@@ -58,15 +58,15 @@ class Arrivals:
         """
         if self._crowded:
             for name in flight.request.adapters:
-                self._store.registry.card(name)
+                self._registry.card(name)
         else:
-            flight.borrow(self._store, self._notify)
+            flight.borrow(self._registry, self._notify)
 
     def add(self, flight: InFlight) -> None:
-        """A request waits for its adapters."""
+        """Let a request wait for its adapters."""
         id = flight.request.id
         self._waiting[id] = flight
-        if len(flight.loans) < len(flight.request.adapters):
+        if len(flight.leases) < len(flight.request.adapters):
             self._parked[id] = flight
 
     def remove(self, id: str) -> None:
@@ -77,7 +77,7 @@ class Arrivals:
             self._retried = None
 
     def freed(self) -> None:
-        """A request has ended: its adapters may have made room."""
+        """Note that a request has ended: its adapters may have made room."""
         self._freed = bool(self._parked)
 
     @property
@@ -101,12 +101,12 @@ class Arrivals:
             if flight.begin_by is not None and flight.begin_by <= now:
                 found.ended[id] = ("deadline", "its adapters were not loaded in time")
             elif flight.ready and flight.busy:
-                alone = self._retried == id and self._alone and _without_loans(others, flight)
+                alone = self._retried == id and self._alone and _without_leases(others, flight)
                 self._park(flight)
                 if alone:
                     found.ended[id] = ("error", "its adapters have no room in the host's memory together")
             elif flight.ready and flight.errors:
-                found.ended[id] = ("error", "; ".join(flight.errors))
+                found.ended[id] = ("refused" if flight.refused else "error", "; ".join(flight.errors))
             elif flight.ready:
                 found.ready.append(flight)
         for id in [*found.ended, *(flight.request.id for flight in found.ready)]:
@@ -129,13 +129,13 @@ class Arrivals:
 
     def _ask_again(self, others: Mapping[str, InFlight]) -> tuple[str, str] | None:
         """Let the oldest parked request ask again, if there may be room; (id, reason) if it fails."""
-        idle = _without_loans(others)
+        idle = _without_leases(others)
         if self._retried is not None or not self._parked or not (self._freed or idle):
             return None
         self._freed = False
         id, flight = next(iter(self._parked.items()))
         try:
-            flight.borrow(self._store, self._notify)
+            flight.borrow(self._registry, self._notify)
         except BusyError:
             return None
         except LoraryError as error:
@@ -145,6 +145,6 @@ class Arrivals:
         return None
 
 
-def _without_loans(flights: Mapping[str, InFlight], but: InFlight | None = None) -> bool:
-    """Whether no request, or none but one, holds adapters."""
-    return not any(flight.loans for flight in flights.values() if flight is not but)
+def _without_leases(flights: Mapping[str, InFlight], but: InFlight | None = None) -> bool:
+    """Whether no request, or none but one, has leased adapters."""
+    return not any(flight.leases for flight in flights.values() if flight is not but)

@@ -16,14 +16,14 @@ import torch
 from lorary.errors import Diagnostic, LoraryError
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.engine.arrivals import Arrivals
-from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError
 from lorary.serve.engine.in_flight import InFlight
 from lorary.serve.engine.request_checks import length_problems, request_problems
 from lorary.serve.engine.runner import Row, Runner
 from lorary.serve.engine.steps import Steps
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.forms.weighted import check_weights
-from lorary.serve.pool.store import Store
+from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics
+from lorary.serve.pool.registry import Registry
 from lorary.serve.request import Deliver, FinishReason, Request
 from lorary.serve.scheduler.admission import Admission
 from lorary.serve.scheduler.policy import Policy
@@ -33,7 +33,7 @@ _HEADLINE = "cannot serve the request:"
 
 
 class BatchingEngine:
-    """See `lorary.serve.engine.engine.Engine`.
+    """See `lorary.serve.interface.Engine`.
 
     A request waits outside of the queue while its adapters load, then in the queue until the policy admits it, and is
     then in the batch until its end.
@@ -43,7 +43,7 @@ class BatchingEngine:
         name: of the base.
         runner: computes the forward passes.
         layers: of the base.
-        store: holds the adapters.
+        registry: of the adapters.
         policy: of the queue.
         ends: the end-of-sequence tokens.
         vocabulary: tokens of the base.
@@ -57,7 +57,7 @@ class BatchingEngine:
         name: str,
         runner: Runner,
         layers: ServedLayers,
-        store: Store,
+        registry: Registry,
         policy: Policy,
         *,
         ends: Collection[int],
@@ -66,18 +66,18 @@ class BatchingEngine:
         most_waiting: int = 1024,
     ) -> None:
         self.tokenizer, self.name, self.max_context = tokenizer, name, max_context
-        self.runner, self.layers, self.store = runner, layers, store
+        self.runner, self.layers, self.registry = runner, layers, registry
         self._ends, self._vocabulary, self._most_waiting = frozenset(ends), vocabulary, most_waiting
         self._wake = threading.Condition()  # guards the next five
         self._flights: dict[str, InFlight] = {}
-        self._arrivals = Arrivals(store, self._notify, policy.patience)
+        self._arrivals = Arrivals(registry, self._notify, policy.patience)
         self._cancelled: set[str] = set()
         self._closing = False
         self._dead: str | None = None
         self._admission = Admission(policy)
         self._steps = Steps(runner, self._flights)
         self._ended = deque[float](maxlen=32)  # times
-        self._counts: dict[str, float] = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
+        self._counts: Statistics = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
         self._thread: threading.Thread | None = None
 
     # --- from any thread ----------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class BatchingEngine:
             self._thread.join()
         else:
             self._leave()
-        self.store.close()
+        self.registry.close()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         if problems := list(request_problems(request, self._vocabulary)):
@@ -124,37 +124,40 @@ class BatchingEngine:
 
     def load(self, name: str, folder: str, *, replace: bool = False, pinned: bool = False) -> AdapterCard:
         trusted = self._thread is None  # before the start they are its owner's
-        return self.store.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
+        return self.registry.load(name, folder, replace=replace, pinned=pinned, trusted=trusted)
 
     def unload(self, name: str) -> None:
-        self.store.registry.unload(name)
+        self.registry.unload(name)
 
     def adapters(self) -> list[AdapterCard]:
         with self._wake:
             running = set(self._admission.running)
-            flights = [(id in running, loan.name) for id, flight in self._flights.items() for loan in flight.loans]
+            flights = [(id in running, lease.name) for id, flight in self._flights.items() for lease in flight.leases]
         counts = Counter(flights)
         return [
             replace(card, running=counts[True, card.name], waiting=counts[False, card.name])
-            for card in self.store.registry.cards()
+            for card in self.registry.cards()
         ]
 
     def adapter(self, name: str) -> AdapterCard:
-        return self.store.registry.card(name)
+        return self.registry.card(name)
 
     def why_dead(self) -> str | None:
         if self._dead is None and self._thread is not None and not self._thread.is_alive() and not self._closing:
             return "its thread has ended"
         return self._dead
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         with self._wake:
             running = len(self._admission.running)
-            figures: dict[str, Any] = {"running": running, "waiting": len(self._flights) - running, **self._counts}
-        figures |= self.store.statistics()
-        budget = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes
-        keys_values = max(self.runner.used_bytes() - int(figures["adapter_bytes"]), 0)
-        usage = keys_values / max(budget - int(figures["adapter_bytes"]), 1)
+            figures: Statistics = {"running": running, "waiting": len(self._flights) - running, **self._counts}
+        pool, loader = self.registry.pool.statistics(), self.registry.loader
+        figures |= {"adapter_bytes": pool["taken_bytes"], "host_bytes": pool["host_bytes"]}
+        figures |= {"loads": loader.count, "load_seconds": loader.seconds}
+        figures |= {"hits": pool["hits"], "evictions": pool["evictions"]}
+        budget, adapters = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes, figures["adapter_bytes"]
+        keys_values = max(self.runner.used_bytes() - adapters, 0)
+        usage = keys_values / max(budget - adapters, 1)
         return figures | {"budget_bytes": budget, "kv_bytes": keys_values, "kv_usage": usage}
 
     def _notify(self) -> None:
@@ -167,7 +170,7 @@ class BatchingEngine:
         Raises:
             RequestError: every reason.
         """
-        request, forms = flight.request, {loan.name: loan.form for loan in flight.loans}
+        request, forms = flight.request, {lease.name: lease.form for lease in flight.leases}
         check_weights(forms, request.adapters)
         context = self._context(forms.values())
         if problems := list(length_problems(request, context, self.runner.most_tokens)):
@@ -260,7 +263,7 @@ class BatchingEngine:
         now = time.monotonic()
         if not self._admission.due(now):
             return
-        decision = self._admission.decide(now, **self.store.memory(self._admission.waiting.wanted))
+        decision = self._admission.decide(now, **self.registry.pool.memory(self._admission.waiting.wanted))
         for id in decision.expired:
             self._end(id, "deadline", "it could not begin in time")
         for id, reason in decision.refused.items():
@@ -275,14 +278,14 @@ class BatchingEngine:
         request = flight.request
         try:
             self._check_adapters(flight)
-            forms = [loan.bring() for loan in flight.loans]
+            forms = [lease.bring() for lease in flight.leases]
             if None in forms:  # keys and values have taken the room since
-                for loan in flight.loans:
-                    loan.release()
+                for lease in flight.leases:
+                    lease.leave_batch()
                 return False
             self._join(flight, [form for form in forms if form is not None])
         except LoraryError as error:
-            self._end(request.id, "error", str(error))
+            self._end(request.id, "refused", str(error))
         return True
 
     def _join(self, flight: InFlight, forms: Sequence[ServingForm]) -> None:

@@ -142,14 +142,14 @@ class PagedRunner:
     kind = "continuous batching"
 
     def __init__(self, model: Any, layers: ServedLayers, shape: Shape) -> None:
-        self.model, self.layers, self.most_rows = model, layers, min(shape.rows, shape.tokens)
+        self.model, self.layers = model, layers
         self.current: list[str] = []
         self._rows: dict[str, Row] = {}
         config = ContinuousBatchingConfig(
             page_size=shape.page,
             num_blocks=_pages(model, shape),
             max_batch_tokens=shape.tokens,
-            max_requests_per_batch=self.most_rows,
+            max_requests_per_batch=min(shape.rows, shape.tokens),
             max_blocks_per_request=0,
             use_cuda_graph=False,
             use_async_batching=False,

@@ -10,7 +10,8 @@ from typing import Any
 from lorary.serve.engine.runner import Row
 from lorary.serve.engine.sampler import Drawn, Sampler
 from lorary.serve.engine.text import TextStream
-from lorary.serve.pool.store import Loan, Store
+from lorary.serve.pool.lease import Lease
+from lorary.serve.pool.registry import Registry
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.scheduler.pending import Pending
 
@@ -33,7 +34,7 @@ class InFlight:
     """
 
     def __init__(self, request: Request, deliver: Deliver, tokenizer: Any) -> None:
-        self.request, self.loans = request, list[Loan]()
+        self.request, self.leases = request, list[Lease]()
         self._deliver: Deliver | None = deliver
         self.sampler = Sampler(request.sampling)
         self.arrived = time.monotonic()
@@ -49,17 +50,22 @@ class InFlight:
     @property
     def ready(self) -> bool:
         """Whether its adapters are in memory, or have failed."""
-        return len(self.loans) == len(self.request.adapters) and all(loan.ready for loan in self.loans)
+        return len(self.leases) == len(self.request.adapters) and all(lease.ready for lease in self.leases)
 
     @property
     def busy(self) -> bool:
         """Whether the host has no room for one of its adapters now."""
-        return any(loan.busy for loan in self.loans)
+        return any(lease.busy for lease in self.leases)
 
     @property
     def errors(self) -> list[str]:
         """Why its adapters cannot be used."""
-        return [loan.error for loan in self.loans if loan.error]
+        return [lease.error for lease in self.leases if lease.error]
+
+    @property
+    def refused(self) -> bool:
+        """Whether all of these lie in the adapters' files."""
+        return all(lease.refused for lease in self.leases if lease.error)
 
     @property
     def begin_by(self) -> float | None:
@@ -70,24 +76,30 @@ class InFlight:
     def pending(self) -> Pending:
         """The request for the scheduling policy, once it is ready."""
         request, prompt = self.request, len(self.request.prompt)
-        uids = tuple(sorted({loan.uid for loan in self.loans}))
+        uids = tuple(sorted({lease.uid for lease in self.leases}))
         return Pending(request.id, uids, request.tenant, self.arrived, self.begin_by, prompt + self.limit, prompt)
 
-    def borrow(self, store: Store, when_ready: Callable[[], None]) -> None:
-        """Borrow its adapters, in the order of the request, all or none: see `Store.borrow`."""
+    def borrow(self, registry: Registry, when_ready: Callable[[], None]) -> None:
+        """Lease its adapters, in the order of the request, all or none: see `Registry.lease`.
+
+        Args:
+            registry: of the adapters.
+            when_ready: called from any thread when one becomes ready; at once if it is.
+        """
         try:
             for name in self.request.adapters:
-                self.loans.append(store.borrow(name, when_ready))
+                lease = registry.lease(name)
+                self.leases.append(lease)
+                lease.future.add_done_callback(lambda _: when_ready())
         except BaseException:
             self.give_back()
             raise
 
     def give_back(self) -> None:
         """Give its adapters back. In the engine's thread once one was brought."""
-        loans, self.loans = self.loans, []
-        for loan in loans:
-            loan.release()
-            loan.end()
+        leases, self.leases = self.leases, []
+        for lease in leases:
+            lease.release()
 
     def take(self, drawn: Drawn, ends: Collection[int]) -> None:
         """Accept the next token; `done` afterwards if it is the last.

@@ -19,14 +19,14 @@ from lorary.errors import Diagnostic, FileError, suggestion
 from lorary.files.strict_json import show
 from lorary.layers.rope import max_context, text_config
 from lorary.layers.transformers_internals import cache_of
-from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
 from lorary.serve.engine.in_flight import InFlight, end_tokens
 from lorary.serve.engine.sampler import draw
+from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics, UnknownAdapterError
 from lorary.serve.request import Deliver, Request
 
 
 class OneAtATime:
-    """See `lorary.serve.engine.engine.Engine`.
+    """See `lorary.serve.interface.Engine`.
 
     Args:
         model: the base, in evaluation mode.
@@ -102,7 +102,7 @@ class OneAtATime:
     def why_dead(self) -> str | None:
         return None
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         return {"waiting": self._queue.qsize()}
 
     def _run(self) -> None:

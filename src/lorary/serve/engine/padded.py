@@ -59,7 +59,7 @@ class PaddedRunner:
     kept = 0
 
     def __init__(self, model: Any, layers: ServedLayers, shape: Shape, *, pads: bool = True) -> None:
-        self.model, self.layers, self.most_rows, self.pads = model, layers, shape.rows, pads
+        self.model, self.layers, self.pads = model, layers, pads
         self.kind = "padded batches" if pads else "batches of prompts of equal length"
         self.arena: Arena = PlainArena(shape.budget, device=model.device)
         self.make_room: Callable[[int], bool] = lambda _: False

@@ -1,4 +1,4 @@
-"""What a request cannot ask for, whatever its adapters are."""
+"""The checks of a request: values out of range, prompts that are too long."""
 
 from __future__ import annotations
 

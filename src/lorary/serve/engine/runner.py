@@ -1,4 +1,4 @@
-"""The interface of a runner: it computes forward passes for the sequences that it holds. One thread uses it."""
+"""The interface of a runner, which computes forward passes for the sequences that it holds, in one thread."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class Runner(Protocol):
     Attributes:
         kind: how it computes, for logs.
         most_tokens: of a sequence, prompt and continuation together; None for no limit.
-        most_rows: sequences at a time.
         current: the ids of the sequences in the forward pass that is computed, or was computed last.
         arena: the memory that keys and values share with adapters.
         kept: sectors of it that adapters never take, so that the longest sequence always finds room.
@@ -78,7 +77,6 @@ class Runner(Protocol):
 
     kind: str
     most_tokens: int | None
-    most_rows: int
     current: list[str]
     arena: Arena
     kept: int

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward pass has brought.
+    """The result of a forward pass.
 
     Args:
         drawn: the next tokens.

@@ -1,1 +1,1 @@
-"""The serving form of an adapter: what a batch computes for its rows, whatever its method."""
+"""The serving form of an adapter of any method: the terms that a batch computes for its rows."""

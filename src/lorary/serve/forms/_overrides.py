@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic
 from lorary.kernels.torch_internals import buffers_of, children_of
 from lorary.layers.adapted import base_parameters
-from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.layers.quantized_weight import is_quantized
 from lorary.model.reach.bypass import Bypass, bypasses
 
 ByModule = dict[str, dict[str, Tensor]]  # path of a module -> its parameter -> value
@@ -86,12 +85,3 @@ def foreign_rows(path: str) -> list[Diagnostic]:
         what = "is in an expert, which gets the rows that a router sends it: whose they are is not known there"
         return [Diagnostic(path, what, _REPLICA)]
     return []
-
-
-def compute_dtype(layer: nn.Module, base: nn.Module) -> torch.dtype:
-    """The precision in which a layer computes: that of its weight, or of the base if it is quantised."""
-    dtype = getattr(layer, "dtype", None) if is_quantized(layer) else stored_tensors(layer)[0].dtype
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-        return dtype
-    wide = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    return next(wide, torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""What users are told of a serving form: its kind in words, and notes."""
+"""The summary of a serving form for users: its kind in words, and notes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def override_bytes(overrides: Overrides) -> int:
     return sum(t.numel() * t.element_size() for own in overrides.values() for t in own.values())
 
 
-def notes_of(
-    adapter: Adapter, modules: Mapping[str, nn.Module], overrides: Overrides, merged: int = 0
-) -> tuple[str, ...]:
+def notes_of(adapter: Adapter, modules: Mapping[str, nn.Module], overrides: Overrides) -> tuple[str, ...]:
     """The adapter's own notes, and what its form costs or approximates."""
     notes = list(adapter.notes)
     trained = adapter.method.storage

@@ -27,7 +27,7 @@ from lorary.adapters.switch import check_base
 from lorary.errors import Diagnostic, MethodError, StateError, deduplicated, not_a
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of
-from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.layers.quantized_weight import compute_dtype, is_quantized, stored_tensors
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import unwrapped
 from lorary.methods.lora import Add, LowRank
@@ -35,7 +35,7 @@ from lorary.methods.vera import SharedProjectionDelta
 from lorary.model.ambient import mode_independent
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.state import state_of
-from lorary.serve.forms._overrides import compute_dtype, foreign_rows, trained_values
+from lorary.serve.forms._overrides import foreign_rows, trained_values
 from lorary.serve.forms._summary import kind_of_form, notes_of
 from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm

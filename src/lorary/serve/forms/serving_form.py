@@ -1,4 +1,4 @@
-"""The serving form of an adapter: what a mixed batch computes for its rows, whatever its method.
+"""The serving form of an adapter: the terms that a mixed batch computes for its rows, whatever its method.
 
 Every method is brought to it once, when the adapter is loaded. At a site the output of its rows is
 
@@ -49,12 +49,11 @@ class ServingForm:
         overrides: path of a base module -> name of its parameter -> [as the parameter] the adapter's own value.
         rotary: path of a rotary embedding -> a module that its rows use instead (LongLoRA's RoPE scaling).
         shared: key (a content hash) -> role -> the whole shared tensor; adapters with equal ones keep them once.
-        kind: one of the words in `AdapterCard.form`.
+        kind: in words, such as "low rank with gain"; see `AdapterCard.form`.
         rank: the highest of its sites; None without any.
         method: the method, as printed.
         notes: what a user should know: an approximation, a replica's cost.
         max_context: the context that its RoPE scaling gives; None for the base's.
-        additive: whether requests may add it, weighted, to others: it has no gain and no override.
     """
 
     uid: str
@@ -70,5 +69,6 @@ class ServingForm:
 
     @property
     def additive(self) -> bool:
+        """Whether requests may add it, weighted, to others: it has no gain, no override and no RoPE scaling."""
         gains = any(form.gain is not None for form in self.sites.values())
         return not (gains or self.overrides or self.rotary)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import RequestError
 from lorary.serve.forms.serving_form import ServingForm
+from lorary.serve.interface import RequestError
 from lorary.spec.fields import is_finite
 
 _FIX = "use it by itself, with weight 1; or serve a sum that `lorary mix` has made"

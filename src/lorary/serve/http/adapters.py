@@ -11,11 +11,11 @@ from starlette.concurrency import run_in_threadpool
 
 from lorary.errors import LoraryError
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import Engine, UnknownAdapterError
 from lorary.serve.http.bodies import Body, read_body
 from lorary.serve.http.errors import ApiError, one_line
 from lorary.serve.http.security import require_admin
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine, UnknownAdapterError
 from lorary.serve.pool.adapter_root import invalid_name
 
 _USER = "InvalidUserInput"

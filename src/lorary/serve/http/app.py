@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import FastAPI, Response
 
 from lorary import __version__
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http.adapters import adapters_router
 from lorary.serve.http.errors import ApiError, handle_errors, log
 from lorary.serve.http.generate import generate_router
@@ -19,6 +18,7 @@ from lorary.serve.http.page import page_router
 from lorary.serve.http.security import Keys
 from lorary.serve.http.settings import Settings
 from lorary.serve.http.sglang import sglang_router
+from lorary.serve.interface import Engine
 
 
 def create_app(engine: Engine, settings: Settings | None = None, traffic: Traffic | None = None) -> FastAPI:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from lorary.errors import nearest
 from lorary.files import strict_json
@@ -17,18 +17,21 @@ from lorary.serve.http.errors import ApiError
 
 B = TypeVar("B", bound="Body")
 _MOST_SHOWN = 8
+_STOPS, _STOP_LENGTH = 16, 512
+
+Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]  # field -> (values that change nothing, why others are refused)
 
 
 class Body(BaseModel):
     """A body: strict types; what is null counts as left out.
 
     Attributes:
-        UNSUPPORTED: field of the interface that is not supported -> (the values that change nothing, why).
+        UNSUPPORTED: fields of the interface that are not supported.
         IGNORED: fields that are accepted, and change nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    UNSUPPORTED: ClassVar[Unsupported] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     def problems(self) -> list[tuple[str, str]]:
@@ -140,4 +143,19 @@ def _problem(complaint: dict[str, Any]) -> tuple[str, str]:
     return where, f"{what[0].lower()}{what[1:]}{given}"
 
 
+def _stops(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a text or a list of texts")
+    if len(texts) > _STOPS:
+        raise ValueError(f"{len(texts)} texts, more than the {_STOPS} that are accepted")
+    if not all(0 < len(text) <= _STOP_LENGTH for text in texts):
+        raise ValueError(f"each text must have 1 to {_STOP_LENGTH} characters")
+    return tuple(texts)
+
+
+# The fields that several interfaces have.
 Name = Annotated[str, Field(min_length=1, max_length=512)]
+NewTokens = Annotated[int, Field(ge=1, le=10_000_000)]
+Choices = Annotated[int, Field(ge=1, le=128)]
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]

@@ -1,4 +1,4 @@
-"""What the bodies of all interfaces come to: prompts to continue, and their requests to the engine."""
+"""Prompts to continue, which the bodies of all interfaces come down to, and their requests to the engine."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request as HTTPRequest
 
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.running import Running
 from lorary.serve.http.security import caller
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 from lorary.serve.request import Request, Sampling
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import BusyError, UnknownAdapterError
+from lorary.serve.interface import BusyError, UnknownAdapterError
 
 log = logging.getLogger("lorary.serve")
 
@@ -67,6 +66,16 @@ def one_line(error: LoraryError) -> str:
     return without_folders(re.sub(r"\s+", " ", "; ".join(parts).replace(":; ", ": ")).strip())
 
 
+def printed_in_one_line(text: str) -> str:
+    """The same of an error that has been printed.
+
+    >>> printed_in_one_line("cannot serve:\\n  - rank: is 64\\n      hint: compress it\\n  - /srv/a/b.json: is missing")
+    'cannot serve: rank: is 64 (compress it); b.json: is missing'
+    """
+    text = re.sub(r"\n\s*- ", "; ", re.sub(r"\n\s*hint: (.*)", r" (\1)", text)).replace(":; ", ": ")
+    return without_folders(re.sub(r"\s+", " ", text).strip("; "))
+
+
 def without_folders(text: str) -> str:
     """The text with absolute paths cut to their last part: clients need not know where files lie.
 
@@ -91,11 +100,6 @@ def api_error(error: Exception) -> ApiError:
 def _param(error: LoraryError) -> str | None:
     where = error.problems[0].where if error.problems else ""
     return where if where.isidentifier() else None
-
-
-def event(error: ApiError) -> str:
-    """The error as a server-sent event, for answers that have begun."""
-    return f"data: {json.dumps(error.body())}\n\n"
 
 
 def shaped_errors(render: Callable[[ApiError], Response]) -> type[APIRoute]:

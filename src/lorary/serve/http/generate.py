@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from lorary.serve.engine.engine import Engine
 from lorary.serve.http import lorax, sglang
 from lorary.serve.http.bodies import read_json
 from lorary.serve.http.errors import ApiError, api_error
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import Engine
 
 
 def generate_router(engine: Engine, settings: Settings) -> APIRouter:

@@ -16,15 +16,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from lorary import __version__
-from lorary.serve.engine.engine import AdapterCard, Engine
-from lorary.serve.http.bodies import Body, Name, check_body, read_json
+from lorary.serve.http.bodies import Body, Name, NewTokens, Stops, Unsupported, check_body, read_json
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError, shaped_errors
 from lorary.serve.http.models import adapters_of
-from lorary.serve.http.openai_bodies import Stops, Unsupported
 from lorary.serve.http.prompts import chat_prompt, text_prompt
 from lorary.serve.http.running import EventStream, Running, check_finished, collect, sse
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 from lorary.serve.request import Finished, Sampling, Token
 
 # Status -> their status and error type; others keep their status, and are errors of validation.
@@ -59,7 +58,7 @@ class MergedAdapters(Body):
 
 
 class Parameters(Body):
-    """How to generate."""
+    """The parameters of generation."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "adapter_source": (("local",), "adapters come from this server only: load them first"),
@@ -83,7 +82,7 @@ class Parameters(Body):
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_new_tokens: NewTokens | None = None
     ignore_eos_token: bool = False
     stop: Stops = ()
     truncate: Annotated[int, Field(ge=1)] | None = None

@@ -7,7 +7,7 @@ The Gateway API's endpoint picker reads `vllm:num_requests_waiting`, `vllm:kv_ca
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Response
@@ -17,7 +17,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorary.serve.engine.engine import AdapterCard
+from lorary.serve.interface import AdapterCard, Statistics
 
 # Upper bounds in seconds.
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.5, 5, 10, 20, 40, 80, 160)
@@ -74,7 +74,7 @@ class Source(Protocol):
     changed: float
 
     def adapters(self) -> list[AdapterCard]: ...
-    def statistics(self) -> dict[str, Any]: ...
+    def statistics(self) -> Statistics: ...
     def in_use(self) -> tuple[list[str], list[str]]:
         """The names of the adapters with running requests, and of those that only have waiting ones."""
         ...
@@ -120,7 +120,7 @@ class Metrics:
 
 
 class CountErrors:
-    """Middleware that counts the answers with an error, whoever gives them: it is asked before all others."""
+    """Middleware that counts error answers, those of other middleware too: it is the outermost."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -141,7 +141,7 @@ class _Moment(Collector):
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
-        statistics, cards = self._source.statistics(), self._source.adapters()
+        statistics, cards = dict[str, Any](self._source.statistics()), self._source.adapters()
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", statistics["running"])
         yield self._gauge("vllm:num_requests_waiting", "Requests before the batch.", statistics["waiting"])
         for name, (key, text) in _GAUGES.items():
@@ -168,7 +168,7 @@ class _Moment(Collector):
         gauge.add_metric([self._source.name], value)
         return gauge
 
-    def _lora(self, statistics: dict[str, Any], cards: list[AdapterCard]) -> GaugeMetricFamily:
+    def _lora(self, statistics: Mapping[str, Any], cards: list[AdapterCard]) -> GaugeMetricFamily:
         running, waiting = self._source.in_use()
         labels = {
             "max_lora": str(adapters_that_fit(statistics, cards)),
@@ -181,7 +181,7 @@ class _Moment(Collector):
         return gauge
 
 
-def adapters_that_fit(statistics: dict[str, Any], cards: list[AdapterCard]) -> int:
+def adapters_that_fit(statistics: Mapping[str, Any], cards: list[AdapterCard]) -> int:
     """How many adapters of the mean size the budget holds, for routers: there are no slots, ranks are paid for as they
     are. All of them if the engine has no budget.
     """

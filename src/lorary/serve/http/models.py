@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, Engine
-from lorary.serve.http.errors import ApiError, without_folders
+from lorary.serve.http.errors import ApiError, printed_in_one_line
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 
 
 def models_router(engine: Engine, settings: Settings) -> APIRouter:
@@ -75,7 +75,7 @@ def adapters_of(
 def shown_state(card: AdapterCard) -> dict[str, Any]:
     """An adapter's state as clients see it."""
     keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting")
-    return {key: getattr(card, key) for key in keys} | {"error": without_folders(card.error)}
+    return {key: getattr(card, key) for key in keys} | {"error": printed_in_one_line(card.error)}
 
 
 def shown_folder(folder: str, settings: Settings) -> str:

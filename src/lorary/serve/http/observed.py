@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.metrics import Metrics
+from lorary.serve.interface import AdapterCard, Engine, Statistics
 from lorary.serve.request import Deliver, Event, Request, Token
 
 
 @dataclass
-class InFlight:
-    """A request that the engine has, and the times of its tokens.
+class Observation:
+    """The times of a request in flight.
 
     Args:
         adapters: those it names.
@@ -30,7 +29,7 @@ class InFlight:
 
 
 class Observed:
-    """An engine around another, with metrics; see `lorary.serve.engine.engine.Engine`.
+    """An engine around another, with metrics; see `lorary.serve.interface.Engine`.
 
     Attributes:
         metrics: the instruments.
@@ -42,7 +41,7 @@ class Observed:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.tokenizer, self.name, self.max_context = engine.tokenizer, engine.name, engine.max_context
-        self._in_flight: dict[str, InFlight] = {}
+        self._in_flight: dict[str, Observation] = {}
         self.tokens = 0
         self.first_tokens: deque[float] = deque(maxlen=100)
         self.changed = time.time()
@@ -56,7 +55,7 @@ class Observed:
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         # before the engine has it: its events may come before `submit` returns
-        flight = self._in_flight[request.id] = InFlight(tuple(request.adapters))
+        flight = self._in_flight[request.id] = Observation(tuple(request.adapters))
         self.changed = time.time()
         try:
             self._engine.submit(request, lambda event: self._pass_on(request.id, flight, deliver, event))
@@ -82,12 +81,12 @@ class Observed:
     def why_dead(self) -> str | None:
         return self._engine.why_dead()
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         """The engine's figures; what routers require stands here if it has none of its own."""
         flights = list(self._in_flight.values())
         running = sum(flight.last is not None for flight in flights)
-        own = {"running": running, "waiting": len(flights) - running, "kv_usage": 0.0}
-        return own | dict(self._engine.statistics())
+        own: Statistics = {"running": running, "waiting": len(flights) - running, "kv_usage": 0.0}
+        return own | self._engine.statistics()
 
     def in_use(self) -> tuple[list[str], list[str]]:
         """The names of the adapters whose requests run, and of those whose requests only wait."""
@@ -96,7 +95,7 @@ class Observed:
         waiting = {name for flight in flights for name in flight.adapters} - running
         return sorted(running), sorted(waiting)
 
-    def _pass_on(self, id: str, flight: InFlight, deliver: Deliver, event: Event) -> None:
+    def _pass_on(self, id: str, flight: Observation, deliver: Deliver, event: Event) -> None:
         now, metrics = time.perf_counter(), self.metrics
         if isinstance(event, Token):
             if flight.last is None:

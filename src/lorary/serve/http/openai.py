@@ -9,8 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from lorary.serve.engine.engine import AdapterCard, Engine
-from lorary.serve.http import errors
 from lorary.serve.http.bodies import read_body
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError
@@ -18,8 +16,9 @@ from lorary.serve.http.models import adapters_of
 from lorary.serve.http.openai_answers import Chat, Completion, Envelope, Interface, TokenTexts, usage
 from lorary.serve.http.openai_bodies import ChatBody, CompletionBody, Generation
 from lorary.serve.http.prompts import chat_prompt, plain_prompt, read_messages
-from lorary.serve.http.running import EventStream, Running, check_finished, collect, sse
+from lorary.serve.http.running import DONE, EventStream, Running, check_finished, collect, sse
 from lorary.serve.http.settings import Settings
+from lorary.serve.interface import AdapterCard, Engine
 from lorary.serve.request import Finished
 
 
@@ -88,9 +87,9 @@ async def _events(running: Running, body: Generation, envelope: Envelope) -> Asy
             elif event.text or every_token:
                 yield chunk(interface.piece(index, event.text, (event,), None))
     except ApiError as error:  # the status is sent already
-        yield errors.event(error)
+        yield sse(error.body())
     else:
         if with_usage:
             ends = [finished[index] for index in range(len(running.requests))]
             yield sse(envelope.chunk([], usage(ends, body.n), with_usage=True))
-    yield "data: [DONE]\n\n"
+    yield DONE

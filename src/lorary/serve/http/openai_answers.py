@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lorary.serve.http.running import Answer
 from lorary.serve.request import Finished, Token
 
-Shape = dict[str, Any]
+Object = dict[str, Any]  # of JSON
 
 
 class TokenTexts:
@@ -39,15 +39,15 @@ class Interface(Protocol):
     CHUNK: str
     PREFIX: str
 
-    def first(self, index: int) -> Shape | None:
+    def first(self, index: int) -> Object | None:
         """The choice of the first chunk; None for none."""
         ...
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         """The choice of a chunk."""
         ...
 
-    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         """A choice of an answer."""
         ...
 
@@ -65,19 +65,19 @@ class Chat:
     def __init__(self, texts: TokenTexts, logprobs: bool) -> None:
         self.texts, self.logprobs = texts, logprobs
 
-    def first(self, index: int) -> Shape | None:
+    def first(self, index: int) -> Object | None:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         delta = {"content": text} if text or tokens else {}
         return {"index": index, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
-    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Shape | None:
+    def _logprobs(self, tokens: Sequence[Token]) -> Object | None:
         if not self.logprobs or not tokens:
             return None
         content = [
@@ -86,7 +86,7 @@ class Chat:
         ]
         return {"content": content, "refusal": None}
 
-    def _one(self, id: int, logprob: float | None) -> Shape:
+    def _one(self, id: int, logprob: float | None) -> Object:
         text = self.texts(id)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
@@ -106,16 +106,16 @@ class Completion:
         self.texts, self.logprobs, self.echo = texts, logprobs, echo
         self._offsets: dict[int, int] = {}
 
-    def first(self, index: int) -> Shape | None:
+    def first(self, index: int) -> Object | None:
         return self.piece(index, self.echo[index], (), None) if self.echo else None
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def piece(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         return {"index": index, "text": text, "logprobs": self._logprobs(index, tokens), "finish_reason": reason}
 
-    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Shape:
+    def whole(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Object:
         return self.piece(index, (self.echo[index] if self.echo else "") + text, tokens, reason)
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Shape | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> Object | None:
         if self.logprobs is None or not tokens:
             return None
         texts, offsets = [self.texts(token.id) for token in tokens], []
@@ -132,13 +132,13 @@ class Completion:
 
 
 class Envelope:
-    """What answers and chunks have around their choices."""
+    """The fields of answers and chunks around their choices."""
 
     def __init__(self, interface: Interface, model: str) -> None:
         self.interface = interface
         self._common = {"id": f"{interface.PREFIX}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def answer(self, answers: Sequence[Answer], used: Shape) -> Shape:
+    def answer(self, answers: Sequence[Answer], used: Object) -> Object:
         """The whole answer."""
         choices = [
             self.interface.whole(i, answer.text, answer.tokens, answer.finished.reason)
@@ -146,7 +146,7 @@ class Envelope:
         ]
         return {**self._common, "object": self.interface.OBJECT, "choices": choices, "usage": used}
 
-    def chunk(self, choices: list[Shape], used: Shape | None = None, *, with_usage: bool = False) -> Shape:
+    def chunk(self, choices: list[Object], used: Object | None = None, *, with_usage: bool = False) -> Object:
         """A chunk; with `with_usage` it says that its usage comes later."""
         chunk = {**self._common, "object": self.interface.CHUNK, "choices": choices}
         return chunk | ({"usage": used} if with_usage else {})
@@ -157,7 +157,7 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, -9999.0)
 
 
-def usage(finished: Sequence[Finished], n: int) -> Shape:
+def usage(finished: Sequence[Finished], n: int) -> Object:
     """The tokens of all choices, where each prompt has `n` of them and counts once."""
     prompt = sum(one.prompt_tokens for one in finished[::n])
     generated = sum(one.generated_tokens for one in finished)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
 
 from lorary.files.strict_json import show
-from lorary.serve.http.bodies import Body, Name
+from lorary.serve.http.bodies import Body, Choices, Name, NewTokens, Stops, Unsupported
 from lorary.serve.http.prompts import read_messages
 from lorary.serve.request import Sampling
 
-_STOPS, _STOP_LENGTH, _LOGPROBS = 16, 512, 20
-_TOKENS = Field(ge=1, le=10_000_000)
+_LOGPROBS = 20
 
-Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
-# field -> (values that change nothing, why others are refused); OpenAI's own, and those that vLLM adds
+# OpenAI's own, and those that vLLM adds
 _NEITHER: Unsupported = {
     "service_tier": (("auto", "default"), "there is one tier: leave it out"),
     "min_p": ((0, 0.0), "min-p sampling is not supported: use `top_p` or `top_k`"),
@@ -57,17 +54,6 @@ _OF_CHAT: Unsupported = {
 }
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("must be a text or a list of texts")
-    if len(texts) > _STOPS:
-        raise ValueError(f"{len(texts)} texts, more than the {_STOPS} that are accepted")
-    if not all(0 < len(text) <= _STOP_LENGTH for text in texts):
-        raise ValueError(f"each text must have 1 to {_STOP_LENGTH} characters")
-    return tuple(texts)
-
-
 def _prompts(value: Any) -> list[str | list[int]]:
     """Each prompt of a text, a list of texts, token ids, or lists of token ids."""
     prompts = [value] if isinstance(value, str) or (value and _are_ids(value)) else value
@@ -83,12 +69,11 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int for i in value)
 
 
-Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]
 Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts)]
 
 
 class StreamOptions(Body):
-    """What a stream holds beside the answer."""
+    """The options of a stream."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {"continuous_usage_stats": ((False,), "usage comes in one chunk, at the end")}
     IGNORED: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
@@ -103,12 +88,12 @@ class Generation(Body):
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user", "safety_identifier", "priority", "request_id"})
 
     model: Name
-    max_tokens: Annotated[int, _TOKENS] | None = None
+    max_tokens: NewTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops = ()
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Choices = 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
@@ -156,7 +141,7 @@ class ChatBody(Generation):
     }
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: Annotated[int, _TOKENS] | None = None
+    max_completion_tokens: NewTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=_LOGPROBS)] | None = None
 

@@ -19,9 +19,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from lorary.serve.engine.engine import AdapterCard
 from lorary.serve.http.models import shown_state
 from lorary.serve.http.observed import Observed
+from lorary.serve.interface import AdapterCard
 
 STATIC = Path(__file__).parent / "static"
 _ROWS, _NAMES = 100, 1000  # adapters in the table, and names to pick from, at most
@@ -88,6 +88,7 @@ def status(engine: Observed, find: str = "", known: str = "") -> dict[str, Any]:
     return {
         "model": engine.name,
         "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
+        "context": engine.max_context,
         "dead": engine.why_dead(),
         "time": time.time(),
         "tokens": engine.tokens,

@@ -12,8 +12,8 @@ from lorary.errors import FileError
 from lorary.files.safe_open import read_bytes
 from lorary.files.strict_json import show
 from lorary.model.loading.prompt_tokens import encode_text, render
-from lorary.serve.engine.engine import AdapterCard, Engine
 from lorary.serve.http.errors import ApiError
+from lorary.serve.interface import AdapterCard, Engine
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TEMPLATE_BYTES = 2**20

@@ -15,9 +15,11 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from lorary.serve.engine.engine import Engine
-from lorary.serve.http.errors import ApiError, log, without_folders
+from lorary.serve.http.errors import ApiError, log, printed_in_one_line, without_folders
+from lorary.serve.interface import Engine
 from lorary.serve.request import Event, Finished, Request, Token
+
+DONE = "data: [DONE]\n\n"  # the last event of OpenAI's and SGLang's streams
 
 
 class Running:
@@ -35,7 +37,7 @@ class Running:
 
     @classmethod
     async def start(cls, engine: Engine, make: Callable[[], Sequence[Request]]) -> Running:
-        """Submit what `make` returns; both happen in another thread, for tokenizing and loading take their time.
+        """Submit what `make` returns; both happen in another thread, because tokenizing and loading take time.
 
         Raises:
             LoraryError: a request is refused; then none is left in the engine.
@@ -77,7 +79,7 @@ class Running:
 
 @dataclass
 class Answer:
-    """The whole answer to a request."""
+    """The answer to a request, whole or as far as it has come."""
 
     tokens: list[Token] = field(default_factory=list)
     finished: Finished = field(default_factory=lambda: Finished("error"))
@@ -85,6 +87,18 @@ class Answer:
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens) + self.finished.text
+
+    def take(self, event: Event) -> None:
+        """Add an event to the answer.
+
+        Raises:
+            ApiError: the request ended without a complete answer.
+        """
+        if isinstance(event, Finished):
+            check_finished(event)
+            self.finished = event
+        else:
+            self.tokens.append(event)
 
 
 async def collect(http: HTTPRequest, running: Running) -> list[Answer]:
@@ -97,11 +111,7 @@ async def collect(http: HTTPRequest, running: Running) -> list[Answer]:
 
     async def read() -> None:
         async for number, event in running:
-            if isinstance(event, Finished):
-                check_finished(event)
-                answers[number].finished = event
-            else:
-                answers[number].tokens.append(event)
+            answers[number].take(event)
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -124,11 +134,13 @@ def check_finished(event: Finished) -> None:
     """Refuse the end of a request that has no complete answer.
 
     Raises:
-        ApiError: it failed, was cancelled by the server, or did not begin in time.
+        ApiError: it failed, its adapter cannot be served, it was cancelled by the server, or did not begin in time.
     """
     if event.reason == "error":
         log.error("the engine failed on a request: %s", event.error)
         raise ApiError(500, f"the engine failed on this request: {without_folders(event.error) or 'see its log'}")
+    if event.reason == "refused":
+        raise ApiError(400, printed_in_one_line(event.error))
     if event.reason == "cancelled":
         raise ApiError(503, "the request was cancelled: the server is shutting down", headers={"Retry-After": "5"})
     if event.reason == "deadline":

@@ -19,7 +19,7 @@ OPEN = "/health"
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks.
+    """The sender of a request.
 
     Args:
         tenant: whose key it was; empty without keys.
@@ -89,7 +89,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def caller(request: Request) -> Caller:
-    """Who sent a request."""
+    """The sender of a request."""
     found: Caller = request.state.caller
     return found
 

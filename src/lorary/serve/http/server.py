@@ -1,4 +1,4 @@
-"""uvicorn around the application: a listener that is bound early, a time limit on connections, a drain on SIGTERM.
+"""uvicorn around the application: a time limit on connections, a drain on SIGTERM.
 
 The one file that builds on uvicorn's classes.
 """
@@ -17,7 +17,8 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lorary.errors import Diagnostic, LoraryError, check_overridden
+from lorary.errors import check_overridden
+from lorary.serve.address import cannot_listen
 from lorary.serve.http.errors import ApiError
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
@@ -40,41 +41,6 @@ OVERRIDDEN: dict[type, dict[str, tuple[str, ...]]] = {
 }
 for _cls, _methods in OVERRIDDEN.items():
     check_overridden(_cls, _methods, "uvicorn")
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet: whoever asks too early is refused at once.
-
-    Raises:
-        LoraryError: the address is taken, or not one of this machine's.
-    """
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
-        if listener is not None:
-            listener.close()
-        raise _cannot_listen(host, port, error) from None
-    return listener
-
-
-def _cannot_listen(host: str, port: int, error: Exception) -> LoraryError:
-    why = getattr(error, "strerror", None) or str(error)
-    problem = Diagnostic(f"{host}:{port}", why[0].lower() + why[1:], "choose another with --host and --port")
-    return LoraryError("cannot listen:", [problem])
-
-
-def free_port(host: str, port: int) -> int:
-    """The port for a server that another program starts, any free one for 0. One that is taken would answer for it.
-
-    Raises:
-        LoraryError: as `bind`.
-    """
-    with bind(host, port) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Server(uvicorn.Server):
@@ -122,7 +88,8 @@ class Server(uvicorn.Server):
             try:
                 one.listen(self.config.backlog)
             except OSError as error:  # another program has bound the address too, and listens since
-                raise _cannot_listen(*one.getsockname()[:2], error) from None
+                host, port = one.getsockname()[:2]
+                raise cannot_listen(host, port, error) from None
         await super().startup(sockets)
         self._ready()
 

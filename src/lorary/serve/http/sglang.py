@@ -12,26 +12,24 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 
-from lorary.serve.engine.engine import Engine
-from lorary.serve.http import errors
 from lorary.serve.http.adapters import load_adapter, unload_adapter
-from lorary.serve.http.bodies import Body, check_body, read_body, read_json
+from lorary.serve.http.bodies import Body, Choices, NewTokens, Stops, Unsupported, check_body, read_body, read_json
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError, shaped_errors
 from lorary.serve.http.models import adapters_of, shown_folder
-from lorary.serve.http.openai_bodies import Stops, Unsupported
 from lorary.serve.http.prompts import plain_prompt
-from lorary.serve.http.running import Answer, EventStream, Running, check_finished, collect, sse
+from lorary.serve.http.running import DONE, Answer, EventStream, Running, collect, sse
 from lorary.serve.http.security import require_admin
 from lorary.serve.http.settings import Settings
-from lorary.serve.request import Finished, Sampling, Token
+from lorary.serve.interface import Engine
+from lorary.serve.request import Finished, Sampling
 
 _CONSTRAINED = "constrained output is not supported"
 _ONLY_TEXT = "only text is supported"
 
 
 class SamplingParams(Body):
-    """How tokens are drawn."""
+    """The parameters of sampling."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {
         "min_p": ((0, 0.0), "is not supported: use `top_p` or `top_k`"),
@@ -46,12 +44,12 @@ class SamplingParams(Body):
     } | dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), ((), _CONSTRAINED))
     IGNORED: ClassVar[frozenset[str]] = frozenset({"stream_interval"})
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_new_tokens: NewTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
     stop: Stops = ()
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Choices = 1
     ignore_eos: bool = False
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -200,17 +198,13 @@ class _Shape:
         answers = [Answer(finished=Finished("stop")) for _ in self.running.requests]
         try:
             async for index, event in self.running:
-                finished = None
-                if isinstance(event, Token):
-                    answers[index].tokens.append(event)
-                else:
-                    check_finished(event)
-                    answers[index].finished = finished = event
+                answers[index].take(event)
+                finished = event if isinstance(event, Finished) else None
                 number = {} if self.single else {"index": index}
                 yield sse(self.answer(index, answers[index], finished) | number)
         except ApiError as error:  # the status is sent already
-            yield errors.event(error)
-        yield "data: [DONE]\n\n"
+            yield sse(error.body())
+        yield DONE
 
     def _reason(self, finished: Finished) -> dict[str, Any]:
         if finished.reason == "length":

@@ -1,1 +1,1 @@
-"""Adapters from disk to the host to the base's device, within one byte budget, and their names."""
+"""The pool: adapters by name, from disk to the host to the base's device, within one byte budget."""

@@ -16,7 +16,7 @@ from lorary.serve.pool.space import Run, Space
 
 @dataclass
 class Resident:
-    """What lies beside the base: an adapter with its form, or shared tensors.
+    """A copy beside the base: an adapter with its form, or shared tensors.
 
     Args:
         run: where.

@@ -6,8 +6,8 @@ from collections import Counter, OrderedDict
 from dataclasses import replace
 
 from lorary.errors import Diagnostic
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.forms.flat import Flat, FlatTensors
+from lorary.serve.interface import BusyError
 
 
 class HostTier:

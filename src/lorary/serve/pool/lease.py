@@ -1,4 +1,4 @@
-"""The lease of an adapter by a request, and what the registry knows of a name."""
+"""The lease of an adapter by a request, and the registry's entry of a name."""
 
 from __future__ import annotations
 
@@ -7,32 +7,92 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
-from lorary.errors import LoraryError
-from lorary.serve.engine.engine import AdapterCard
+from lorary.errors import FileError, LoraryError, MethodError
 from lorary.serve.forms.flat import Flat
 from lorary.serve.forms.serving_form import ServingForm
+from lorary.serve.interface import AdapterCard, BusyError
 from lorary.serve.pool.adapter_root import Stamp
+from lorary.serve.pool.pool import Pool
+
+
+def lies_in_files(error: BaseException | None) -> TypeGuard[LoraryError]:
+    """Whether an adapter's files are the reason, and not the machine."""
+    return isinstance(error, FileError | MethodError) and error.__cause__ is None
 
 
 class Lease:
-    """The right of a request to an adapter: its content is on the host from the future's result to `release`.
+    """The right of a request to an adapter, which stays as it is until `release`, whatever happens to its name.
+
+    Its content is on the host once `future` has a result, and beside the base from `bring` to `leave_batch`. These two,
+    and a `release` between them, belong to the engine's thread; the rest may be called from any.
+
+    Args:
+        name: the adapter's.
+        pool: holds the content.
+        release: takes the lease back; of the registry.
 
     Attributes:
-        name: the adapter's.
         future: its uid, once it is on the host; or why it cannot be served. Cancelled if released before.
-        uid: the same, empty before; for the registry.
-        released: whether it was given back; for the registry.
+        uid: the same, empty before; for the registry to set.
+        released: whether it was given back; for the registry to set.
     """
 
-    def __init__(self, name: str, release: Callable[[Lease], None]) -> None:
+    def __init__(self, name: str, pool: Pool, release: Callable[[Lease], None]) -> None:
         self.name, self.future = name, Future[str]()
         self.uid, self.released = "", False
-        self._release = release
+        self._pool, self._release, self._brought = pool, release, False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the adapter is on the host, or cannot be used."""
+        return self.future.done()
+
+    @property
+    def error(self) -> str:
+        """Why it cannot be used; empty if it can, or while it is read."""
+        return str(self._exception or "")
+
+    @property
+    def refused(self) -> bool:
+        """Whether its files are the reason, and not the machine."""
+        return lies_in_files(self._exception)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the host has no room for it now."""
+        return isinstance(self._exception, BusyError)
+
+    @property
+    def form(self) -> ServingForm:
+        """Its form on the host, once it is ready and has no error."""
+        return self._pool.form(self.uid)
+
+    def bring(self) -> ServingForm | None:
+        """Its form with tensors beside the base, until `leave_batch`; None if there is no room now.
+
+        Raises:
+            FileError: there will never be room.
+        """
+        form = self._pool.bring(self.uid)
+        self._brought = form is not None
+        return form
+
+    def leave_batch(self) -> None:
+        """Give up its place beside the base; nothing happens if it has none."""
+        if self._brought:
+            self._brought = False
+            self._pool.release(self.uid)
 
     def release(self) -> None:
         """Give the adapter back; further calls do nothing."""
+        self.leave_batch()
         self._release(self)
+
+    @property
+    def _exception(self) -> BaseException | None:
+        return self.future.exception() if self.future.done() and not self.future.cancelled() else None
 
 
 @dataclass(eq=False)
@@ -44,7 +104,7 @@ class Reading:
 
 @dataclass(eq=False)
 class Entry:
-    """A name, and what it stands for.
+    """A name, and the content that it stands for.
 
     Args:
         name: the name.

@@ -1,4 +1,4 @@
-"""From disk to the host: adapters are read, checked, formed and flattened in worker threads."""
+"""The loader: adapters are read from disk, checked, formed and flattened in worker threads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
 from lorary.model.fingerprint import Fingerprint
-from lorary.serve.engine.engine import BusyError
 from lorary.serve.forms.flat import Flat, flatten
 from lorary.serve.forms.form import serving_form
+from lorary.serve.interface import BusyError
 from lorary.serve.pool.adapter_root import Stamp, is_adapter, stamp, wait_for_a_tick
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an adapter may be.
+    """The limits on an adapter.
 
     Args:
         bytes: of its files at most.
@@ -60,7 +60,7 @@ class Loader:
 
     Args:
         base: the served base; its fingerprint is taken once.
-        limits: what an adapter may be.
+        limits: on an adapter.
         threads: how many are read at a time.
         pin_memory: whether their buffers are page-locked, for fast copies to a GPU.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ _EVENTS = 1000
 
 
 class Event(NamedTuple):
-    """What happened in the pool.
+    """An event of the pool, for tests and a look at what it did.
 
     Args:
         what: "put" on the host, "forget" there for room, "bring" beside the base, "hit" when it was there already,
@@ -42,7 +43,7 @@ class Event(NamedTuple):
 class Pool:
     """Adapters on the host and beside the base.
 
-    `bring`, `release` and `make_room` belong to the thread that owns the arena; the rest may be called from any.
+    `bring`, `release`, `make_room` and `memory` belong to the arena's thread; the rest may be called from any.
 
     Args:
         arena: the memory beside the base.
@@ -178,6 +179,20 @@ class Pool:
         with self._lock:
             flat, there = self._host.flats[uid], self._device.residents
             return flat.bytes + sum(t.buffer.numel() for key, t in flat.shared.items() if key not in there)
+
+    def memory(self, waiting: Collection[str]) -> dict[str, Any]:
+        """The memory figures that the scheduling policy decides on, as `Admission.decide` takes them.
+
+        Args:
+            waiting: the uids that are waited for, on the host.
+        """
+        arena, most = self.space.arena, self.space.capacity - self.space.taken
+        return {
+            "free": min(len(arena.free()) * arena.sector_bytes + arena.reclaimable(), most),
+            "resident": self.residents(),
+            "sizes": {uid: self.size(uid) for uid in waiting},
+            "pinned": frozenset(uid for uid in self.pinned if self.resident(uid)),
+        }
 
     def events(self) -> list[Event]:
         """The latest events, the oldest first."""

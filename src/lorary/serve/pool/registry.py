@@ -14,12 +14,12 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 
-from lorary.errors import Diagnostic, FileError, LoraryError, MethodError, suggestion
+from lorary.errors import Diagnostic, FileError, LoraryError, suggestion
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, BusyError, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
-from lorary.serve.pool.lease import Entry, Lease, Reading
+from lorary.serve.pool.lease import Entry, Lease, Reading, lies_in_files
 from lorary.serve.pool.loader import Loaded, Loader
 from lorary.serve.pool.pool import Pool
 
@@ -71,7 +71,7 @@ class Registry:
                 raise self._unknown(name)
             if entry.error is not None:
                 raise type(entry.error)(entry.error.headline, entry.error.problems)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             if entry.stale or not (entry.uid and self.pool.hold(entry.uid)):
                 self._read(entry, lease)
                 return lease
@@ -107,7 +107,7 @@ class Registry:
             if problems:
                 raise FileError(_HEADLINE, problems)
             self._look(entry)
-            lease = Lease(name, self._release)
+            lease = Lease(name, self.pool, self._release)
             self._read(entry, lease)
         lease.future.result()
         try:
@@ -185,8 +185,14 @@ class Registry:
         what, fix = invalid_name(name), ""
         if not what:
             what = f"no adapter has the name {show(name)}"
-            fix = suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
+            fix = self._nearest(name)
         return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, fix)])
+
+    def _nearest(self, name: str) -> str:
+        inside = f"{name}/adapter"  # a run folder's
+        if self.root is not None and inside not in self._unloaded and self.root.find(inside) is not None:
+            return f"did you mean `{inside}`?"
+        return suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
 
     def _name_problems(self, name: str, replace: bool) -> list[Diagnostic]:
         if what := invalid_name(name):
@@ -258,7 +264,7 @@ class Registry:
                 entry.reading = None
                 if error is not None:
                     self._abandon(entry)
-                if isinstance(error, FileError | MethodError) and error.__cause__ is None:  # the files, not the machine
+                if lies_in_files(error):
                     entry.error = error  # until they change
         for lease in waiting:
             if error is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import ConfigError, Diagnostic
-from lorary.serve.engine.engine import Engine
+from lorary.serve.interface import Engine
 from lorary.serve.ray.remote_engine import RemoteEngine
 from lorary.serve.ray.replica import Replica
 
@@ -40,7 +40,7 @@ class RaySettings:
     drain: float = 30.0
 
     def problems(self) -> list[Diagnostic]:
-        """Why they are not acceptable."""
+        """The reasons why they are not acceptable."""
         found = []
         for name in ("replicas", "fronts", "ongoing", "queued", "cpus", "gpus", "drain"):
             least = 1 if name in ("replicas", "fronts", "ongoing") else 0

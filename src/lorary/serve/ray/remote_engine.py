@@ -17,11 +17,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lorary.errors import Diagnostic, FileError, LoraryError, did_you_mean
 from lorary.files.strict_json import show
-from lorary.serve.engine.engine import AdapterCard, BusyError, RequestError, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics, UnknownAdapterError
 from lorary.serve.ray.replica import Answer, Status, affinity
 from lorary.serve.request import Deliver, Event, Finished, Request
 
@@ -36,7 +36,7 @@ _SHARED = "put its folder under --root: every replica finds it there"
 
 
 class RemoteEngine:
-    """See `lorary.serve.engine.engine.Engine`.
+    """See `lorary.serve.interface.Engine`.
 
     Args:
         handle: Ray Serve's handle of the replicas.
@@ -113,10 +113,11 @@ class RemoteEngine:
             return f"no replica has answered for {silent:.0f} s"
         return None if not reasons or None in reasons else reasons[0]
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         states = self._replicas()
-        found = {"running": 0, "waiting": 0, **merged_figures([state.statistics for state in states])}
-        return found | {"replicas": len(states), "retries": self.retries}
+        found = merged_figures([state.statistics for state in states])
+        own = {"replicas": len(states), "retries": self.retries}
+        return cast(Statistics, {"running": 0, "waiting": 0, **found, **own})
 
     # --- requests ---
 
@@ -307,7 +308,7 @@ def merged_cards(replicas: Iterable[Iterable[AdapterCard]]) -> list[AdapterCard]
 
 
 def merged_figures(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of `lorary.serve.engine.statistics` of all replicas: sums, and the mean of shares."""
+    """The figures of all replicas: sums, and the mean of shares."""
     names = dict.fromkeys(name for figures in replicas for name in figures)
     found = {name: [figures[name] for figures in replicas if name in figures] for name in names}
     return {name: sum(values) / (len(values) if name in _SHARES else 1) for name, values in found.items()}

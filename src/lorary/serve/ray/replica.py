@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lorary.errors import LoraryError
-from lorary.serve.engine.engine import AdapterCard, Engine, UnknownAdapterError
+from lorary.serve.interface import AdapterCard, Engine, Statistics, UnknownAdapterError
 from lorary.serve.request import Event, Finished, Request
 
 Answer = LoraryError | tuple[Event, ...]  # a refusal, or what has been generated since the last one
 
 
 class Status(NamedTuple):
-    """A replica at a moment.
+    """The state of a replica at a moment.
 
     Args:
         adapters: those that it serves.
@@ -27,7 +27,7 @@ class Status(NamedTuple):
     """
 
     adapters: list[AdapterCard]
-    statistics: dict[str, Any]
+    statistics: Statistics
     why_dead: str | None
 
 

@@ -1,1 +1,1 @@
-"""Which requests compute now: fair shares, ageing, room for adapters."""
+"""The scheduler, which chooses the requests of the batch: fair shares, ageing, room for adapters."""

@@ -1,4 +1,4 @@
-"""The state around the policy: what waits, what runs, what each tenant has had."""
+"""The state around the policy: the queue, the batch, and the shares of the tenants."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Admission:
         return self._users
 
     def add(self, request: Pending) -> None:
-        """A request waits.
+        """Let a request wait.
 
         Raises:
             StateError: its id is taken.
@@ -83,13 +83,13 @@ class Admission:
             self.changed()
 
     def remove(self, id: str) -> None:
-        """A request has ended, or is cancelled; unknown ids are ignored."""
+        """Forget a request that has ended or is cancelled; unknown ids are ignored."""
         if (request := self.waiting.pop(id) or self._leave_batch(id)) is not None:
             self.shares.leave(request.tenant)
             self.changed()
 
     def put_back(self, ids: Sequence[str], retry: float) -> None:
-        """Requests that were just admitted could not begin: they wait again, before all others, in their order.
+        """Let requests that were admitted and could not begin wait again, before all others, in their order.
 
         Args:
             retry: when to ask again although nothing changes.
@@ -109,7 +109,7 @@ class Admission:
         return running.request
 
     def computed(self, id: str, prompt: int = 0, generated: int = 0) -> None:
-        """Tokens were computed for a request in the batch."""
+        """Count tokens that were computed for a request in the batch."""
         running = self._running[id]
         running.prompt += prompt
         running.generated += generated

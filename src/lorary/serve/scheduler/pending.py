@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lorary.errors import Diagnostic, StateError
-from lorary.serve.engine.engine import RequestError
+from lorary.serve.interface import RequestError
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Waiting:
         return {tenant: next(iter(queue.values()))[1] for tenant, queue in self._tenants.items()}
 
     def add(self, request: Pending, *, first: bool = False) -> None:
-        """One more, after all others or before them.
+        """Add a request, after all others or before them.
 
         Raises:
             StateError: its id is taken.

@@ -61,7 +61,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the policy decides on.
+    """The input of the policy.
 
     Args:
         now: the clock, in seconds.
@@ -89,7 +89,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the policy has decided.
+    """The output of the policy.
 
     Args:
         admit: the ids to take into the batch, in order.

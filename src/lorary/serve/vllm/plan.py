@@ -28,6 +28,7 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError, dedup
 from lorary.files.strict_json import show
 from lorary.model.loading.from_pretrained import load_config, load_dtype, skeleton
 from lorary.model.loading.source import ModelSection, location
+from lorary.serve.address import local_url
 
 _HEADLINE = "cannot serve with vLLM:"
 _READER = vllm_reader(RANKS[-1])  # --max-lora-rank is ours to choose
@@ -56,9 +57,7 @@ class VllmSettings:
     @property
     def url(self) -> str:
         """The address at which this machine reaches it."""
-        here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        here = f"[{here}]" if ":" in here and not here.startswith("[") else here
-        return f"http://{here}:{self.port}"
+        return local_url(self.host, self.port)
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ def vllm_plan(
         try:
             forms.append(_form(name, folder, section, converted))
         except LoraryError as error:
-            found = error.problems or [Diagnostic("", error.headline)]
-            problems += [replace(p, where=f"{name}: {p.where}" if p.where else name) for p in deduplicated(found)]
+            problems += deduplicated(error.problems_of(name))
     problems += _mixed_scalings(forms)
     if problems:
         raise FileError(_HEADLINE, problems)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorary.errors import Diagnostic
 from lorary.model.loading.source import ModelSection
-from lorary.serve.http.server import free_port
+from lorary.serve.address import free_port
 from lorary.serve.vllm.plan import VllmPlan, VllmSettings, vllm_plan
 from lorary.serve.vllm.process import ServerError, check_models, running
 

@@ -17,8 +17,8 @@ from lorary.serve.batch.ops import triton
 from lorary.serve.batch.ops.table import AdapterTable
 from lorary.serve.batch.ops.triton import Items, expand, shrink
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
+from tests.kernels.for_gpu import compiled
 
-from ...kernels.for_gpu import compiled
 from .cases import PIECES, adapters, close, expected, slots, table_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU tests/conftest.py asks for the interpreter

@@ -1,1 +1,1 @@
-"""How the term of an adapter is added to the output of a base layer: a reference, on a CPU, on a GPU."""
+"""Kernels that add the adapters' terms to the output of a base layer: a reference, for a CPU, for a GPU."""

@@ -236,7 +236,10 @@ async function look() {
 }
 
 function show(status) {
-  if (!base) $("mode").value = status.chat ? "chat" : "text";
+  if (!base) {
+    $("mode").value = status.chat ? "chat" : "text";
+    if (status.context) $("max-tokens").value = Math.max(1, Math.min(128, Math.floor(status.context / 4)));
+  }
   base = status.model;
   $("model").textContent = base;
   document.title = `${base} · lorary`;
@@ -293,6 +296,7 @@ function rowOf(card) {
     make("td", card.bytes ? bytes(card.bytes) : "–"),
     make("td", card.form || "–"),
   );
+  row.firstElementChild.replaceChildren(...card.name.split(/(?<=\/)/).flatMap((part) => [part, make("wbr")]));
   row.firstElementChild.title = card.method;
   return row;
 }

@@ -1,9 +1,9 @@
-"""The interface of an engine: it generates text for many requests at a time, each with its own adapters."""
+"""The interface of an engine, which generates text for many requests at a time, each with its own adapters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from lorary.errors import LoraryError
 from lorary.serve.request import Deliver, Request
@@ -57,6 +57,42 @@ class AdapterCard:
     created: float = 0.0
     max_context: int | None = None
     notes: tuple[str, ...] = ()
+
+
+class Statistics(TypedDict, total=False):
+    """The figures of an engine: gauges of this moment, and counts since the start. An engine leaves out what it lacks.
+
+    Args:
+        running, waiting: requests in the batch, and before it.
+        budget_bytes: what adapters and keys and values may take together.
+        adapter_bytes, kv_bytes: what adapters beside the base take, and what keys and values take.
+        kv_usage: the share of the room for keys and values that is in use, 0 to 1.
+        host_bytes: adapters in host memory.
+        loads, load_seconds: adapters read from disk, and the seconds that took.
+        hits: requests whose adapters were in memory already.
+        evictions: adapters that gave way to others.
+        prefix_queries, prefix_hits: prompt tokens that were looked up in the prefix cache, and those found.
+        begun, queue_seconds: requests that joined the batch, and the seconds that they waited before.
+        replicas, retries: engines behind this one, and requests that were sent to another since theirs had died.
+    """
+
+    running: int
+    waiting: int
+    budget_bytes: int
+    adapter_bytes: int
+    kv_bytes: int
+    kv_usage: float
+    host_bytes: int
+    loads: int
+    load_seconds: float
+    hits: int
+    evictions: int
+    prefix_queries: int
+    prefix_hits: int
+    begun: int
+    queue_seconds: float
+    replicas: int
+    retries: int
 
 
 class Engine(Protocol):
@@ -127,6 +163,6 @@ class Engine(Protocol):
         """None while the engine works; what ended its thread otherwise."""
         ...
 
-    def statistics(self) -> dict[str, Any]:
-        """Figures of this moment, under the names in `lorary.serve.engine.statistics`."""
+    def statistics(self) -> Statistics:
+        """The figures of this moment."""
         ...
