@@ -143,7 +143,7 @@ def default_budget(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     import psutil
 
-    return min(psutil.virtual_memory().available // 4, 2 * 2**30)
+    return min(int(psutil.virtual_memory().available) // 4, 2 * 2**30)
 
 
 def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> Runner:
