@@ -240,6 +240,35 @@ def test_an_adapter_that_gives_no_finite_logits_fails_alone(adapters: dict[str, 
     assert bad.ids == []
 
 
+def test_all_requests_end_when_the_engine_dies_of_what_they_need_for_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(id: str) -> None:
+        raise RuntimeError("the device is gone")
+
+    made = engine()
+    found = [submitted(made, Request(PROMPT, sampling=GREEDY)) for _ in range(3)]
+    monkeypatch.setattr(made.runner, "remove", gone)
+    made.start()
+    assert [answer.end.reason for answer in found] == ["error"] * 3
+    wait_for(made.why_dead)
+    assert made.why_dead() == "RuntimeError: the device is gone"
+    made.stop()
+
+
+def test_requests_to_an_engine_that_is_never_started_end_with_it() -> None:
+    made = engine()
+    answer = submitted(made, Request(PROMPT, sampling=GREEDY))
+    made.stop()
+    assert answer.end.reason == "cancelled"
+
+
+def test_shifts_of_logits_that_fp32_does_not_hold_are_refused() -> None:
+    made = engine()
+    for sampling in (Sampling(logit_bias={5: -1e308}), Sampling(presence_penalty=1e308)):
+        with pytest.raises(RequestError, match="must be a number from -1,000,000 to 1,000,000"):
+            made.submit(Request(PROMPT, sampling=sampling), Answer().deliver)
+    made.stop()
+
+
 def test_an_engine_that_has_died_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine()
 
@@ -376,13 +405,13 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
         {"sampling": Sampling(temperature=float("nan"), frequency_penalty=float("inf"))},
         "cannot serve the request:\n"
         "  - temperature: is nan, and must be a number from 0 up\n"
-        "  - frequency_penalty: is inf, and must be a finite number",
+        "  - frequency_penalty: is inf, and must be a number from -1,000,000 to 1,000,000",
     ),
     (
         {"sampling": Sampling(logit_bias={64: 1.0, 3: float("nan")})},
         "cannot serve the request:\n"
         "  - logit_bias: has tokens that the base does not: 64; it has 0 to 63\n"
-        "  - logit_bias: of token 3 is nan, and must be a finite number",
+        "  - logit_bias: of token 3 is nan, and must be a number from -1,000,000 to 1,000,000",
     ),
     ({"deadline": -1.0}, "cannot serve the request:\n  - deadline: is -1.0, and must be a number above 0"),
 ]
@@ -438,7 +467,7 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
         engine(budget=100)
     assert str(refusal.value) == (
         "the budget is too small:\n  - budget: it is 100 bytes, and keys and values of 4 tokens take 2,048\n"
-        "      hint: give at least 8,192"
+        "      hint: give at least 8,192 bytes"
     )
     model = base()
     with pytest.raises(LoraryError, match="is not a folder"):

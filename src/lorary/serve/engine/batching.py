@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class BatchingEngine:
         if self._thread is not None:
             self._thread.join()
         else:
-            self._leave_model()
+            self._leave()
         self.registry.close()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
@@ -210,11 +211,17 @@ class BatchingEngine:
             with self._wake:
                 self._dead = f"{type(error).__name__}: {error}"
         finally:
-            for id in list(self._flights):
-                self._end(id, "error" if self._dead else "cancelled", self._dead or "")
-            self._leave_model()
+            self._leave()
 
-    def _leave_model(self) -> None:
+    def _leave(self) -> None:
+        """End all requests, and leave the model as it was."""
+        for id, flight in list(self._flights.items()):
+            reason: FinishReason = "error" if self._dead else "cancelled"
+            for end in (partial(self._end, id), flight.finish):  # whatever it has died of: nobody waits for ever
+                try:
+                    end(reason, self._dead or "")
+                except Exception:
+                    logger.exception("ending %s failed", id)
         self.layers.remove()
         self.runner.close()
 

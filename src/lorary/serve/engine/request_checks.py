@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from lorary.errors import Diagnostic
 from lorary.serve.request import Request, Sampling
 
+_MOST_SHIFT = 1e6  # of a logit: far above all of them, and far below what fp32 holds
+_SHIFT = f"be a number from -{_MOST_SHIFT:,.0f} to {_MOST_SHIFT:,.0f}"
+
 
 def request_problems(request: Request, vocabulary: int) -> Iterator[Diagnostic]:
     """Values that are out of range.
@@ -48,8 +51,8 @@ def _sampling_problems(sampling: Sampling, vocabulary: int) -> Iterator[Diagnost
         "top_p": (0 < sampling.top_p <= 1, "be above 0 and at most 1"),
         "top_k": (sampling.top_k >= 0, "be at least 0"),
         "logprobs": ((sampling.logprobs or 0) >= 0, "be at least 0"),
-        "presence_penalty": (math.isfinite(sampling.presence_penalty), "be a finite number"),
-        "frequency_penalty": (math.isfinite(sampling.frequency_penalty), "be a finite number"),
+        "presence_penalty": (abs(sampling.presence_penalty) <= _MOST_SHIFT, _SHIFT),
+        "frequency_penalty": (abs(sampling.frequency_penalty) <= _MOST_SHIFT, _SHIFT),
     }
     for name, (fine, must) in ranges.items():
         if not fine:
@@ -58,8 +61,8 @@ def _sampling_problems(sampling: Sampling, vocabulary: int) -> Iterator[Diagnost
         yield Diagnostic("stop", "holds an empty string")
     yield from _unknown_tokens("logit_bias", [*sampling.logit_bias], vocabulary)
     for token, value in sampling.logit_bias.items():
-        if not math.isfinite(value):
-            yield Diagnostic("logit_bias", f"of token {token} is {value}, and must be a finite number")
+        if not abs(value) <= _MOST_SHIFT:
+            yield Diagnostic("logit_bias", f"of token {token} is {value}, and must {_SHIFT}")
 
 
 def _unknown_tokens(where: str, tokens: Sequence[int], vocabulary: int) -> Iterator[Diagnostic]:

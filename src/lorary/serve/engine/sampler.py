@@ -43,8 +43,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        # `random` takes -1 for 1, and answers with consecutive seeds are to differ
-        self.random = random.Random(None if sampling.seed is None else sampling.seed % 2**64)
+        seed = sampling.seed  # `random` takes -1 for 1, and answers with consecutive seeds are to differ
+        self.random = random.Random(2**64 - seed if seed is not None and seed < 0 else seed)
         self.counts: Counter[int] = Counter()
 
     @property
