@@ -68,7 +68,7 @@ def serving(root: Path, *, host_bytes: int = 10**5, **options: Any) -> Iterator[
         yield registry
     finally:
         loader.gate.set()
-        registry.close()
+        registry.loader.close()
 
 
 def uid(lease: Lease) -> str:
@@ -565,7 +565,7 @@ def test_threads_lease_load_and_unload_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert failures == []
-        registry.close()  # all readings have ended
+        registry.loader.close()  # all readings have ended
         for card in registry.cards():
             registry.unload(card.name)
         assert registry.pool.statistics()["held"] == registry.pool.statistics()["host"] == 0

@@ -163,10 +163,6 @@ class Registry:
                 "draining": sum(1 for uid in self._users if uid not in current),
             }
 
-    def close(self) -> None:
-        """End the loader."""
-        self.loader.close()
-
     # --- names --------------------------------------------------------------------------------------------------------
 
     def _entry(self, name: str) -> Entry:
