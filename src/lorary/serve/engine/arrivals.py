@@ -57,8 +57,7 @@ class Arrivals:
             BusyError: too many adapters are being read.
         """
         if self._crowded:
-            for name in flight.request.adapters:
-                self._registry.card(name)
+            flight.bind(self._registry)
         else:
             flight.borrow(self._registry, self._notify)
 

@@ -10,7 +10,7 @@ from typing import Any
 from lorary.serve.engine.runner import Row
 from lorary.serve.engine.sampler import Drawn, Sampler
 from lorary.serve.engine.text import TextStream
-from lorary.serve.pool.lease import Lease
+from lorary.serve.pool.lease import Entry, Lease
 from lorary.serve.pool.registry import Registry
 from lorary.serve.request import Deliver, Event, Finished, FinishReason, Request, Token
 from lorary.serve.scheduler.pending import Pending
@@ -34,7 +34,7 @@ class InFlight:
     """
 
     def __init__(self, request: Request, deliver: Deliver, tokenizer: Any) -> None:
-        self.request, self.leases = request, list[Lease]()
+        self.request, self.leases, self._entries = request, list[Lease](), list[Entry]()
         self._deliver: Deliver | None = deliver
         self.sampler = Sampler(request.sampling)
         self.arrived = time.monotonic()
@@ -79,6 +79,14 @@ class InFlight:
         uids = tuple(sorted({lease.uid for lease in self.leases}))
         return Pending(request.id, uids, request.tenant, self.arrived, self.begin_by, prompt + self.limit, prompt)
 
+    def bind(self, registry: Registry) -> None:
+        """Fix what its adapters' names stand for, when it comes.
+
+        Raises:
+            UnknownAdapterError: an adapter is unknown.
+        """
+        self._entries = self._entries or [registry.entry(name) for name in self.request.adapters]
+
     def borrow(self, registry: Registry, when_ready: Callable[[], None]) -> None:
         """Lease its adapters, in the order of the request, all or none: see `Registry.lease`.
 
@@ -86,9 +94,10 @@ class InFlight:
             registry: of the adapters.
             when_ready: called from any thread when one becomes ready; at once if it is.
         """
+        self.bind(registry)
         try:
-            for name in self.request.adapters:
-                lease = registry.lease(name)
+            for entry in self._entries:
+                lease = registry.lease(entry)
                 self.leases.append(lease)
                 lease.future.add_done_callback(lambda _: when_ready())
         except BaseException:

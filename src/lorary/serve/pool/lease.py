@@ -121,6 +121,7 @@ class Entry:
         bytes: of its tensors.
         error: why the files cannot be served.
         reading: in progress.
+        replaced: whether the name stands for something else now.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Entry:
     bytes: int = 0
     error: LoraryError | None = None
     reading: Reading | None = None
+    replaced: bool = False
 
     def take(self, flat: Flat, stamp: Stamp) -> None:
         """Stand for the content that these files hold."""

@@ -14,18 +14,18 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 
-from lorary.errors import Diagnostic, FileError, LoraryError, suggestion
+from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
 from lorary.serve.pool.lease import Entry, Lease, Reading, lies_in_files
 from lorary.serve.pool.loader import Loaded, Loader, failure
+from lorary.serve.pool.names import name_problems, unknown_name
 from lorary.serve.pool.pool import Pool
 
 _HEADLINE = "cannot load the adapter:"
 _STOPS = BusyError("no room for the adapter now:", [Diagnostic("", "the server stops")])
-_MOST_COMPARED = 500  # names that a misspelt one is compared with
 
 
 class Registry:
@@ -55,8 +55,20 @@ class Registry:
         self._users = Counter[str]()  # uid -> names that stand for it, and requests that lease it
         self._pins = Counter[str]()  # uid -> pinned names
 
-    def lease(self, name: str) -> Lease:
+    def entry(self, name: str) -> Entry:
+        """What a name stands for now. A request keeps it: the name may stand for another adapter soon.
+
+        Raises:
+            UnknownAdapterError: no adapter has this name.
+        """
+        with self._lock:
+            return self._entry(name)
+
+    def lease(self, of: str | Entry) -> Lease:
         """Lease an adapter for a request; it is read first if it is not on the host.
+
+        Args:
+            of: its name, or what the name stood for when the request came.
 
         Raises:
             UnknownAdapterError: no adapter has this name.
@@ -64,10 +76,12 @@ class Registry:
             BusyError: too many adapters are being read.
         """
         with self._lock:
-            entry = self._entry(name)
+            entry = self._entry(of) if isinstance(of, str) else of
+            name = entry.name
             self._look(entry)
             if entry.source is None and not entry.stamp:  # it was found below the root, and is gone
-                self._replace(name, None)
+                if not entry.replaced:
+                    self._replace(name, None)
                 raise self._unknown(name)
             if entry.error is not None:
                 raise type(entry.error)(entry.error.headline, entry.error.problems)
@@ -178,27 +192,14 @@ class Registry:
         return self._entries.setdefault(name, Entry(name, folder=found))
 
     def _unknown(self, name: str) -> UnknownAdapterError:
-        what, fix = invalid_name(name), ""
-        if not what:
-            what = f"no adapter has the name {show(name)}"
-            fix = self._nearest(name)
-        return UnknownAdapterError("unknown adapter:", [Diagnostic("", what, fix)])
-
-    def _nearest(self, name: str) -> str:
         inside = f"{name}/adapter"  # a run folder's
-        if self.root is not None and inside not in self._unloaded and self.root.find(inside) is not None:
-            return f"did you mean `{inside}`?"
-        return suggestion(name, self._entries) if len(self._entries) <= _MOST_COMPARED else ""
+        there = self.root is not None and inside not in self._unloaded and self.root.find(inside) is not None
+        return unknown_name(name, self._entries, inside if there else None)
 
     def _name_problems(self, name: str, replace: bool) -> list[Diagnostic]:
-        if what := invalid_name(name):
-            return [Diagnostic("name", what)]
-        if name in self.reserved:
-            return [Diagnostic("name", f"{show(name)} is the base's")]
         entry = self._entries.get(name)
-        if entry is not None and entry.source is not None and not replace:
-            return [Diagnostic("name", f"{show(name)} is taken", "unload it first, or replace it")]
-        return []
+        taken = entry is not None and entry.source is not None and not replace
+        return name_problems(name, self.reserved, taken=taken)
 
     def _found_elsewhere(self, name: str, folder: Path) -> list[Diagnostic]:
         there = self.root.find(name) if self.root is not None and name not in self._unloaded else None
@@ -222,7 +223,7 @@ class Registry:
             self._unloaded.discard(name)
         if old is not None:
             self._abandon(old)
-            old.reading = None  # its requests get what is read, the name does not
+            old.reading, old.replaced = None, True  # its requests get what is read, the name does not
 
     # --- contents -----------------------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class Registry:
         """Take an adapter that was read, or the reason why not."""
         with self._lock:
             waiting = [lease for lease in reading.leases if not lease.released]
-            current = entry if entry.reading is reading else None
+            current = entry if entry.reading is reading and not entry.replaced else None
             error = _STOPS if done.cancelled() else done.exception() or self._keep(current, waiting, done.result())
             if current is not None:
                 entry.reading = None
