@@ -267,7 +267,7 @@ class BatchingEngine:
         for id in decision.expired:
             self._end(id, "deadline", "it could not begin in time")
         for id, reason in decision.refused.items():
-            self._end(id, "error", reason)
+            self._end(id, "refused", reason)
         for i, id in enumerate(decision.admit):
             if not self._begin(self._flights[id]):
                 self._admission.put_back(decision.admit[i:], now + 0.1)
@@ -282,7 +282,9 @@ class BatchingEngine:
             if None in forms:  # keys and values have taken the room since
                 for lease in flight.leases:
                     lease.leave_batch()
-                return False
+                if self._admission.running != (request.id,):
+                    return False
+                raise RequestError(_HEADLINE, [Diagnostic("adapters", "have no room beside the base together")])
             self._join(flight, [form for form in forms if form is not None])
         except LoraryError as error:
             self._end(request.id, "refused", str(error))
