@@ -178,9 +178,9 @@ _SECRETS = "python -c 'import secrets; print(secrets.token_urlsafe(24))'"
         (["--key", "same-key-1", "--admin-key", "same-key-1"], ["--admin-key: an admin's key is a user's as well"]),
         (["--no-keys", "--key", "a-good-key"], ["--no-keys: keys are given"]),
         (["--root", "nowhere"], ["--root: there is no folder nowhere"]),
-        (["--max-body", "big"], ["--max-body: is not a size of 1 KiB or more"]),
-        (["--budget", "2 apples"], ["--budget: is not a size of 1 KiB or more"]),
-        (["--max-adapter", "-1"], ["--max-adapter: is not a size of 1 KiB or more"]),
+        (["--max-body", "big"], ["--max-body: 'big' is not a size of 1 KiB or more"]),
+        (["--budget", "2 apples"], ["--budget: '2 apples' is not a size of 1 KiB or more"]),
+        (["--max-adapter", "-1"], ["--max-adapter: '-1' is not a size of 1 KiB or more"]),
         (
             ["--host", "::", "--root", "nowhere", "--key", "x"],
             [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -83,8 +83,8 @@ def serve(
     from lorary.cli._serve_engines import refuse_options
 
     refuse_options(context, engine)
-    sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
-    settings = _settings(host, root, key, admin_key, no_keys, sizes, drain)
+    sizes, wrong_sizes = _sizes({"--budget": budget, "--max-adapter": max_adapter, "--max-body": max_body})
+    settings = _settings(host, root, key, admin_key, no_keys, sizes, wrong_sizes, drain)
     most = sizes["--max-adapter"] or 0
     start = Start(
         tuple(adapters or ()),
@@ -117,6 +117,7 @@ def _settings(
     admin_key: list[str] | None,
     no_keys: bool,
     sizes: Mapping[str, int | None],
+    wrong_sizes: Sequence[Diagnostic],
     drain: float,
 ) -> Settings:
     """The settings of the server.
@@ -138,8 +139,7 @@ def _settings(
         problems.append(Diagnostic("--no-keys", "keys are given", "keep one of the two"))
     if root is not None and not expanded(root).is_dir():
         problems.append(Diagnostic("--root", f"there is no folder {root}"))
-    fix = "write it as 2GiB or 500MiB"
-    problems += [Diagnostic(option, "is not a size of 1 KiB or more", fix) for option, n in sizes.items() if n == 0]
+    problems += wrong_sizes
     if problems:
         raise ConfigError("cannot serve:", problems)
     return Settings(
@@ -191,15 +191,21 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _sizes(options: Mapping[str, str | None]) -> dict[str, int | None]:
-    """The bytes of sizes such as 2GiB; None for none, 0 for what is not a size."""
+def _sizes(options: Mapping[str, str | None]) -> tuple[dict[str, int | None], list[Diagnostic]]:
+    """The bytes of sizes such as 2GiB, None for none; and those that are no sizes."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    sizes: dict[str, int | None] = dict.fromkeys(options)
+    from lorary.errors import Diagnostic
+    from lorary.files.strict_json import show
+
+    sizes, problems = dict[str, int | None](), list[Diagnostic]()
     for option, text in options.items():
         try:
             size = None if text is None else int(TypeAdapter(ByteSize).validate_python(text))
         except ValidationError:
             size = 0
-        sizes[option] = size if size is None or size >= 1024 else 0
-    return sizes
+        if size is not None and size < 1024:
+            what, fix = f"{show(text)} is not a size of 1 KiB or more", "write it as 2GiB or 500MiB"
+            problems.append(Diagnostic(option, what, fix))
+        sizes[option] = size
+    return sizes, problems

@@ -98,9 +98,9 @@ def engine_of(
         name: as requests call it.
         root: the folder below which adapters are found by name, and to which loading is confined once it has started;
             None: neither.
-        budget: bytes of adapters, keys and values beside the base; None for a quarter of the free memory, 80 % on a
-            GPU. If a second copy of the base's linear weights takes little of it, an adapter that has all batches to
-            itself for long is merged into one.
+        budget: bytes of adapters, keys and values beside the base; None for `default_budget`. If a
+            second copy of the base's linear weights takes little of it, an adapter that has all batches to itself for
+            long is merged into one.
         host_budget: bytes of adapters on the host; None for twice the budget.
         limits: of an adapter.
         policy: of the queue.
@@ -141,12 +141,12 @@ def engine_of(
 
 
 def default_budget(device: torch.device) -> int:
-    """A quarter of the free memory on the host, 80 % on a GPU, in bytes."""
+    """In bytes, all taken at once: 80 % of a GPU's free memory; on the host a quarter of it, 2 GiB at most."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     import psutil
 
-    return int(psutil.virtual_memory().available / 4)
+    return min(int(psutil.virtual_memory().available) // 4, 2 * 2**30)
 
 
 def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> Runner:

@@ -353,7 +353,7 @@ BAD_LISTS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "two adapters": (
         {"base": BASE, "a": BASE, "b": BASE},
         {"a": "base", "b": "base"},
-        "--adapter-model: 2 of its models are adapters by its own list: 'base', 'a', 'b'",
+        "--adapter-model: 2 of its models are adapters by its own list: 'a', 'b'",
     ),
     "no base": ({"tuned": BASE}, {"tuned": "base"}, "--base-model: the base of 'tuned' is not clear from its list"),
     "two bases": (

@@ -480,7 +480,7 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
         engine(budget=100)
     assert str(refusal.value) == (
         "the budget is too small:\n  - budget: it is 100 bytes, and keys and values of 4 tokens take 2,048\n"
-        "      hint: give at least 8,192"
+        "      hint: give at least 8,192 bytes"
     )
     model = base()
     with pytest.raises(LoraryError, match="is not a folder"):

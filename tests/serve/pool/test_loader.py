@@ -228,7 +228,7 @@ def test_bad_adapters_are_refused_with_the_reason_and_nothing_is_kept(what: str,
     assert str(peft.parent) not in str(caught.value)
     assert pool.statistics()["host"] == 0
     assert not [card for card in registry.cards() if card.state != "on disk"]
-    registry.close()
+    registry.loader.close()
 
 
 def test_bytes_that_are_not_those_that_were_saved_are_refused(lora: Path) -> None:
@@ -284,6 +284,6 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(
 def test_a_loader_that_is_closed_says_that_the_server_stops(lora: Path) -> None:
     pool, reader = Pool(PlainArena(2**16), host_bytes=2**16), Loader(base())
     registry = Registry(pool, reader, root=AdapterRoot(lora.parent))
-    registry.close()
+    registry.loader.close()
     with pytest.raises(BusyError, match="the server stops"):
         registry.lease("a")

@@ -68,7 +68,7 @@ def serving(root: Path, *, host_bytes: int = 10**5, **options: Any) -> Iterator[
         yield registry
     finally:
         loader.gate.set()
-        registry.close()
+        registry.loader.close()
 
 
 def uid(lease: Lease) -> str:
@@ -436,6 +436,16 @@ def test_adapters_that_left_the_host_are_read_again(tmp_path: Path) -> None:
         assert holds(registry, registry.lease("a2"), 2)  # it was not the adapter's fault
 
 
+def test_an_adapter_larger_than_the_memory_is_refused_by_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "a", "1")
+    sentence = r"cannot serve the adapter 'a':\n  - it needs 464 bytes in memory, and at most 400 are there"
+    with serving(tmp_path, host_bytes=400) as registry:
+        for _ in range(2):
+            with pytest.raises(lorary.FileError, match=sentence):
+                uid(registry.lease("a"))
+        assert reads(registry) == 1
+
+
 def test_a_pinned_adapter_stays_in_memory(tmp_path: Path) -> None:
     for i in range(4):
         write(tmp_path / f"a{i}", str(i))
@@ -555,7 +565,7 @@ def test_threads_lease_load_and_unload_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert failures == []
-        registry.close()  # all readings have ended
+        registry.loader.close()  # all readings have ended
         for card in registry.cards():
             registry.unload(card.name)
         assert registry.pool.statistics()["held"] == registry.pool.statistics()["host"] == 0

@@ -99,7 +99,8 @@ class Arrivals:
         now, found = time.monotonic(), Sorted()
         for id, flight in list(self._waiting.items()):
             if flight.begin_by is not None and flight.begin_by <= now:
-                found.ended[id] = ("deadline", "its adapters were not loaded in time")
+                late = "it could not begin in time" if flight.ready else "its adapters were not loaded in time"
+                found.ended[id] = ("deadline", late)
             elif flight.ready and flight.busy:
                 alone = self._retried == id and self._alone and _without_leases(others, flight)
                 self._park(flight)

@@ -96,7 +96,7 @@ class BatchingEngine:
             self._thread.join()
         else:
             self._leave()
-        self.registry.close()
+        self.registry.loader.close()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         if problems := list(request_problems(request, self._vocabulary)):
@@ -152,13 +152,11 @@ class BatchingEngine:
             running = len(self._admission.running)
             figures: Statistics = {"running": running, "waiting": len(self._flights) - running, **self._counts}
         pool, loader = self.registry.pool.statistics(), self.registry.loader
-        figures |= {"adapter_bytes": pool["taken_bytes"], "host_bytes": pool["host_bytes"]}
-        figures |= {"loads": loader.count, "load_seconds": loader.seconds}
-        figures |= {"hits": pool["hits"], "evictions": pool["evictions"]}
+        figures |= {"adapter_bytes": pool["taken_bytes"], "host_bytes": pool["host_bytes"], "hits": pool["hits"]}
+        figures |= {"evictions": pool["evictions"], "loads": loader.count, "load_seconds": loader.seconds}
         budget, adapters = len(self.runner.arena.sectors) * self.runner.arena.sector_bytes, figures["adapter_bytes"]
-        keys_values = max(self.runner.used_bytes() - adapters, 0)
-        usage = keys_values / max(budget - adapters, 1)
-        return figures | {"budget_bytes": budget, "kv_bytes": keys_values, "kv_usage": usage}
+        kv = max(self.runner.used_bytes() - adapters, 0)
+        return figures | {"budget_bytes": budget, "kv_bytes": kv, "kv_usage": kv / max(budget - adapters, 1)}
 
     def _notify(self) -> None:
         with self._wake:
@@ -187,9 +185,8 @@ class BatchingEngine:
             raise RequestError(_HEADLINE, [Diagnostic(request.id, "the id is taken")])
         waiting = len(self._flights) - len(self._admission.running)
         if waiting >= self._most_waiting:
-            error = BusyError(
-                "the queue is full:", [Diagnostic("", f"{waiting} requests wait already", "ask again later")]
-            )
+            what = f"{waiting} requests wait already"
+            error = BusyError("the queue is full:", [Diagnostic("", what, "ask again later")])
             error.retry_after = self._seconds_until_room()
             raise error
 

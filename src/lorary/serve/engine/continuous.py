@@ -286,7 +286,7 @@ def _pages(model: Any, shape: Shape) -> int:
     size = int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * shape.page)
     if shape.budget < 4 * size:
         what = f"it is {shape.budget:,} bytes, and keys and values of {shape.page} tokens take {size:,}"
-        raise ConfigError("the budget is too small:", [Diagnostic("budget", what, f"give at least {4 * size:,}")])
+        raise ConfigError("the budget is too small:", [Diagnostic("budget", what, f"give at least {4 * size:,} bytes")])
     return shape.budget // size
 
 

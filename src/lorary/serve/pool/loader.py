@@ -115,10 +115,10 @@ class Loader:
                         self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - begun
                     return Loaded(flat, before)
         except LoraryError as error:  # the reader's headline has the path on this machine
-            raise type(error)(_headline(name), error.problems) from error.__cause__
+            raise type(error)(failure(name), error.problems) from error.__cause__
         except Exception as error:  # such as too little memory: it concerns this adapter's requests alone
-            raise FileError(_headline(name), [Diagnostic("", f"{type(error).__name__}: {error}")]) from error
-        raise FileError(_headline(name), [Diagnostic("", "its files changed while they were read", "ask again")])
+            raise FileError(failure(name), [Diagnostic("", f"{type(error).__name__}: {error}")]) from error
+        raise FileError(failure(name), [Diagnostic("", "its files changed while they were read", "ask again")])
 
     def close(self) -> None:
         """Wait for what is being read; what waits is cancelled."""
@@ -168,5 +168,6 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _headline(name: str) -> str:
+def failure(name: str) -> str:
+    """The headline of the errors of an adapter."""
     return f"cannot serve the adapter {show(name)}:"

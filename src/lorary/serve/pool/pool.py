@@ -236,7 +236,7 @@ class Pool:
         most = min(self.space.capacity, self._host.limit)
         if needed > most:
             what = f"it needs {needed:,} bytes in memory, and at most {most:,} are there for adapters"
-            fix = "give adapters a larger budget"
+            fix = "give the server a larger budget"
             raise FileError("cannot serve the adapter:", [Diagnostic(uid[:12], what, fix)])
 
     def _sweep(self) -> None:

@@ -20,7 +20,7 @@ from lorary.files.strict_json import show
 from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
 from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
 from lorary.serve.pool.lease import Entry, Lease, Reading, lies_in_files
-from lorary.serve.pool.loader import Loaded, Loader
+from lorary.serve.pool.loader import Loaded, Loader, failure
 from lorary.serve.pool.pool import Pool
 
 _HEADLINE = "cannot load the adapter:"
@@ -163,10 +163,6 @@ class Registry:
                 "draining": sum(1 for uid in self._users if uid not in current),
             }
 
-    def close(self) -> None:
-        """End the loader."""
-        self.loader.close()
-
     # --- names --------------------------------------------------------------------------------------------------------
 
     def _entry(self, name: str) -> Entry:
@@ -277,6 +273,10 @@ class Registry:
         uid = loaded.flat.form.uid
         try:
             self.pool.put(uid, loaded.flat)
+        except FileError as error:  # the pool knows its content alone
+            names = [entry.name] if entry is not None else [lease.name for lease in waiting]
+            problems = [Diagnostic("", problem.what, problem.fix) for problem in error.problems]
+            return FileError(failure(names[0]) if names else error.headline, problems)
         except LoraryError as error:
             return error
         for lease in waiting:

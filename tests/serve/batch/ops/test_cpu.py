@@ -124,7 +124,7 @@ def test_code_that_is_wrong_is_found_out_before_it_is_used(fault: str, tmp_path:
     old, new = FAULTS[fault]
     text = cpu.SOURCE.read_text()
     assert old in text
-    folder = tmp_path / "serve" / "ops"
+    folder = tmp_path / "serve" / "batch" / "ops"
     folder.mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
     (folder / "rows.c").write_text(text.replace(old, new))

@@ -6,7 +6,7 @@
  */
 #include <string.h>
 
-#include "../../kernels/threads.h"
+#include "../../../kernels/threads.h"
 
 enum { MOST_RANK = 256, ROWS = 4, RANKS = 4, TILE = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
