@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -122,6 +123,8 @@ def engine_of(
     runner = choose_runner(model, layers, name, shape)
     pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
     runner.make_room = pool.make_room
+    if policy.budget is None:
+        policy = replace(policy, budget=pool.space.capacity)
     loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda")
     return BatchingEngine(
         tokenizer,

@@ -240,6 +240,19 @@ def test_an_adapter_that_gives_no_finite_logits_fails_alone(adapters: dict[str, 
     assert bad.ids == []
 
 
+def test_adapters_without_room_together_are_refused_and_hold_up_nobody(tmp_path: Path) -> None:
+    names = [f"m{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        saved_adapter(base(), made_of("lora", r=24 + i), tmp_path / name, size=0.1)
+    made = engine(root=tmp_path, budget=7 * 2**17, policy=Policy(patience=0.05))
+    made.start()
+    together = [submitted(made, Request(PROMPT, dict.fromkeys(names, 0.5), GREEDY)) for _ in range(3)]
+    alone = [submitted(made, Request(PROMPT, {name: 1.0}, GREEDY)) for name in names]
+    assert [answer.end.reason for answer in alone] == ["length"] * 4
+    assert [answer.end.reason for answer in together] == ["refused"] * 3
+    made.stop()
+
+
 def test_all_requests_end_when_the_engine_dies_of_what_they_need_for_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(id: str) -> None:
         raise RuntimeError("the device is gone")
@@ -248,7 +261,7 @@ def test_all_requests_end_when_the_engine_dies_of_what_they_need_for_their_end(m
     found = [submitted(made, Request(PROMPT, sampling=GREEDY)) for _ in range(3)]
     monkeypatch.setattr(made.runner, "remove", gone)
     made.start()
-    assert [answer.end.reason for answer in found] == ["error"] * 3
+    assert [answer.end.reason for answer in found] == ["length", "error", "error"]
     wait_for(made.why_dead)
     assert made.why_dead() == "RuntimeError: the device is gone"
     made.stop()

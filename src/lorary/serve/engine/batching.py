@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -213,12 +214,9 @@ class BatchingEngine:
     def _leave(self) -> None:
         """End all requests, and leave the model as it was."""
         for id, flight in list(self._flights.items()):
-            reason: FinishReason = "error" if self._dead else "cancelled"
             for end in (partial(self._end, id), flight.finish):  # whatever it has died of: nobody waits for ever
-                try:
-                    end(reason, self._dead or "")
-                except Exception:
-                    logger.exception("ending %s failed", id)
+                with suppress(Exception):
+                    end("error" if self._dead else "cancelled", self._dead or "")
         self.layers.remove()
         self.runner.close()
 
@@ -264,7 +262,7 @@ class BatchingEngine:
         for id in decision.expired:
             self._end(id, "deadline", "it could not begin in time")
         for id, reason in decision.refused.items():
-            self._end(id, "error", reason)
+            self._end(id, "refused", reason)
         for i, id in enumerate(decision.admit):
             if not self._begin(self._flights[id]):
                 self._admission.put_back(decision.admit[i:], now + 0.1)
@@ -276,10 +274,12 @@ class BatchingEngine:
         try:
             self._check_adapters(flight)
             forms = [lease.bring() for lease in flight.leases]
-            if None in forms:  # keys and values have taken the room since
+            if None in forms:
                 for lease in flight.leases:
                     lease.leave_batch()
-                return False
+                if any(other.row is not None for other in list(self._flights.values())):
+                    return False  # they will free some
+                raise RequestError(_HEADLINE, [Diagnostic("adapters", "have no room beside the base together")])
             self._join(flight, [form for form in forms if form is not None])
         except LoraryError as error:
             self._end(request.id, "refused", str(error))

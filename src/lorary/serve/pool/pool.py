@@ -189,7 +189,7 @@ class Pool:
         arena, most = self.space.arena, self.space.capacity - self.space.taken
         return {
             "free": min(len(arena.free()) * arena.sector_bytes + arena.reclaimable(), most),
-            "resident": self.residents(),
+            "resident": self.residents() | self._idle_shared(),
             "sizes": {uid: self.size(uid) for uid in waiting},
             "pinned": frozenset(uid for uid in self.pinned if self.resident(uid)),
         }
@@ -223,6 +223,13 @@ class Pool:
             }
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _idle_shared(self) -> dict[str, int]:
+        """key -> bytes of the shared tensors beside the base that no batch needs: they give way like adapters."""
+        with self._lock:
+            residents = self._device.residents
+            needed = {key for r in residents.values() if r.form is not None and r.references for key in r.shared}
+            return {key: r.run.size for key, r in residents.items() if r.form is None and key not in needed}
 
     def _check_size(self, uid: str, flat: Flat) -> None:
         needed = flat.bytes + sum(t.buffer.numel() for t in flat.shared.values())
