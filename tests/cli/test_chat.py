@@ -114,6 +114,33 @@ def test_a_full_context_is_told_and_the_conversation_goes_on(talk: Any) -> None:
     assert ran.out == answers(["two"])[0] + "\n"
 
 
+def test_a_conversation_that_the_engine_has_no_memory_for_goes_on(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk([], "base")  # the folders
+    monkeypatch.setattr("lorary.cli.chat._MOST_TOKENS", 64)
+    monkeypatch.setattr("lorary.cli._generation_engine._SPARE", 0)
+    long = ("two " * 30).strip()
+    ran = talk(["hello", "/reset", long, "hello"], "base")
+    assert ran.out == "".join(f"{text}\n" for text in [*answers(["hello"]), *answers([long, "hello"])])
+    note = "note: computed without the serving engine: the prompt and its answer may take "
+    assert ran.err.count(note) == 1, ran.err
+    assert ran.err.index("a new conversation") < ran.err.index(note), "the first turn fits"
+
+
+def test_an_adapter_without_a_serving_form_can_be_switched_to(talk: Any) -> None:
+    talk([], "base")  # the folders
+    base: Any = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    method = lorary.method("longlora", r=4, length=256, rope="dynamic", shifted=False).replace(full=())
+    lorary.attach(base, lorary.plan(base, method))
+    for parameter in (p for p in base.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.3)
+    lorary.save(base, "long")
+    turns = ["hello", "/reset", "/adapter long", "hello", "/reset", "/adapter one", "hello"]
+    ran = talk(turns, "one", "long", "--base", "base")
+    expected = [answers(["hello"], name)[0] for name in ("one", "long", "one")]
+    assert ran.out == "".join(f"{text}\n" for text in expected)
+    assert ran.err.count("note: computed without the serving engine: ") == 1, ran.err
+
+
 def test_an_answer_that_is_cut_off_is_told(talk: Any) -> None:
     ran = talk(["hello"], "base")
     assert f"cut off after {LENGTH} tokens: --max-new-tokens allows more" in ran.err

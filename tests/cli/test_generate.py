@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorary
 from lorary.cli._generation import Printer
@@ -69,6 +71,60 @@ def test_rows_near_the_end_of_the_context_do_not_shorten_the_others(command: Com
         "      hint: name another file\n"
     )
     assert completions(Path("answers.jsonl").read_text()) == alone
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(command: Command, model: str) -> None:
+    Path("prompts.txt").write_text("\n".join([*PROMPTS, "hello"]))
+    options = ("--file", "prompts.txt", "--max-new-tokens", "12", "--temperature", "1")
+    drawn = {
+        (size, seed): completions(command("generate", model, *options, "-b", size, "--seed", seed).out)
+        for size, seed in (("1", "3"), ("4", "3"), ("4", "4"))
+    }
+    assert drawn["1", "3"] == drawn["4", "3"]
+    assert drawn["4", "3"] != drawn["4", "4"]
+    assert drawn["1", "3"][0] != drawn["1", "3"][-1], "equal prompts are drawn independently"
+    assert "lorary-engine" not in {thread.name for thread in threading.enumerate()}
+
+
+def generated(path: str | None = None) -> str:
+    """The answer to "hello" by Transformers alone."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    if path is not None:
+        lorary.load(loaded, path)
+    texts = AutoTokenizer.from_pretrained("model")
+    ids = torch.tensor([texts("hello")["input_ids"]])
+    out = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    return str(texts.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_generation_configuration_that_the_engine_does_not_know_is_kept(command: Command, model: str) -> None:
+    without = generated()
+    config = json.loads(Path("model/generation_config.json").read_text())
+    Path("model/generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 3.0}))
+    assert generated() != without
+    ran = command("generate", model, "hello", "--max-new-tokens", "12")
+    assert ran.out == generated() + "\n"
+    note = "note: computed without the serving engine: the model's generation configuration sets repetition_penalty\n"
+    assert note in ran.err
+    Path("model/generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.0, "top_k": 20}))
+    ran = command("generate", model, "hello", "--max-new-tokens", "12")
+    assert (ran.out, "note:" in ran.err) == (without + "\n", False)
+
+
+def test_an_adapter_without_a_serving_form_answers_all_the_same(command: Command, model: str) -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    method = lorary.method("longlora", r=4, length=128, rope="dynamic", shifted=False).replace(full=())
+    lorary.attach(base, lorary.plan(base, method))
+    for parameter in (p for p in base.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.2)
+    lorary.save(base, "long")
+    ran = command("generate", "long", "hello", "--base", model, "--max-new-tokens", "12")
+    assert ran.out == generated("long") + "\n"
+    assert generated("long") != generated()
+    assert "note: computed without the serving engine: " in ran.err
+    assert "dynamic RoPE scaling" in ran.err
+    far = command("generate", "long", "hello " * 40, "--base", model, "--max-new-tokens", "2")
+    assert far.code == 0, "the context is the adapter's"
 
 
 def test_conversations_and_texts_of_a_file(command: Command, model: str) -> None:

@@ -169,8 +169,21 @@ def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedM
     Raises:
         LoraryError: the model cannot be loaded or generates no text, or the adapter does not fit it.
     """
-    from lorary.adapters.save_load import load_adapter
     from lorary.adapters.switch import load
+
+    loaded = load_for_adapter(section, folder)
+    if folder:
+        load(loaded, folder)
+    return loaded
+
+
+def load_for_adapter(section: ModelSection, folder: Path | None) -> PreTrainedModel:
+    """A causal language model in evaluation mode, stored as an adapter was trained on it; nothing is attached.
+
+    Raises:
+        LoraryError: the model cannot be loaded or generates no text.
+    """
+    from lorary.adapters.save_load import load_adapter
     from lorary.model.loading.from_pretrained import load_model, load_storage
 
     adapter = load_adapter(folder) if folder else None
@@ -178,7 +191,4 @@ def load_with_adapter(section: ModelSection, folder: Path | None) -> PreTrainedM
         what = f"it was trained on a {adapter.base.architecture}, which generates no text"
         fix = "`lorary merge` makes a plain model of it, for Transformers' pipeline"
         raise FileError(f"{folder} holds no language model:", [Diagnostic(str(folder), what, fix)])
-    loaded = load_model(section, load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None)
-    if folder:
-        load(loaded, folder)
-    return loaded
+    return load_model(section, load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lorary
-from lorary.adapters.adapter import Adapter
 from lorary.cli import printable
-from lorary.cli._generation import Printer, Sampling, chat_ids, room
-from lorary.cli._generation_batches import end_tokens, generate_rows
+from lorary.cli._generation import Printer, Sampling, Writer, chat_ids, room
 from lorary.errors import LoraryError, did_you_mean
-from lorary.layers.rope import max_context, text_config
 from lorary.train.data.row_formats import Messages
 
 OFF = "off"
@@ -31,25 +27,18 @@ class Conversation:
     """A conversation with a model.
 
     Args:
-        model: in evaluation mode, with the adapter `current` attached.
+        writer: of the answers; it uses the first adapter.
         tokenizer: with a chat template.
-        adapters: by name.
-        current: the name of the adapter in use, or OFF.
+        adapters: their names; the first is in use.
         sampling: how answers are drawn.
         system: the system message; empty for none.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        adapters: Mapping[str, Adapter],
-        current: str,
-        sampling: Sampling,
-        system: str = "",
+        self, writer: Writer, tokenizer: Any, adapters: Sequence[str], sampling: Sampling, system: str = ""
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.adapters, self.current = adapters, current
+        self.writer, self.tokenizer = writer, tokenizer
+        self.adapters, self.current = adapters, next(iter(adapters), OFF)
         self.sampling, self.system = sampling, system
         self.turns: Messages = []
 
@@ -88,8 +77,8 @@ class Conversation:
             _note(f"there is no adapter `{printable(name)}`: {did_you_mean(name, known)}")
             return
         try:
-            lorary.switch(self.model, self.adapters.get(name))
-        except LoraryError as error:  # the model keeps the adapter that it had
+            self.writer.use(None if name == OFF else name)
+        except LoraryError as error:  # the one before stays in use
             _note(str(error))
             return
         self.current = name
@@ -103,26 +92,29 @@ class Conversation:
         except ValueError as error:
             _note(f"not sent: {error}")
             return
-        left, limit = room(self.model, len(ids)), max_context(text_config(self.model))
+        limit = self.writer.context
+        left = room(limit, len(ids))
         if left == 0:
             _note(f"not sent: with it the conversation has {len(ids):,} tokens, and the context is {limit:,}: /reset")
             return
         printer = Printer(self.tokenizer)
         try:
-            generate_rows(self.model, self.tokenizer, [ids], self.sampling, printer)
-            self._say_if_cut_off(printer, left, limit)
+            (answer,) = self.writer.write([ids], printer)
+            if not answer.ended:
+                self._say_cut_off(printer, left, limit)
         except KeyboardInterrupt:
             printer.end()
             _note("stopped")
+        except LoraryError as error:
+            _note(f"not answered: {error}")
+            return
         self.turns = [*asked, {"role": "assistant", "content": printer.text}]
 
-    def _say_if_cut_off(self, printer: Printer, left: int | None, limit: Any) -> None:
+    def _say_cut_off(self, printer: Printer, left: int | None, limit: int | None) -> None:
         """Tell an answer that ended without its end: in a full context, or at the length allowed."""
-        if printer.ids and printer.ids[-1] in end_tokens(self.model):
-            return
         if left is not None and len(printer.ids) >= left:
             _note(f"cut off: the context of {limit:,} tokens is full; /reset begins again")
-        elif len(printer.ids) >= self.sampling.max_new_tokens:
+        else:
             _note(f"cut off after {len(printer.ids):,} tokens: --max-new-tokens allows more")
 
 

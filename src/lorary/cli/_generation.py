@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from transformers import TextStreamer
 
 from lorary.adapters.hub import CHAT_TEMPLATE
 from lorary.cli import printable
 from lorary.errors import ConfigError, DataError, Diagnostic
-from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_tokenizer
 from lorary.model.loading.source import ModelSection
 from lorary.train.data.chat import TEMPLATES, render, use_template
@@ -40,6 +39,32 @@ class Sampling:
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+class Size(NamedTuple):
+    """How much is computed at a time.
+
+    Args:
+        prompts: all of them.
+        rows: prompts at a time.
+        tokens: of a prompt and its answer.
+    """
+
+    prompts: int
+    rows: int
+    tokens: int
+
+
+class Answer(NamedTuple):
+    """A continuation.
+
+    Args:
+        text: without special tokens.
+        ended: whether the model ended it; else it was cut off.
+    """
+
+    text: str
+    ended: bool
 
 
 class Printer(TextStreamer):  # type: ignore[misc]  # Transformers has no types
@@ -90,6 +115,33 @@ class Printer(TextStreamer):  # type: ignore[misc]  # Transformers has no types
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
+class Writer(Protocol):
+    """Continues prompts, with one adapter after another.
+
+    Attributes:
+        context: tokens of a prompt and its answer, with the adapter in use; None if the model states no limit.
+    """
+
+    @property
+    def context(self) -> int | None: ...
+
+    def use(self, name: str | None) -> None:
+        """Answer with this adapter from now on; None is the base alone.
+
+        Raises:
+            LoraryError: it does not fit; the one before stays in use.
+        """
+        ...
+
+    def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
+        """The answers to prompts, in order; `printer` prints that to the only one as it is generated."""
+        ...
+
+    def close(self) -> None:
+        """End what is computed."""
+        ...
+
+
 def tokenizer_of(section: ModelSection, folder: Path | None, template: str | None = None) -> Any:
     """The base's tokenizer, with the chat template `template`, else the one that the adapter was trained with."""
     tokenizer = load_tokenizer(section)
@@ -134,27 +186,25 @@ def text_ids(tokenizer: Any, prompt: str, where: str) -> list[int]:
     return ids
 
 
-def room(model: Any, tokens: int) -> int | None:
-    """The tokens that may follow `tokens` within the model's context, 0 if none; None if it states no context."""
-    limit = max_context(text_config(model))
-    return None if limit is None else max(0, int(limit) - tokens)
+def room(context: int | None, tokens: int) -> int | None:
+    """The tokens that may follow `tokens` within a context, 0 if none; None if there is no limit."""
+    return None if context is None else max(0, context - tokens)
 
 
-def require_room(model: Any, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
-    """Refuse prompts that fill the model's context.
+def require_room(context: int | None, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Refuse prompts that fill the context.
 
     Args:
-        model: the model.
+        context: of the model; None for no limit.
         prompts: (place, tokens).
 
     Raises:
         DataError: every one that does.
     """
-    limit = max_context(text_config(model))
     problems = [
-        Diagnostic(where, f"has {len(ids):,} tokens, but the model's context is {limit:,}", "shorten it")
+        Diagnostic(where, f"has {len(ids):,} tokens, but the model's context is {context:,}", "shorten it")
         for where, ids in prompts
-        if room(model, len(ids)) == 0
+        if room(context, len(ids)) == 0
     ]
     if problems:
         raise DataError("the prompt is too long:", problems)

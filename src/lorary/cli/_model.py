@@ -11,11 +11,21 @@ if TYPE_CHECKING:
 
 def ready_model(section: ModelSection, folder: Path | None) -> Any:
     """The model in evaluation mode with the adapter of `folder`, on the GPU if there is one."""
-    import torch
-
     from lorary.adapters.resolve import load_with_adapter
 
-    model: Any = load_with_adapter(section, folder)
+    return _on_device(load_with_adapter(section, folder))
+
+
+def ready_base(section: ModelSection, folder: Path | None) -> Any:
+    """The model in evaluation mode as the adapter of `folder` needs it, without it, on the GPU if there is one."""
+    from lorary.adapters.resolve import load_for_adapter
+
+    return _on_device(load_for_adapter(section, folder))
+
+
+def _on_device(model: Any) -> Any:
+    import torch
+
     return model.to("cuda") if torch.cuda.is_available() else model
 
 

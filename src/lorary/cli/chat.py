@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,8 @@ from lorary.cli._options import Base, MaxNewTokens, Seed, Temperature, Template,
 if TYPE_CHECKING:
     from lorary.cli._chat import Conversation
     from lorary.cli._generation import Sampling
+
+_MOST_TOKENS = 16_384  # of a conversation, that memory is taken for
 
 
 def chat(
@@ -37,31 +40,36 @@ def chat(
     from lorary.cli._generation import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    conversation = _conversation(models, base, system, template, sampling, seed)
-    _talk(conversation)
+    with _conversation(models, base, system, template, sampling, seed) as conversation:
+        _talk(conversation)
 
 
+@contextmanager
 def _conversation(
     models: list[str], base: str | None, system: str, template: str | None, sampling: Sampling, seed: int
-) -> Conversation:
-    import torch
-
+) -> Iterator[Conversation]:
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import adapter_at, find_adapter, find_model
-    from lorary.cli._chat import OFF, Conversation, names_of
-    from lorary.cli._generation import require_chat_template, tokenizer_of
-    from lorary.cli._model import ready_model
+    from lorary.cli._chat import Conversation, names_of
+    from lorary.cli._generation import Size, require_chat_template, tokenizer_of
+    from lorary.cli._model import ready_base
+    from lorary.cli._writer import AnyWriter
+    from lorary.layers.rope import max_context, text_config
 
     adapted = models if adapter_at(models[0]) is not None else models[1:]
     folders = {name: find_adapter(model, "chat with") for name, model in names_of(adapted).items()}
-    first = next(iter(folders.values()), None)
+    first = next(iter(folders), None)
+    folder = folders.get(first or "")
     section = find_model(models[0], base)[1]
-    tokenizer = tokenizer_of(section, first, template)
+    tokenizer = tokenizer_of(section, folder, template)
     require_chat_template(tokenizer, models[0], "cannot chat:")
-    adapters = {name: load_adapter(folder) for name, folder in folders.items()}
-    model = ready_model(section, first)
-    torch.manual_seed(seed)
-    return Conversation(model, tokenizer, adapters, next(iter(folders), OFF), sampling, system)
+    for each in folders.values():  # those that cannot be read are refused before the first message
+        load_adapter(each)
+    model = ready_base(section, folder)
+    size = Size(1, 1, min(max_context(text_config(model)) or _MOST_TOKENS, _MOST_TOKENS))
+    with closing(AnyWriter(model, tokenizer, folders, sampling, seed, size)) as writer:
+        writer.use(first)
+        yield Conversation(writer, tokenizer, [*folders], sampling, system)
 
 
 def _talk(conversation: Conversation) -> None:

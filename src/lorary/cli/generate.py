@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -14,7 +14,7 @@ import typer
 from lorary.cli._options import Base, MaxNewTokens, Seed, Temperature, Template, TopP
 
 if TYPE_CHECKING:
-    from lorary.cli._generation import Sampling
+    from lorary.cli._generation import Writer
     from lorary.train.data.prompts import Prompt
 
 
@@ -43,7 +43,7 @@ def generate(
     """Continue a text, or all prompts of a file.
 
     lorary generate out/ "def parse(text):" uses the adapter of a run; lorary generate builtin:base the base alone.
-    With --file the answers are JSON lines. Greedy ones in fp32 do not depend on the batch size; sampled ones do.
+    With --file the answers are JSON lines. In fp32 they do not depend on the batch size.
     """
     from lorary.adapters.resolve import find_model
     from lorary.train.data.prompts import Prompt, read_prompts
@@ -52,22 +52,23 @@ def generate(
     prompts = read_prompts(file) if file is not None else [Prompt(_text(prompt), "prompt")]
     if chat:
         prompts = [p if p.field == "messages" else _asked(p) for p in prompts]
-    import torch
-
-    from lorary.cli._generation import Sampling, tokenizer_of
-    from lorary.cli._model import ready_model
+    from lorary.cli._generation import Sampling, Size, tokenizer_of
+    from lorary.cli._model import ready_base
+    from lorary.cli._writer import AnyWriter
 
     folder, section = find_model(model, base)
     tokenizer = tokenizer_of(section, folder, template)
     rows = _rows(tokenizer, prompts, model)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     with _output(out) as written:
-        loaded = ready_model(section, folder)
-        torch.manual_seed(seed)
-        if file is not None:
-            _answer_file(loaded, tokenizer, prompts, rows, batch_size, sampling, written)
-        else:
-            _answer(loaded, tokenizer, rows[0], sampling, sys.stdout.isatty() if stream is None else stream)
+        base_alone, folders = ready_base(section, folder), {} if folder is None else {model: folder}
+        size = Size(len(rows), min(batch_size, len(rows)), max(map(len, rows)) + max_new_tokens)
+        with closing(AnyWriter(base_alone, tokenizer, folders, sampling, seed, size)) as writer:
+            writer.use(next(iter(folders), None))
+            if file is not None:
+                _answer_file(writer, prompts, rows, written)
+            else:
+                _answer(writer, tokenizer, rows[0], sys.stdout.isatty() if stream is None else stream)
 
 
 def _check(prompt: str | None, file: Path | None, out: Path | None) -> None:
@@ -150,36 +151,23 @@ def _output(path: Path | None) -> Iterator[TextIO]:
             raise
 
 
-def _answer(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, stream: bool) -> None:
+def _answer(writer: Writer, tokenizer: Any, ids: list[int], stream: bool) -> None:
     from lorary.cli._generation import Printer, require_room
-    from lorary.cli._generation_batches import generate_rows
 
-    require_room(model, [("prompt", ids)])
-    printer = Printer(tokenizer) if stream else None
-    (answer,) = generate_rows(model, tokenizer, [ids], sampling, printer)
+    require_room(writer.context, [("prompt", ids)])
+    (answer,) = writer.write([ids], Printer(tokenizer) if stream else None)
     if not stream:
-        print(answer)
+        print(answer.text)
 
 
-def _answer_file(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    rows: Sequence[list[int]],
-    batch_size: int,
-    sampling: Sampling,
-    written: TextIO,
-) -> None:
-    """Answer every prompt, and write a row for each as soon as its batch is done."""
+def _answer_file(writer: Writer, prompts: Sequence[Prompt], rows: Sequence[list[int]], written: TextIO) -> None:
+    """Answer every prompt, and write a row for each, in order, as soon as it is done."""
     from lorary.cli._generation import require_room
-    from lorary.cli._generation_batches import batches, generate_rows
     from lorary.cli._progress import progress_bar
 
-    require_room(model, [(prompt.where, ids) for prompt, ids in zip(prompts, rows, strict=True)])
+    require_room(writer.context, [(prompt.where, ids) for prompt, ids in zip(prompts, rows, strict=True)])
     with progress_bar(len(rows), quiet=written is sys.stdout and sys.stdout.isatty()) as update:
-        for part in batches(model, rows, batch_size, sampling.max_new_tokens):
-            answers = generate_rows(model, tokenizer, [rows[i] for i in part], sampling)
-            for i, answer in zip(part, answers, strict=True):
-                row = {prompts[i].field: prompts[i].value, "completion": answer}
-                print(json.dumps(row, ensure_ascii=False), file=written, flush=True)
-            update(advance=len(part))
+        for prompt, answer in zip(prompts, writer.write(rows), strict=True):
+            row = {prompt.field: prompt.value, "completion": answer.text}
+            print(json.dumps(row, ensure_ascii=False), file=written, flush=True)
+            update(advance=1)
