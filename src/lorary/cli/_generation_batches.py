@@ -32,7 +32,7 @@ class PlainWriter:
     def __init__(
         self, model: Any, tokenizer: Any, folders: Mapping[str, Path], sampling: Sampling, seed: int, rows: int
     ) -> None:
-        self._model, self._tokenizer, self._folders = model, tokenizer, folders
+        self._model, self.tokenizer, self._folders = model, tokenizer, folders
         self._sampling, self._rows = sampling, rows
         torch.manual_seed(seed)
 
@@ -73,7 +73,7 @@ class PlainWriter:
             yield part
 
     def _batch(self, rows: Sequence[list[int]], printer: Printer | None) -> list[Answer]:
-        model, width, pad = self._model, max(map(len, rows)), self._tokenizer.pad_token_id
+        model, width, pad = self._model, max(map(len, rows)), self.tokenizer.pad_token_id
         if pad is None:
             pad = 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
@@ -88,4 +88,4 @@ class PlainWriter:
         """The answer up to the first token that ends it: shorter ones of a batch are padded after it."""
         ends = end_tokens(self._model)
         stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        return Answer(str(self._tokenizer.decode(ids[:stop], skip_special_tokens=True)), ended=stop is not None)
+        return Answer(str(self.tokenizer.decode(ids[:stop], skip_special_tokens=True)), ended=stop is not None)

@@ -41,7 +41,7 @@ class EngineWriter:
     def __init__(
         self, model: Any, tokenizer: Any, folders: Mapping[str, Path], sampling: Sampling, seed: int, size: Size
     ) -> None:
-        self._tokenizer, self._folders, self._adapter = tokenizer, folders, ""
+        self.tokenizer, self._folders, self._adapter = tokenizer, folders, ""
         self._sampling, self._seeds = sampling, random.Random(seed)
         # Transformers' `generate` draws from the 50 likeliest where a model names no number
         top_k = model.generation_config.top_k
@@ -69,7 +69,7 @@ class EngineWriter:
     def use(self, name: str | None) -> None:
         known = "" if name is None else f"adapter-{[*self._folders].index(name)}"  # any folder has a valid one
         if name is not None and known not in {card.name for card in self._engine.adapters()}:
-            self._engine.store.load(known, str(self._folders[name]), replace=False, pinned=False, trusted=True)
+            self._engine.registry.load(known, str(self._folders[name]), replace=False, pinned=False, trusted=True)
         self._adapter = known
 
     def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
@@ -110,7 +110,7 @@ class EngineWriter:
             raise LoraryError("cannot generate text:", [Diagnostic("", event.error or event.reason)])
         if printer is not None:
             printer.end()
-        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Answer(text, ended=event.reason == "stop")
 
 

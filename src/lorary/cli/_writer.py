@@ -46,7 +46,7 @@ class AnyWriter:
     ) -> None:
         self._model, self._folders, self._sampling = model, folders, sampling
         self._plain = functools.partial(PlainWriter, model, tokenizer, folders, sampling, seed, size.rows)
-        self._name: str | None = None
+        self._in_use: str | None = None
         self._writer: Writer
         try:
             _require_plain_choice(model)
@@ -67,7 +67,7 @@ class AnyWriter:
                 raise
             self._require_fit(self._folders[name])
             self._leave_engine(error, name)
-        self._name = name
+        self._in_use = name
 
     def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
         if isinstance(self._writer, EngineWriter) and (most := self._writer.most_tokens) is not None:
@@ -75,7 +75,7 @@ class AnyWriter:
             needed = min(needed, self.context or needed)
             if needed > most:
                 what = f"the prompt and its answer may take {needed:,} tokens, and its memory holds {most:,}"
-                self._leave_engine(LoraryError(what), self._name)
+                self._leave_engine(LoraryError(what), self._in_use)
         yield from self._writer.write(rows, printer)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class AnyWriter:
     def _require_fit(self, folder: Path) -> None:
         """Refuse an adapter that does not fit the base, as `lorary.load` and `lorary.switch` do."""
         adapter = load_adapter(folder, model=self._model)
-        where = str(folder) if self._name is None else "the adapter"
+        where = str(folder) if self._in_use is None else "the adapter"
         check_base(self._model, adapter, Fingerprint.of(self._model), where, force=False)
 
     def _leave_engine(self, error: LoraryError, name: str | None) -> None:

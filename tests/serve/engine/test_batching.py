@@ -388,6 +388,25 @@ def test_adapters_that_have_no_room_on_the_host_together_take_turns(adapters: di
     assert {(answer.end.reason, answer.end.error) for answer in answers_of(made, *requests)} == {("length", "")}
 
 
+def test_a_request_that_waits_for_room_keeps_the_adapter_that_its_name_stood_for(adapters: dict[str, str]) -> None:
+    root, last = Path(adapters["a"]).parent, Request(PROMPT, {"b": 1.0}, GREEDY)
+    made = engine(root=root)
+    largest = max(made.load(name, adapters[name]).bytes for name in "ab")
+    expected = answers_of(made, last)
+    made = engine(slow(base()), root=root, host_budget=largest + 1000)
+    made.start()
+    long = Request(PROMPT, {"a": 1.0}, Sampling(max_tokens=100, temperature=0.0))
+    first = submitted(made, long)
+    wait_for(lambda: first.tokens)
+    second = submitted(made, last)
+    wait_for(lambda: last.id in made._arrivals._parked)
+    made.unload("b")
+    made.cancel(long.id)
+    assert second.over.wait(30)
+    made.stop()
+    assert (second.ids, second.end.error) == (expected.ids, "")
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [

@@ -76,7 +76,7 @@ class Registry:
             BusyError: too many adapters are being read.
         """
         with self._lock:
-            entry = self._entry(of) if isinstance(of, str) else of
+            entry = of if isinstance(of, Entry) else self._entry(of)
             name = entry.name
             self._look(entry)
             if entry.source is None and not entry.stamp:  # it was found below the root, and is gone
