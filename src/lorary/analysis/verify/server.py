@@ -92,7 +92,7 @@ class Server:
     def _adapter(self, names: dict[str, str | None], base: str) -> str:
         adapters = [name for name, parent in names.items() if parent] or [n for n in names if n != base and base]
         if len(adapters) != 1:
-            what = f"{len(adapters)} of its models are adapters by its own list: {_listed(adapters)}"
+            what = f"{len(adapters)} of its models are adapters by its own list: {_listed(adapters or list(names))}"
             raise self._problem("--adapter-model", what, "name the adapter's model there")
         return adapters[0]
 
