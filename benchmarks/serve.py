@@ -275,6 +275,8 @@ def options() -> argparse.Namespace:
     made.add_argument("--trace", type=Path, help="write the open loop's requests at n = 64 as JSON lines, and stop")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serve.json")
     found = made.parse_args()
+    if found.repeats < 2:
+        made.error("--repeats must be at least 2: ratios have an interval")
     small = found.base == "builtin:base"
     found.counts = found.counts or [0, 1, 8, 64, 256, *([1000, 2000] if small else [])]
     found.requests = found.requests or (192 if small else 64)
