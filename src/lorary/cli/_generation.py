@@ -187,7 +187,7 @@ def text_ids(tokenizer: Any, prompt: str, where: str) -> list[int]:
 
 
 def room(context: int | None, tokens: int) -> int | None:
-    """The tokens that may follow `tokens` within a context, 0 if none; None if there is no limit."""
+    """The number of tokens left in a context after `tokens`; None if there is no limit."""
     return None if context is None else max(0, context - tokens)
 
 

@@ -123,7 +123,7 @@ def _settings(
     """The settings of the server.
 
     Raises:
-        ConfigError: every option that is wrong, one that is no size included.
+        ConfigError: every invalid option, sizes included.
     """
     from lorary.errors import ConfigError, Diagnostic
     from lorary.files.home import expanded
