@@ -127,8 +127,8 @@ class Loader:
     def _read_once_more(self, folder: Path, name: str, within: Path | None) -> Flat:
         """The result of `_read`, tried twice if a dictionary changed while it was copied.
 
-        Seen once in 3,900 loads beside running requests. The dictionary is not known: PyTorch's and Transformers' objects
-        are not made for several threads.
+        Seen once in 3,900 loads beside running requests. The dictionary is not known: PyTorch's and Transformers'
+        objects are not made for several threads.
         """
         try:
             return self._read(folder, name, within)
