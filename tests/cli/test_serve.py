@@ -85,8 +85,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 @GROUP
 def test_it_says_where_it_is_and_what_to_try(server: Process) -> None:
     url = f"http://127.0.0.1:{server.port}"
-    first, models, example, page, last = server.welcome
+    first, facts, models, example, page, last = server.welcome
     assert first == f"lorary serves {BASE} at {url}"
+    found = re.fullmatch(
+        r"  (float32|bfloat16), not quantised, on cpu, in continuous batching; budget (\d+\.\d) MiB; 4 adapters found",
+        facts,
+    )
+    assert found, facts
+    assert float(found[2]) < 160  # what the small base needs, and not what the machine has
     assert models == f"  models: {BASE}, docs, parser, second, third"
     assert (page, last) == (f"  page: {url}/", "  Ctrl-C stops it.")
     assert server.ask("GET", "/")[0] == 200

@@ -14,9 +14,9 @@ import torch
 from lorary.adapters.hub import OWN_FILES
 from lorary.cli._generation import Answer, Printer, Sampling, Size
 from lorary.errors import Diagnostic, LoraryError
-from lorary.layers.rope import text_config
 from lorary.serve import request
-from lorary.serve.open import default_budget, engine_of
+from lorary.serve.budget import most_budget, token_bytes
+from lorary.serve.open import engine_of
 from lorary.serve.scheduler.policy import Policy
 
 _BASE = "the base"  # has a space: no adapter can have this name
@@ -50,7 +50,7 @@ class EngineWriter:
             model,
             tokenizer,
             _BASE,
-            budget=min(_budget(model, folders, size), default_budget(model.device)),
+            budget=min(_budget(model, folders, size), most_budget(model.device)),
             policy=Policy(max_running=size.rows),
             most_waiting=size.prompts,
         )
@@ -116,10 +116,6 @@ class EngineWriter:
 
 def _budget(model: Any, folders: Mapping[str, Path], size: Size) -> int:
     """Bytes for keys and values of as many sequences, and for the adapters; half of them are never adapters'."""
-    config = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     files = [folder / name for folder in folders.values() for name in OWN_FILES]
     adapters = sum(os.stat(file).st_size for file in files if file.is_file())
-    return int(2 * token * size.rows * size.tokens + 4 * adapters) + _SPARE
+    return 2 * token_bytes(model) * size.rows * size.tokens + 4 * adapters + _SPARE

@@ -30,7 +30,8 @@ def serve(
         Path | None, typer.Option("--root", help="Folder of adapters that requests and admins may load by name.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Memory of adapters and keys and values together, as 2GiB.")
+        str | None,
+        typer.Option("--budget", help="Memory of adapters, keys and values, as 2GiB; else what a full batch needs."),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: any.")] = 8000,

@@ -16,6 +16,7 @@ from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.merged import spare_bytes
+from lorary.serve.budget import default_budget, most_budget
 from lorary.serve.engine.batching import BatchingEngine
 from lorary.serve.engine.in_flight import end_tokens
 from lorary.serve.engine.padded import PaddedRunner
@@ -98,10 +99,10 @@ def engine_of(
         name: as requests call it.
         root: the folder below which adapters are found by name, and to which loading is confined once it has started;
             None: neither.
-        budget: bytes of adapters, keys and values beside the base; None for `default_budget`. If a
-            second copy of the base's linear weights takes little of it, an adapter that has all batches to itself for
-            long is merged into one.
-        host_budget: bytes of adapters on the host; None for twice the budget.
+        budget: bytes of adapters, keys and values beside the base; None for `default_budget`.
+            If a second copy of the base's linear weights takes little of it, an adapter that has all batches to itself
+            for long is merged into one.
+        host_budget: bytes of adapters on the host; None for twice the budget, or twice `most_budget`.
         limits: of an adapter.
         policy: of the queue.
         most_waiting: requests that wait, at most.
@@ -113,15 +114,17 @@ def engine_of(
         LoraryError: the root or the budget cannot be used, or no way of computing the model gives its own logits.
     """
     found = AdapterRoot(root) if root is not None else None
-    policy, budget = policy or Policy(), default_budget(model.device) if budget is None else budget
+    policy, most = policy or Policy(), most_budget(model.device) if budget is None else budget
     if most_tokens_of_batch is None:
         most_tokens_of_batch = 512 if model.device.type == "cpu" else 4096
     spare = spare_bytes(model)
-    merged = spare if spare <= budget * _SHARE_OF_MERGED else 0
+    merged = spare if spare <= most * _SHARE_OF_MERGED else 0
+    if budget is None:
+        budget = default_budget(model, policy, page=page, merged=merged)
     layers = ServedLayers(model, merged_budget=merged)
     shape = Shape(budget - merged, page, most_tokens_of_batch, policy.max_running)
     runner = choose_runner(model, layers, name, shape)
-    pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
+    pool = Pool(runner.arena, host_bytes=host_budget or 2 * most, keep=runner.kept)
     runner.make_room = pool.make_room
     if policy.budget is None:
         policy = replace(policy, budget=pool.space.capacity)
@@ -138,15 +141,6 @@ def engine_of(
         max_context=max_context(text_config(model)),
         most_waiting=most_waiting,
     )
-
-
-def default_budget(device: torch.device) -> int:
-    """In bytes, all taken at once: 80 % of a GPU's free memory; on the host a quarter of it, 2 GiB at most."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    import psutil
-
-    return min(int(psutil.virtual_memory().available) // 4, 2 * 2**30)
 
 
 def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> Runner:

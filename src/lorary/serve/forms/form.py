@@ -40,6 +40,7 @@ from lorary.serve.forms._summary import kind_of_form, notes_of
 from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 from lorary.spec.placement import AdaptedSite
+from lorary.spec.presets import presets_of
 
 _HEADLINE = "this adapter cannot be served beside others:"
 _NOT_FINITE = "check its training; or serve the base in a precision of more range"
@@ -129,7 +130,7 @@ class _Forming:
             self.shared,
             kind_of_form(self.base, self.sites, self.overrides, rotary),
             max(ranks, default=None),
-            str(self.adapter.method),
+            ",".join(presets_of(self.adapter.method)),
             notes_of(self.adapter, self.modules, self.overrides),
             max_context,
         )
