@@ -2,9 +2,10 @@
 
 W' = gain W + w b B d A and its bias lie beside W, which is never written to. An adapter is merged when adding its terms
 has taken about as long as merging takes: whether its next step is its last is not known, and so no more than twice the
-least time is spent. Weights are merged a few at each step, so that none of them takes long. The batch computes with W' only while all its rows have these adapters; as soon
-as another one joins, layers add terms to the base's output again. Only weights of 32 bits or more are merged: rounded
-to 16 bits, W' would lose much of an update, which is a small part of it.
+least time is spent. Weights are merged a few at each step, so that none of them takes long. The batch computes with W'
+only while all its rows have these adapters; as soon as another one joins, layers add terms to the base's output again.
+Only weights of 32 bits or more are merged: rounded to 16 bits, W' would lose much of an update, which is a small part
+of it.
 """
 
 from __future__ import annotations
