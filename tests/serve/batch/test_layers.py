@@ -20,7 +20,7 @@ from lorary.serve.batch import mixed
 from lorary.serve.batch.batch import Batch, Segment, Weighted
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.ops import cpu
-from lorary.serve.batch.step import RowsError
+from lorary.serve.batch.prepared import RowsError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 from lorary.spec.presets import presets
@@ -510,7 +510,7 @@ def test_bad_batches(case: str) -> None:
     batch, message = batches(form, gained, strange)[case]
     with pytest.raises(StateError, match=re.escape(message)), served.computing(batch):
         raise AssertionError("nothing is computed")
-    assert served.step is None
+    assert served.batch is None
 
 
 def test_rows_that_the_batch_does_not_describe() -> None:

@@ -19,7 +19,7 @@ from lorary.serve.batch.batch import Batch
 from lorary.serve.batch.merged import MergedWeights
 from lorary.serve.batch.mixed import Covered, forward_of
 from lorary.serve.batch.ops.table import AdapterTable
-from lorary.serve.batch.step import Step
+from lorary.serve.batch.prepared import PreparedBatch
 from lorary.serve.batch.token_axis import token_axes
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
@@ -60,7 +60,7 @@ class ServedLayers:
         self._paths = {module: path for path, module in model.named_modules()}
         self.merged = MergedWeights(rowwise, merged_budget, merge_after) if merged_budget else None
         self._covered: dict[nn.Module, Covered] = {}
-        self.step: Step | None = None
+        self.batch: PreparedBatch | None = None
 
     def cover(self, form: ServingForm) -> None:
         """Let the modules that a form changes compute mixed batches. What is covered already stays so.
@@ -96,13 +96,13 @@ class ServedLayers:
         Raises:
             StateError: an adapter is not covered, or the segments are not rows in order.
         """
-        before, step = self.step, None if batch.idle else Step.of_batch(batch, self.table, self.merged)
-        self.step = step
+        before = self.batch
+        self.batch = None if batch.idle else PreparedBatch.of(batch, self.table, self.merged)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.step = before
+            self.batch = before
 
     @functools.cached_property
     def _axes(self) -> Mapping[str, int | None]:

@@ -109,7 +109,7 @@ class Loader:
             for _ in range(2):
                 before = stamp(folder)
                 wait_for_a_tick(before)
-                flat = self._read_once_more(folder, name, within)
+                flat = self._read(folder, name, within)
                 if stamp(folder) == before:
                     with self._counting:
                         self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - begun
@@ -123,19 +123,6 @@ class Loader:
     def close(self) -> None:
         """Wait for what is being read; what waits is cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _read_once_more(self, folder: Path, name: str, within: Path | None) -> Flat:
-        """The result of `_read`, tried twice if a dictionary changed while it was copied.
-
-        Seen once in 3,900 loads beside running requests. The dictionary is not known: PyTorch's and Transformers'
-        objects are not made for several threads.
-        """
-        try:
-            return self._read(folder, name, within)
-        except RuntimeError as error:
-            if "changed size during iteration" not in str(error):
-                raise
-            return self._read(folder, name, within)
 
     def _read(self, folder: Path, name: str, within: Path | None) -> Flat:
         if problems := self._file_problems(folder, within):
