@@ -6,6 +6,7 @@ The one file that builds on uvicorn's classes.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -46,7 +47,8 @@ for _cls, _methods in OVERRIDDEN.items():
 class Server(uvicorn.Server):
     """A server that answers SIGTERM and Ctrl-C with a drain: no new requests, the running ones end, then it returns.
 
-    A second signal ends it at once.
+    A second signal leaves them no time: they end with an error, and the server returns. A third ends the process, as
+    the engine may hang.
 
     Args:
         app: the application, made with the same traffic.
@@ -82,6 +84,7 @@ class Server(uvicorn.Server):
             )
         )
         self._traffic, self._drain, self._stop, self._ready = traffic, settings.drain, stop, ready
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for one in sockets or ():
@@ -94,9 +97,11 @@ class Server(uvicorn.Server):
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._traffic.draining:
-            self.should_exit = self.force_exit = True
-        self._traffic.drain(self._drain)
+        self._signals += 1
+        if self._signals > 2:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._traffic.drain(self._drain if self._signals == 1 else 0)
 
     async def on_tick(self, counter: int) -> bool:
         if self._traffic.drained and not self.should_exit:
