@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -130,7 +130,7 @@ def check_names(names: Iterable[str], base: str) -> None:
     from lorary.serve.pool.names import name_problems
 
     problems = [
-        replace(problem, where=show(name), fix="name it: NAME=FOLDER")
+        Diagnostic(show(name), problem.what.removeprefix(f"{show(name)} "), "name it: NAME=FOLDER")
         for name in names
         for problem in name_problems(name, (base,), taken=False)
     ]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerState
 
