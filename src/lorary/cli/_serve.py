@@ -14,6 +14,7 @@ from lorary.cli import printable
 from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.files.strict_json import show
 from lorary.serve.address import local_url
 from lorary.serve.http.settings import Settings
 
@@ -62,6 +63,7 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
     """
     folders = find_adapters(start.adapters)
     base = base_of(folders, start.base)
+    check_names(folders, base_name(start, base))
     from lorary.serve.address import bind
 
     with bind(host, port) as listener:
@@ -118,6 +120,23 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     if problems:
         raise FileError("cannot serve these adapters:", problems)
     return found
+
+
+def check_names(names: Iterable[str], base: str) -> None:
+    """Refuse names that no adapter can have.
+
+    Raises:
+        FileError: every one that is not valid, or the base's.
+    """
+    from lorary.serve.pool.names import name_problems
+
+    problems = [
+        Diagnostic(show(name), problem.what.removeprefix(f"{show(name)} "), "name it: NAME=FOLDER")
+        for name in names
+        for problem in name_problems(name, (base,), taken=False)
+    ]
+    if problems:
+        raise FileError("cannot serve these adapters:", problems)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def serve(
     """Serve a base and its adapters over HTTP, as OpenAI's interface.
 
     lorary serve out/ sql=runs/7/ serves two adapters: a request names one as its `model`. Without arguments it serves
-    the built-in base. SIGTERM and Ctrl-C let running requests end; a second one does not.
+    the built-in base. SIGTERM and Ctrl-C let running requests end; a second one ends them.
 
     With --engine vllm, adapters are converted to what vLLM computes, or refused, and verified once it runs. With
     --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.

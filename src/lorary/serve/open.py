@@ -14,6 +14,8 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
+from lorary.model.out_of_memory import allocator_message, is_out_of_memory
+from lorary.model.plan import human_bytes
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.merged import spare_bytes
 from lorary.serve.budget import default_budget, most_budget
@@ -32,6 +34,7 @@ from lorary.spec.interfaces import Storage
 logger = logging.getLogger(__name__)
 
 _SHARE_OF_MERGED = 1 / 8  # of the budget, at most, for a copy of the base's weights
+_LESS = "{} are reserved at the start; lower it: --budget, or budget=..."
 
 
 def open_engine(
@@ -61,9 +64,7 @@ def open_engine(
         >>> engine.start()
     """
     section = ModelSection.of(base, dtype=dtype)
-    model: Any = load_model(section, storage)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    model = _loaded(section, storage)
     engine = engine_of(model, load_tokenizer(section), name or base, **options)
     problems = list[Diagnostic]()
     for adapter, folder in (adapters or {}).items():
@@ -75,6 +76,20 @@ def open_engine(
         engine.stop()
         raise FileError("cannot serve these adapters:", problems)
     return engine
+
+
+def _loaded(section: ModelSection, storage: Storage | None) -> Any:
+    """The base, on the GPU if there is one."""
+    try:
+        model: Any = load_model(section, storage)
+        return model.to("cuda") if torch.cuda.is_available() else model
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = "serve it quantised (--quantize nf4) or in --dtype bfloat16, or take a smaller one"
+        raise LoraryError(
+            "the base does not fit into memory:", [Diagnostic(section.id, allocator_message(error), fix)]
+        ) from None
 
 
 def engine_of(
@@ -175,6 +190,9 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> 
         except ConfigError:
             raise
         except Exception as failure:
+            if is_out_of_memory(failure):  # another way would take as much
+                problem = Diagnostic("budget", allocator_message(failure), _LESS.format(human_bytes(shape.budget)))
+                raise LoraryError("no memory for adapters, keys and values:", [problem]) from None
             reasons.append(f"{way}: {_first_line(failure)}")
             continue
         try:
