@@ -61,6 +61,8 @@ class PeftConfig:
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
+        if not self["modules_to_save"]:
+            return False
         components = path.split(".")
         ancestors = [".".join(components[:i]) for i in range(1, len(components))]
         return any(a.endswith(m) for a in ancestors for m in self["modules_to_save"])
