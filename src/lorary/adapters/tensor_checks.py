@@ -170,7 +170,6 @@ def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = 
     return not_finite(suspect) + out_of_range(large)
 
 
-@torch.no_grad()
 def largest_value(tensor: Tensor) -> float:
     """The largest absolute value; NaN or infinity if a value is. One pass over the tensor, at the speed of memory."""
     if not tensor.numel():
