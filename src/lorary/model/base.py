@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
-from lorary.layers.quantized_weight import is_quantized
+from lorary.layers.quantized_weight import compute_dtype, is_quantized
 from lorary.layers.wrappers import unwrapped
 from lorary.model.buffers import persistent_buffers
 from lorary.model.fingerprint import Fingerprint
@@ -26,6 +27,7 @@ class Base:
     def __init__(self, model: nn.Module, fingerprint: Fingerprint | None = None) -> None:
         self.model = unwrapped(model)
         self._sites: dict[str, Site] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         if fingerprint is not None:
             self.fingerprint = fingerprint
 
@@ -74,6 +76,12 @@ class Base:
     def fingerprint(self) -> Fingerprint:
         """The identity of the base."""
         return Fingerprint.of(self.model)
+
+    def dtype(self, path: str) -> torch.dtype:
+        """The precision in which the module at a path computes."""
+        if path not in self._dtypes:
+            self._dtypes[path] = compute_dtype(self.modules[path], self.model)
+        return self._dtypes[path]
 
     def site(self, path: str) -> Site:
         """The site of the layer at a path of `kinds`: its whole weight."""

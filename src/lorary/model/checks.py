@@ -227,6 +227,8 @@ def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Diagnostic
 
 def site_mismatches(expected: Site, found: Site) -> list[Diagnostic]:
     """How the site of a model's layer differs from a planned or saved one."""
+    if found == expected:
+        return []
     differences = []
     # a linear layer and GPT-2's transposed one are the same matrix
     if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:

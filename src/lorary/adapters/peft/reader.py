@@ -105,7 +105,8 @@ class _Reader:
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         full = saved.values(values, findings)
         alert_if_zero(sites, tensors, findings)
-        method = self.type.to_method(self.config).replace(full=tuple(full))
+        method = self.type.to_method(self.config)
+        method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
         fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
         return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
 
@@ -115,6 +116,8 @@ class _Reader:
         for role, (name, shape) in layout.items():
             if name in self.found:
                 found = self.found[name].shape
+                if found == shape:
+                    continue
                 layout[role] = name, found  # so that a refused shape is reported once
                 with self.findings.gathering():
                     layout[role] = name, self.type.read_shape(adapted, role, shape, found)
@@ -147,11 +150,9 @@ class _Reader:
         return adapted
 
     def _sites_of_base(self, base: Base) -> Iterator[Site]:
-        in_file = self._sites_in_names()
+        in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
-            if not name or not self.config.targets_module(self._named(name)):
-                continue
-            if self.config["target_modules"] is None and name not in in_file:
+            if not name or name not in in_file or not self.config.targets_module(self._named(name)):
                 continue
             found = base.site(name)
             if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):

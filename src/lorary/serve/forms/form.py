@@ -26,7 +26,7 @@ from lorary.adapters.shared_tensors import whole_tensors
 from lorary.adapters.switch import check_base
 from lorary.errors import Diagnostic, MethodError, StateError, deduplicated, not_a
 from lorary.layers.kinds import KINDS, kind_of
-from lorary.layers.quantized_weight import compute_dtype, stored_tensors
+from lorary.layers.quantized_weight import stored_tensors
 from lorary.layers.shared_projections import leading_slice
 from lorary.methods.lora import Add, LowRank
 from lorary.methods.vera import SharedProjectionDelta
@@ -91,9 +91,8 @@ class _Forming:
     """
 
     def __init__(self, adapter: Adapter, base: Base) -> None:
-        self.adapter, self.base, self.modules = adapter, base.model, base.modules
-        self.quantized = base.quantized
-        self.trained, self.problems = trained_values(adapter.full, self.base, self.modules)
+        self.adapter, self.base, self.modules = adapter, base, base.modules
+        self.trained, self.problems = trained_values(adapter.full, base.model, self.modules)
         self.overrides: dict[str, dict[str, Tensor]] = {}
         self.sites: dict[str, SiteForm] = {}
         self.shared: dict[str, dict[str, Tensor]] = {}
@@ -105,7 +104,7 @@ class _Forming:
         Raises:
             MethodError: it has none; every reason.
         """
-        rotary, max_context, problems = scaled_rotary(self.base, self.adapter.method.context)
+        rotary, max_context, problems = scaled_rotary(self.base.model, self.adapter.method.context)
         self.problems += problems
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
@@ -124,16 +123,16 @@ class _Forming:
             self.overrides,
             rotary,
             self.shared,
-            kind_of_form(self.base, self.sites, self.overrides, rotary),
+            kind_of_form(self.base.model, self.sites, self.overrides, rotary),
             max(ranks, default=None),
             str(self.adapter.method),
-            notes_of(self.adapter, self.quantized, self.overrides),
+            notes_of(self.adapter, self.base.quantized, self.overrides),
             max_context,
         )
 
     def _form_site(self, adapted: AdaptedSite, module: nn.Module) -> None:
         name = adapted.site.name
-        layer = BaseLayer(self.base, adapted, module, self.trained.get(name, {}))
+        layer = BaseLayer(self.base.model, adapted, module, self.trained.get(name, {}))
         if "weight" in layer.values:
             self._merge_site(layer)
             return
@@ -147,13 +146,13 @@ class _Forming:
             else:
                 found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
-            if name not in self.quantized:
+            if name not in self.base.quantized:
                 self._merge_site(layer)
                 return
             whats = [f"{problem.what}; and the base's weight is quantised" for problem in error.problems]
             self.problems += [Diagnostic(name, what, "serve it on a base that is not quantised") for what in whats]
             return
-        dtype = compute_dtype(module, self.base)
+        dtype = self.base.dtype(name)
         form = _folded(found, _bias_change(layer, found.gain), dtype)
         if on_shared:
             form = self._on_shared(adapted, form, dtype)
@@ -161,7 +160,7 @@ class _Forming:
 
     def _low_rank(self, layer: BaseLayer) -> SiteForm:
         """The form of plain LoRA: its A as it is, without a pass through fp32."""
-        adapted, dtype = layer.adapted, compute_dtype(cast(nn.Module, layer.layer), self.base)
+        adapted, dtype = layer.adapted, self.base.dtype(layer.adapted.site.name)
         B, A = adapted.delta.factors(adapted.site, self.adapter.tensors[adapted.site.name])
         shift = _bias_change(layer, None)
         B = (adapted.scale * B.float()).to(dtype)
@@ -184,7 +183,7 @@ class _Forming:
         trained = self.trained[path]
         if trained.keys() == {"bias"} and kind_of(module) not in (None, "embedding"):
             change = trained["bias"].float() - cast(Tensor, module.bias).detach().float().cpu()
-            self.sites[path] = SiteForm(shift=change.to(compute_dtype(module, self.base)))
+            self.sites[path] = SiteForm(shift=change.to(self.base.dtype(path)))
         else:
             self.overrides[path] = trained
 
