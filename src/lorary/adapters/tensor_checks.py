@@ -36,9 +36,10 @@ def expected_tensors(
     """
     expected, vital = {}, set(shared.values())
     for adapted in sites:
+        starts, roles = adapted.starts, adapted.delta.roles
         for role, (name, shape) in layout(adapted).items():
             expected[name] = shape
-            if adapted.starts or role not in adapted.delta.roles:  # zero would not mean "no change" there
+            if starts or role not in roles:  # zero would not mean "no change" there
                 vital.add(name)
     common = shared_shapes(sites)
     return expected | {name: common[role] for role, name in shared.items() if role in common}, vital
@@ -170,7 +171,6 @@ def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = 
     return not_finite(suspect) + out_of_range(large)
 
 
-@torch.no_grad()
 def largest_value(tensor: Tensor) -> float:
     """The largest absolute value; NaN or infinity if a value is. One pass over the tensor, at the speed of memory."""
     if not tensor.numel():

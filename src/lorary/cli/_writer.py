@@ -17,7 +17,7 @@ from lorary.cli._generation_batches import PlainWriter
 from lorary.cli._generation_engine import EngineWriter
 from lorary.cli._notes import print_notes
 from lorary.errors import ConfigError, Diagnostic, LoraryError
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.base import Base
 
 # What a generation configuration may set: the engine reads it, the command line replaces it, or it changes no answer.
 _KNOWN = {
@@ -70,10 +70,10 @@ class AnyWriter:
 
     def _require_fit(self, folder: Path) -> None:
         """Refuse an adapter that does not fit the base, as `lorary.load` and `lorary.switch` do."""
-        model = self._given.model
-        adapter = load_adapter(folder, model=model)
+        base = Base(self._given.model)
+        adapter = load_adapter(folder, model=base)
         where = str(folder) if self._in_use is None else "the adapter"
-        check_base(model, adapter, Fingerprint.of(model), where, force=False)
+        check_base(base, adapter, where, force=False)
 
     def _leave_engine(self, error: LoraryError, name: str | None) -> None:
         """Compute without the engine from now on, with this adapter."""
