@@ -177,11 +177,15 @@ class Join(Protocol):
         roles: its own tensors.
         uses: the delta's `join_roles`.
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
+        why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
+        exact_start: whether the layer computes exactly what the base's does at step 0.
     """
 
     roles: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
     supports_dropout: bool = True
+    why_not_merged: str = ""
+    exact_start: bool = True
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorary
 from lorary.serve.batch import merged
 from lorary.serve.batch.batch import Batch, Weighted
 from lorary.serve.batch.layers import ServedLayers
-from lorary.serve.batch.merged import why_not_merged
+from lorary.serve.batch.merged import steps_worth_merging, why_not_merged
 from lorary.serve.batch.step import RowsError
 from tests import tiny
 
@@ -46,8 +46,9 @@ def held(served: ServedLayers) -> int:
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 @pytest.mark.parametrize("preset", ["lora", "dora", "vera"])
 def test_the_same_rows(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer after layer, from the third step on, until the base's products alone are left."""
+    """A few layers at each step, from the third one on, until the base's products alone are left."""
     base = seeded(name)
+    monkeypatch.setattr(merged, "_BYTES_PER_STEP", merged.spare_bytes(base) // 4)
     state = tiny.frozen_copy(base)
     adapter, form = adapter_of(copy.deepcopy(base), base, preset, r=5)
     served, ids = served_of(base, ((form, 1.0),)), torch.randint(40, (2, 3))
@@ -58,7 +59,7 @@ def test_the_same_rows(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) 
         close(found, wanted)
         sizes.append(held(served))
     assert sizes[:2] == [0, 0]
-    assert sizes[2] > 0
+    assert 0 < sizes[2] < sizes[3]
     assert sizes == sorted(sizes)
     assert sizes[-1] == sizes[-2]
     assert tiny.same(base.state_dict(), state)
@@ -68,6 +69,13 @@ def test_the_same_rows(name: str, preset: str, monkeypatch: pytest.MonkeyPatch) 
     served.remove()
     assert held(served) == 0
     close(wanted, alone(base, adapter, ids))
+
+
+def test_merging_waits_until_it_pays() -> None:
+    """Small weights are merged soon; large ones are worth it only for many steps, few or many of them alike."""
+    small, large = nn.Linear(192, 192), nn.Linear(4096, 4096)
+    assert steps_worth_merging([small] * 100) == steps_worth_merging([]) == 8
+    assert 100 < steps_worth_merging([large]) == steps_worth_merging([large] * 50) < 2000
 
 
 def test_another_adapter_joins() -> None:

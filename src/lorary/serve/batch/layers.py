@@ -35,8 +35,8 @@ class ServedLayers:
     Args:
         model: the base, in evaluation mode, without an adapter. It runs one forward pass at a time.
         merged_budget: bytes for a second copy of weights, merged with adapters that have had all batches to themselves
-            for long, so that they cost nothing; 0 for none.
-        merge_after: how many forward passes that is.
+            for some time, so that they cost nothing; 0 for none.
+        merge_after: how many forward passes that is; None for as many as pay for merging.
 
     Raises:
         StateError: an adapter is attached to it.
@@ -48,7 +48,7 @@ class ServedLayers:
         ...     model(input_ids)
     """
 
-    def __init__(self, model: nn.Module, *, merged_budget: int = 0, merge_after: int = 64) -> None:
+    def __init__(self, model: nn.Module, *, merged_budget: int = 0, merge_after: int | None = None) -> None:
         model = unwrapped(model)
         if state_of(model) is not None:
             raise StateError("cannot serve:", [Diagnostic("model", "has an adapter attached", "detach it first")])

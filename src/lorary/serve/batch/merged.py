@@ -1,15 +1,17 @@
 """Merged weights of the adapters that have had the whole batch for long: their layers cost what the base's do.
 
-W' = gain W + w b B d A and its bias lie beside W, which is never written to. Weights are merged a few layers at each
-step, so that none of them takes long. The batch computes with W' only while all its rows have these adapters; as soon
-as another one joins, layers add terms to the base's output again. Only weights of 32 bits or more are merged: rounded
-to 16 bits, W' would lose much of an update, which is a small part of it.
+W' = gain W + w b B d A and its bias lie beside W, which is never written to. An adapter is merged when adding its terms
+has taken about as long as merging takes: whether its next step is its last is not known, and so no more than twice the
+least time is spent. Weights are merged a few at each step, so that none of them takes long. The batch computes with W'
+only while all its rows have these adapters; as soon as another one joins, layers add terms to the base's output again.
+Only weights of 32 bits or more are merged: rounded to 16 bits, W' would lose much of an update, which is a small part
+of it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,9 @@ from lorary.layers.quantized_weight import is_quantized
 from lorary.serve.batch.batch import Batch, Piece, Weighted
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
-_LAYERS_PER_STEP = 4
+_BYTES_PER_STEP = 4 * 2**20  # of weights, and one weight at least
+_SECONDS_OF_TERMS = 25e-6  # of a layer in a step, at least: what a call takes, whatever the layer
+_BYTES_PER_SECOND = 3e9  # of weights that are merged: read, multiplied, written
 
 Pair = tuple[Tensor, Tensor | None]  # W' [out, in], b' [out]
 
@@ -30,14 +34,14 @@ class MergedWeights:
     Args:
         layers: path -> layer of the base.
         budget: bytes at most; adapters whose layers need more are not merged.
-        after: steps that adapters must have had to themselves.
+        after: steps that adapters must have had to themselves; None for `steps_worth_merging`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], budget: int, after: int) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], budget: int, after: int | None = None) -> None:
         self._layers = {path: m for path, m in layers.items() if why_not_merged(m) is None}
-        self._budget, self._after = budget, after
+        self._budget, self._after = budget, steps_worth_merging(self._layers.values()) if after is None else after
         self._adapters: tuple[tuple[weakref.ref[ServingForm], float], ...] = ()
-        self._steps = self._left = 0
+        self._steps = self._left = 0  # steps alone; bytes that the step may still merge
         self._fits = False
         self._pairs: dict[str, Pair] = {}
 
@@ -57,7 +61,7 @@ class MergedWeights:
             self._adapters = tuple((weakref.ref(form, self._forget), weight) for form, weight in adapters)
             self._fits = self._bytes_of(adapters) <= self._budget
         self._steps += 1
-        self._left = _LAYERS_PER_STEP
+        self._left = _BYTES_PER_STEP
         return self if self._fits and self._steps > self._after else None
 
     def __contains__(self, path: str) -> bool:
@@ -72,12 +76,12 @@ class MergedWeights:
             pieces: (start, stop, adapter, weight) of the step that has begun.
         """
         found = self._pairs.get(path)
-        if found is not None or not self._left:
+        if found is not None or self._left <= 0:
             return found
         adapters = tuple((form, weight) for _, _, form, weight in pieces)
         if not _changes(path, adapters):
             return None
-        self._left -= 1
+        self._left -= _bytes(self._layers[path])
         sites = [(site, weight) for form, weight in adapters if (site := form.sites.get(path)) is not None]
         self._pairs[path] = found = merged_pair(self._layers[path], sites)
         return found
@@ -97,7 +101,7 @@ class MergedWeights:
 
     def _bytes_of(self, adapters: Weighted) -> int:
         paths = {path for form, _ in adapters for path in form.sites if path in self and _changes(path, adapters)}
-        return sum(p.numel() * p.itemsize for path in paths for p in self._layers[path].parameters(recurse=False))
+        return sum(_bytes(self._layers[path]) for path in paths)
 
 
 def _changes(path: str, adapters: Weighted) -> bool:
@@ -107,8 +111,17 @@ def _changes(path: str, adapters: Weighted) -> bool:
 
 def spare_bytes(model: nn.Module) -> int:
     """Bytes of a second copy of all weights of a model that can be merged."""
-    layers = [layer for layer in model.modules() if why_not_merged(layer) is None]
-    return sum(p.numel() * p.itemsize for layer in layers for p in layer.parameters(recurse=False))
+    return sum(_bytes(layer) for layer in model.modules() if why_not_merged(layer) is None)
+
+
+def steps_worth_merging(layers: Iterable[nn.Module]) -> int:
+    """Steps in which adding terms to these layers takes as long as merging their weights once; 8 at least."""
+    sizes = [_bytes(layer) for layer in layers]
+    return max(8, round(sum(sizes) / _BYTES_PER_SECOND / (_SECONDS_OF_TERMS * max(1, len(sizes)))))
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for p in layer.parameters(recurse=False))
 
 
 def why_not_merged(layer: nn.Module) -> str | None:

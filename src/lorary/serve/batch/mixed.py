@@ -99,10 +99,8 @@ def _merged(path: str, step: Step, merged: MergedWeights, args: Any, kwargs: Any
 
 def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     """[..., in] -> [..., out]: a row for every token."""
-    x = _input(args, kwargs)
-    flat, path = _owned(covered, y), covered.path
-    if y.dim() != 2 or not y.is_contiguous():
-        x, flat = x.reshape(-1, x.shape[-1]), flat.reshape(-1, y.shape[-1]).contiguous()
+    x, y, path = _input(args, kwargs), _owned(covered, y).contiguous(), covered.path
+    x, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     rows = step.of(path, len(x))
     if rows.overriding:
         _override(covered, rows.overriding, flat, x)
@@ -118,7 +116,7 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
             cpu.add_terms(flat[start:stop], x[start:stop], site, weight)
     if rows.shared:
         _add_shared(path, rows.shared, flat, x)
-    return flat if flat.dim() == y.dim() else flat.view(y.shape)
+    return y
 
 
 def _embedding(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -8,7 +8,7 @@
 
 #include "../../../kernels/threads.h"
 
-enum { MOST_RANK = 256, ROWS = 4, RANKS = 4, TILE = 64 };
+enum { MOST_RANK = 256, ROWS = 4, RANKS = 4, TILE = 64, LINE = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 typedef struct {
@@ -119,9 +119,19 @@ INLINE void add_terms(const Terms *t, float w, const void *x, void *y, int64_t i
     for (; o < out; o++) tile(t, w, h, y, out, o, rows, 1, type);
 }
 
+/* Weights of many adapters come from memory, not from a cache: a piece's are asked for while the one before computes. */
+INLINE void fetch(const Terms *t, int64_t in, int64_t out, const int type) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    if (t->rank && t->A_row == in)
+        for (int64_t i = 0; i < t->rank * in * size; i += LINE) __builtin_prefetch((const char *)t->A + i, 0, 2);
+    if (t->rank && (t->B_row == 1 ? t->B_column == out : t->B_row == t->rank))
+        for (int64_t i = 0; i < t->rank * out * size; i += LINE) __builtin_prefetch((const char *)t->B + i, 0, 2);
+}
+
 INLINE void run_pieces(const Job *job, int64_t first, int64_t last, const int type) {
     for (int64_t p = first; p < last; p++) {
         const Piece *piece = job->pieces + p;
+        if (p + 1 < last) fetch(job->table + piece[1].slot * job->layers + job->layer, job->in, job->out, type);
         const Terms *t = job->table + piece->slot * job->layers + job->layer;
         if (!t->rank && !t->gain && !t->shift) continue; /* it does not adapt this layer */
         const float w = (float)piece->weight;

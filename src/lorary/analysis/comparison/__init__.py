@@ -1,0 +1,1 @@
+"""The comparison of methods: its record, its statistics, and its page."""
