@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli._serve import storage_of
+from lorary.cli._serve import say, storage_of
 from lorary.cli.serve import _with_tenant
 from lorary.files.strict_json import show
 from lorary.layers.nf4 import NF4
@@ -221,6 +221,16 @@ def test_a_taken_port_is_found_before_the_base_is_loaded(command: Command, monke
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}: address already in use" in refused(command, "--port", str(port))
+
+
+def test_a_server_goes_on_where_nobody_reads_what_it_prints() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        say("a line", broken)
+        say("another", broken)
+    with open("/dev/full", "w") as full:
+        say("a line", full)
 
 
 def test_names_that_no_adapter_can_have_are_found_before_the_base_is_loaded(

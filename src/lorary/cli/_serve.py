@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from lorary.cli import printable
 from lorary.cli._notes import print_notes
@@ -84,13 +86,27 @@ def _serve(engine: BatchingEngine, settings: Settings, listener: Any) -> None:
 
     traffic = Traffic()
     app = create_app(engine, settings, traffic)
+<<<<<<< HEAD
     text = welcome(engine, settings, listener.getsockname()[:2], summary(engine))
 
     def ready() -> None:
         print(printable(text), flush=True)
 
+=======
+    text = printable(welcome(engine, settings, listener.getsockname()[:2]))
+    ready = partial(say, text, sys.stdout)
+>>>>>>> h/c17
     Server(app, settings, traffic, stop=engine.stop, ready=ready).run(sockets=[listener])
-    print("stopped", file=sys.stderr)
+    say("stopped", sys.stderr)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; a server goes on where nobody reads it any more, or the disk of its log is full."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:  # else the interpreter fails at its end on what is in the buffer
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def find_adapters(given: Iterable[str]) -> dict[str, Path]:

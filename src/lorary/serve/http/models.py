@@ -88,7 +88,7 @@ def resolved_root(settings: Settings) -> Path | None:
 def shown_folder(folder: str, root: Path | None) -> str:
     """A folder as clients see it: below the resolved root, or its name alone.
 
-    >>> shown_folder("/srv/adapters/team/french", Path("/srv/adapters")), shown_folder("/home/ann/out", None)
+    >>> shown_folder("/srv/adapters/team/french", Path("/srv/adapters")), shown_folder("/data/ann/out", None)
     ('team/french', 'out')
     """
     inside = folder.removeprefix(f"{root}/")

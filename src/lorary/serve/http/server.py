@@ -28,6 +28,7 @@ from lorary.serve.http.settings import Settings
 
 _HEADER_BYTES = 16 * 1024  # of a request at most
 _FILES = 8192  # descriptors that a process with many connections asks for
+_WAITING = 2048  # connections that the system holds until they are accepted
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 _CLOSING = 2  # seconds for the last bytes of the answers, after the drain
 
@@ -92,11 +93,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for one in sockets or ():
             try:
-                one.listen(self.config.backlog)
+                one.listen(_WAITING)
             except OSError as error:  # another program has bound the address too, and listens since
                 host, port = one.getsockname()[:2]
                 raise cannot_listen(host, port, error) from None
         await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(_WAITING)  # asyncio has set it to the number that it accepts at once
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -119,7 +122,7 @@ def _connections(wanted: int) -> tuple[int, int]:
     Without descriptors, asyncio tries again and again to accept what waits, and logs each time.
     """
     if sys.platform == "win32":
-        return wanted, 2048
+        return wanted, _WAITING
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -131,7 +134,7 @@ def _connections(wanted: int) -> tuple[int, int]:
     most = max(1, min(wanted, spare // 2))
     if most < wanted:
         log.warning("at most %d connections at a time: the process may open %d files (ulimit -n)", most, soft)
-    return most, max(1, min(2048, spare // 16))
+    return most, max(1, min(_WAITING, spare // 16))
 
 
 def _protocol(seconds: float, most: int) -> type[H11Protocol]:
