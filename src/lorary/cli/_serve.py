@@ -86,16 +86,8 @@ def _serve(engine: BatchingEngine, settings: Settings, listener: Any) -> None:
 
     traffic = Traffic()
     app = create_app(engine, settings, traffic)
-<<<<<<< HEAD
-    text = welcome(engine, settings, listener.getsockname()[:2], summary(engine))
-
-    def ready() -> None:
-        print(printable(text), flush=True)
-
-=======
-    text = printable(welcome(engine, settings, listener.getsockname()[:2]))
+    text = printable(welcome(engine, settings, listener.getsockname()[:2], summary(engine)))
     ready = partial(say, text, sys.stdout)
->>>>>>> h/c17
     Server(app, settings, traffic, stop=engine.stop, ready=ready).run(sockets=[listener])
     say("stopped", sys.stderr)
 
