@@ -105,9 +105,7 @@ def _method(config: Mapping[str, Any]) -> Method:
     )
 
 
-def _sites(
-    found: Mapping[str, tuple[int, ...]], base: Base | None, method: Method, findings: Findings
-) -> list[Site]:
+def _sites(found: Mapping[str, tuple[int, ...]], base: Base | None, method: Method, findings: Findings) -> list[Site]:
     """The sites in the names of the tensors; every other name becomes a finding later."""
     sites = []
     for name in dict.fromkeys(n.rpartition(".")[0] for n in found if n.endswith((".lora_a", ".lora_b"))):
