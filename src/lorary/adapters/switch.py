@@ -20,7 +20,6 @@ from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.quantized_weight import stored_tensors
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
 from lorary.model.base import Base
@@ -240,9 +239,8 @@ def base_mismatches(base: Base, adapter: Adapter) -> list[Diagnostic]:
 
 def _meta_problems(base: Base, adapter: Adapter) -> list[Diagnostic]:
     """The layers without values, on which the adapter would lose its own."""
-    names = [adapted.site.name for adapted in adapter.sites if adapted.site.name in base.kinds]
     what, fix = "is on the meta device, where the adapter would lose its values", "load the base's weights first"
-    empty = [name for name in names if stored_tensors(base.modules[name])[0].is_meta]
+    empty = [adapted.site.name for adapted in adapter.sites if adapted.site.name in base.empty]
     return deduplicated(Diagnostic(name, what, fix) for name in empty)
 
 

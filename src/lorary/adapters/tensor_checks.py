@@ -175,7 +175,7 @@ def largest_value(tensor: Tensor) -> float:
     """The largest absolute value; NaN or infinity if a value is. One pass over the tensor, at the speed of memory."""
     if not tensor.numel():
         return 0.0
-    lowest, highest = torch.stack(torch.aminmax(tensor.detach())).tolist()
+    lowest, highest = (extreme.item() for extreme in torch.aminmax(tensor.detach()))
     return float("nan") if math.isnan(lowest) or math.isnan(highest) else max(-lowest, highest)
 
 
@@ -213,8 +213,7 @@ def tensor_problems(
     shapes = {role: tuple(t.shape) for role, t in found.items()}
     reasons = [
         f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
-        for role in sorted(expected.keys() | shapes.keys())
-        if expected.get(role) != shapes.get(role)
+        for role in sorted({role for role, _ in expected.items() ^ shapes.items()})
     ]
     for role, t in found.items():
         if t.is_meta:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
-from lorary.layers.quantized_weight import compute_dtype, is_quantized
+from lorary.layers.quantized_weight import compute_dtype, is_quantized, stored_tensors
 from lorary.layers.wrappers import unwrapped
 from lorary.model.buffers import persistent_buffers
 from lorary.model.fingerprint import Fingerprint
@@ -38,7 +38,8 @@ class Base:
 
     def walk(self) -> Base:
         """This base, with every walk made now: other threads may then use it while the model computes."""
-        _ = self.modules, self.kinds, self.quantized, self.residual, self.tensors, self.first_names, self.fingerprint
+        _ = self.modules, self.kinds, self.quantized, self.empty, self.residual
+        _ = self.tensors, self.first_names, self.fingerprint
         return self
 
     @cached_property
@@ -55,6 +56,11 @@ class Base:
     def quantized(self) -> frozenset[str]:
         """The paths of the quantised layers."""
         return frozenset(path for path, module in self.modules.items() if is_quantized(module))
+
+    @cached_property
+    def empty(self) -> frozenset[str]:
+        """The paths of the layers without values, on the meta device."""
+        return frozenset(path for path in self.kinds if stored_tensors(self.modules[path])[0].is_meta)
 
     @cached_property
     def residual(self) -> frozenset[str]:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorary
 from lorary.adapters import tensor_checks
 from lorary.files import safe_open
+from lorary.layers import adapted
 from lorary.serve.forms.form import serving_form
 from lorary.serve.interface import BusyError
 from lorary.serve.open import engine_of
@@ -104,6 +106,26 @@ def test_the_base_is_measured_once(lora: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("lorary.model.fingerprint._plain_samples", lambda model: calls.append(model))
     reader.load(lora, "a")
     assert calls == []
+
+
+def test_the_base_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [saved(tmp_path / name, METHODS[name]) for name in ("lora", "dora", "vera", "pissa")]
+    peft = Path(shutil.copytree(folders[0], tmp_path / "peft"))
+    (peft / "lorary.json").unlink()
+    model = base()
+    reader, walks = Loader(model), list[str]()
+
+    def count(owner: Any, name: str) -> None:
+        walk = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (walks.append(name), walk(*args, **kwargs))[1])
+
+    for owner, name in ((adapted, "named_modules"), (nn.Module, "named_modules"), (nn.Module, "named_children")):
+        count(owner, name)
+    for folder in (*folders, peft):
+        assert reader.load(folder, "a").flat.bytes
+    assert walks == []
+    Loader(model)
+    assert set(walks) == {"named_modules", "named_children"}
 
 
 def test_values_are_looked_at_once_and_not_copied(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,8 @@ class PeftConfig:
 
     def targets_parameter(self, path: str) -> bool:
         """Whether `target_parameters` names the weight of the module at this path."""
-        named = self.values.get("target_parameters")
-        return bool(named) and _names(named, f"{path}.weight")
+        parameters = self.values.get("target_parameters") or ()
+        return bool(parameters) and _names(parameters, f"{path}.weight")
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
