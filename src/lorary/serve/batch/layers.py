@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,9 @@ class ServedLayers:
         self._by_path = dict(model.named_modules(remove_duplicate=False))
         rowwise = {path: m for path, m in model.named_modules() if (kind := kind_of(m)) and KINDS[kind].rowwise}
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.table = AdapterTable({path: compute_dtype(m, model) for path, m in rowwise.items()}, device)
+        widths = [sum(KINDS[str(kind_of(m))].size(m)) for m in rowwise.values()] or [1]
+        dtypes = {path: compute_dtype(m, model) for path, m in rowwise.items()}
+        self.table = AdapterTable(dtypes, device, statistics.median_low(widths))
         self._paths = {module: path for path, module in model.named_modules()}
         self.merged = MergedWeights(rowwise, merged_budget, merge_after) if merged_budget else None
         self._covered: dict[nn.Module, Covered] = {}

@@ -93,12 +93,12 @@ def _rows(
 ) -> Rows:
     """The pieces of these segments; what is wrong with them is added to `problems`."""
     pieces, short, long, shared = list[Piece](), list[tuple[int, int, int, float]](), list[Piece](), list[Piece]()
-    end = 0
+    end, most = 0, kernels.short(table.width) if kernels else 0
     for start, stop, adapters in segments:
         if not (end <= start < stop <= count):
             problems.append(Diagnostic(f"rows {start} to {stop} of {count}", f"are no rows after {end}"))
         end = stop
-        few = kernels is not None and stop - start <= kernels.short
+        few = stop - start <= most
         for form, weight in adapters:
             piece, known = Piece(start, stop, form, weight), table.get(form)
             if known is None:
