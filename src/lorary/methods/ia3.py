@@ -56,11 +56,11 @@ class Rescaling(Join):
         return {"l_ff": (site.in_features,)} if self.scales_input(site) else {"l": (sum(site.rows),)}
 
     def whole(self, site: Site, params: Tensors) -> Tensors:
-        l = params.get("l")
-        if l is None or not site.parts:
+        if not site.parts:  # inputs are scaled in whole layers only
             return params
-        rows = torch.cat([part.rows(l.device) for part in site.parts])
-        return {"l": l.new_ones(site.out_features).index_copy(0, rows, l)}
+        gain = params["l"]
+        rows = torch.cat([part.rows(gain.device) for part in site.parts])
+        return {"l": gain.new_ones(site.out_features).index_copy(0, rows, gain)}
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         for vector in layer.params.values():
@@ -78,8 +78,8 @@ class Rescaling(Join):
         l_ff = params.get("l_ff")
         if l_ff is not None:
             return W * l_ff.to(W.dtype), b
-        l = params["l"].to(W.dtype)
-        return l[:, None] * W, None if b is None else l * b
+        gain = params["l"].to(W.dtype)
+        return gain[:, None] * W, None if b is None else gain * b
 
     def on_output(
         self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
@@ -87,8 +87,8 @@ class Rescaling(Join):
         if "l_ff" in params:
             what = "scales the inputs: W diag(l_ff) - W has full rank, so this is no low-rank change with a gain"
             raise MethodError("", [Diagnostic("l_ff", what, "merge it into the base")])
-        l, bias = params["l"].float(), b()
-        return BA, l, None if bias is None else (l - 1) * bias
+        gain, bias = params["l"].float(), b()
+        return BA, gain, None if bias is None else (gain - 1) * bias
 
     def problems(self, site: Site) -> list[str]:
         if not self.scales_input(site):
