@@ -14,6 +14,7 @@ evaluation, both are the same function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -29,7 +30,12 @@ from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 _POSITIONS = {"both": ("attention-output", "mlp-output"), "feed-forward": ("mlp-output",)}
 _STD = 1e-3  # of the authors' code
 
@@ -67,7 +73,7 @@ class Bottleneck(Join):
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         h, params = layer.run_base(x), layer.params
         W1, b1, W2, b2 = (params[role].to(h.dtype) for role in ("W1", "b1", "W2", "b2"))
-        middle: Tensor = _ACTIVATIONS[self.activation](F.linear(h, W1, b1))
+        middle = _ACTIVATIONS[self.activation](F.linear(h, W1, b1))
         return h + F.linear(middle, W2, b2)
 
     def problems(self, site: Site) -> list[str]:

@@ -153,7 +153,7 @@ def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
         what = f"{name} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         yield Diagnostic("full", what, _ONE_OF_TWO)
     if "*" in method.full:
-        what = f"every base weight trains in full, so {name} would be redundant"
+        what = f"every base weight trains in full, so {name if delta.roles else _name(method.join)} would be redundant"
         yield Diagnostic("full", what, _ONE_OF_TWO)
 
 

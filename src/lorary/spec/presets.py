@@ -122,12 +122,10 @@ def method(*names: str, **options: Any) -> Method:
     for p in chosen:
         union.add(p.name, p.components(**{k: v for k, v in options.items() if k in p.parameters}))
     union.add("you", {k: v for k, v in options.items() if k in AXES and k not in known})
-    for option, axis, has in (("r", "delta", has_rank), ("alpha", "scale", lambda scale: hasattr(scale, "alpha"))):
+    for option, axis, name in (("r", "delta", "rank"), ("alpha", "scale", "alpha")):
         component = union.components.get(axis)
-        if option in options and not has(component):
-            what = (
-                f"{_sets(union.sources.get(axis, ''), component)}, which has no {'rank' if option == 'r' else option}"
-            )
+        if option in options and not (has_rank(component) if option == "r" else hasattr(component, "alpha")):
+            what = f"{_sets(union.sources.get(axis, ''), component)}, which has no {name}"
             union.problems.append(Diagnostic(option, what, "leave it out"))
     if union.problems:
         raise MethodError("invalid method:", union.problems)
@@ -194,6 +192,8 @@ class _PresetUnion:
             elif old is not None and axis in _UNITES:
                 value = _UNITES[axis](old, value)
             elif before != "lora":
+                if old == value:
+                    continue
                 both = f"{_brief(old, value)} and {_brief(value, old)}"
                 what = f"{before} and {source} both choose {_CHOICE[axis]}: {both}"
                 self.problems.append(Diagnostic(axis, what, "leave one of the two out"))
