@@ -365,7 +365,9 @@ _TREE = """this model's layers:
         model.layers.{0-1}.mlp.up_proj  Linear 24x16  x2
         model.layers.{0-1}.mlp.down_proj  Linear 16x24  x2
         lm_head  Linear 40x16"""
-_KNOWN = "presets: all-linear, attention, attention-qv, mlp, embedding, conv"
+_KNOWN = (
+    "presets: all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv"
+)
 
 
 def test_nothing_said_is_what_the_method_says() -> None:
@@ -387,7 +389,7 @@ def test_nothing_said_is_what_the_method_says() -> None:
             ["q_proj", "attention_qv", "lm_haed"],  # one typo among good entries is enough
             [],
             "targets: `attention_qv` matches no layer\n"
-            f"      hint: did you mean `attention-qv` or `attention`? {_TREE}\n"
+            f"      hint: did you mean `attention-qv` or `attention` or `attention-kv`? {_TREE}\n"
             "  - targets: `lm_haed` matches no layer\n      hint: did you mean `lm_head`?",
         ),
         ("zzz", [], f"targets: `zzz` matches no layer\n      hint: {_TREE}"),

@@ -51,6 +51,10 @@ STEPS = _validator(
 )
 SIZES = _validator(lambda value: isinstance(value, tuple) and all(map(_is_count, value)), "whole numbers of at least 1")
 
+NAMES = _validator(
+    lambda value: isinstance(value, tuple) and all(isinstance(name, str) and name for name in value), "names of layers"
+)
+
 
 def field_errors(component: Any) -> list[str]:
     """The validation errors of a component's fields."""
