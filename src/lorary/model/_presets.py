@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lorary.layers.fused_qkv import FUSED
+from lorary.layers.fused_qkv import FUSED, KEYS, VALUES
 from lorary.model.scan import Scan, ScannedModule
 
-_QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
-_QV |= {"wv", "to_v"}
-_K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
+_Q = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q"}
 _OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
 _AMBIGUOUS = {"dense", "c_proj", "proj", "Wo"}  # of attention or of an MLP, as the rest of the path says
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
@@ -37,7 +35,7 @@ def _is_attention(m: ScannedModule) -> bool:
     *path, last = m.path.split(".")
     if not _is_linear(m):
         return False
-    return last in _QV | _K | FUSED | _OUT or (last in _AMBIGUOUS | {"0"} and _in_attention(path))
+    return last in _Q | KEYS | VALUES | FUSED | _OUT or (last in _AMBIGUOUS | {"0"} and _in_attention(path))
 
 
 def _is_mlp(m: ScannedModule) -> bool:
@@ -50,12 +48,15 @@ def _is_mlp(m: ScannedModule) -> bool:
 PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
     "all-linear": _is_linear,
     "attention": _is_attention,
-    "attention-qv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in _QV | FUSED,
+    "attention-qv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in _Q | VALUES | FUSED,
+    "attention-kv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in KEYS | VALUES | FUSED,
     "mlp": _is_mlp,
     "embedding": lambda m: m.kind == "embedding",
     "conv": lambda m: (m.kind or "").startswith("conv"),
 }
-LINEAR_PRESETS = {"all-linear", "mlp", "attention", "attention-qv"}
+LINEAR_PRESETS = {"all-linear", "mlp", "attention", "attention-qv", "attention-kv"}
+# preset -> the projections of a fused weight that it takes
+PROJECTIONS = {"attention": "qkv", "attention-qv": "qv", "attention-kv": "kv"}
 
 
 def layers_of_preset(scan: Scan, preset: str) -> list[ScannedModule]:

@@ -100,6 +100,8 @@ def plan(
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})
     problems += [*unplaced, *previous, *untrainable, *(problem for p in sites for problem in p.problems())]
     problems += _storage_problems(scanned, method.storage, sites, quantized)
+    if context is not None and not problems:
+        problems += [Diagnostic("targets", *why) for why in context.site_problems(model, (p.site for p in sites))]
     if problems:
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)

@@ -1,0 +1,239 @@
+"""Prefix tuning: softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer, where only P_k and P_v [l, d_kv] train.
+
+l keys and values of every attention layer stand before those of the text. They are parameters, not the keys and values
+of any token: nothing is prepended to the embeddings. Text begins at position l.
+
+Li & Liang 2021, arXiv:2101.00190, equation 3 and section 4.3. As in the authors' code, the prefix may be computed by a
+network in training: an embedding E [l, d], a linear layer W1 [mlp, d], tanh, and a linear layer for all keys and
+values, whose rows belong to the layers. Afterwards it is dropped (`lorary.deployed`).
+
+Differs from the authors' code: keys and values do not go through the cache (`lorary.layers.prepended`), so that
+gradient checkpointing and packed rows work; with grouped heads they have d_kv numbers, not d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic, MethodError
+from lorary.layers.adapted import Adapted
+from lorary.layers.fused_qkv import KEYS, VALUES
+from lorary.layers.prepended import PrependedKeysValues, Source, attention_layers, support_problems
+from lorary.layers.rope import max_context, text_config
+from lorary.methods.lora import ConstantScale
+from lorary.spec.context import Context, ContextPatch
+from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
+from lorary.spec.interfaces import Factors, Init, Join, Layer, Shapes, Tensors, component
+from lorary.spec.no_update import NoUpdate
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
+
+_NETWORK = frozenset({"E", "W1", "b1", "W_k", "b_k", "W_v", "b_v"})
+
+
+@component
+class PrefixDelta(NoUpdate):
+    """P_k and P_v [tokens, d_kv] at the projections of keys and values, or the network that computes them.
+
+    Args:
+        tokens: the number of keys and values, l.
+        mlp: the width of the network in training; 0: P_k and P_v themselves train.
+    """
+
+    tokens: int = field(default=10, metadata=COUNT)
+    mlp: int = field(default=0, metadata=WHOLE)
+
+    @property
+    def roles(self) -> frozenset[str]:  # type: ignore[override]
+        return _NETWORK if self.mlp else frozenset({"P_k", "P_v"})
+
+    def shapes(self, site: Site) -> Shapes:
+        if site.kind == "embedding":
+            return {"E": (self.tokens, site.out_features), "W1": (self.mlp, site.out_features), "b1": (self.mlp,)}
+        rows = projections(site)
+        if not self.mlp:
+            return {f"P_{name}": (self.tokens, n) for name, n in rows.items()}
+        return {f"W_{name}": (n, self.mlp) for name, n in rows.items()} | {f"b_{name}": (n,) for name, n in rows.items()}
+
+    def hidden(self, params: Tensors) -> Tensor | None:
+        """[tokens, mlp] the network's hidden layer, from the tensors of the token embedding; None without a network."""
+        return torch.tanh(F.linear(params["E"], params["W1"], params["b1"])) if self.mlp else None
+
+    def keys_values(self, site: Site, params: Tensors, hidden: Tensor | None) -> dict[str, Tensor]:
+        """`k` and `v`, as far as a site projects them -> [tokens, d_kv]."""
+        if hidden is None:
+            return {name: params[f"P_{name}"] for name in projections(site)}
+        return {name: F.linear(hidden, params[f"W_{name}"], params[f"b_{name}"]) for name in projections(site)}
+
+    def problems(self, site: Site) -> list[str]:
+        if site.kind == "embedding" and self.mlp:
+            return []
+        if site.kind in ("linear", "transposed") and projections(site):
+            return []
+        return ["is not a projection of keys or values, before which a prefix could stand"]
+
+
+def projections(site: Site) -> dict[str, int]:
+    """`k` and `v`, as far as a site projects them -> the number of rows, d_kv."""
+    if site.parts:
+        rows = dict(zip((part.name for part in site.parts), site.rows, strict=True))
+        return rows if rows.keys() <= {"k", "v"} else {}
+    last = site.name.rpartition(".")[2]
+    return {"k" if last in KEYS else "v": site.out_features} if last in KEYS | VALUES else {}
+
+
+@component
+class PrefixInit(Init):
+    """P_k, P_v ~ N(0, std^2); with the network, E ~ N(0, 1) and linear layers as PyTorch starts them.
+
+    Args:
+        std: of P_k and P_v.
+        network: whether a network computes them.
+    """
+
+    std: float = field(default=1.0, metadata=POSITIVE)
+    network: bool = field(default=False, metadata=FLAG)
+
+    @property
+    def fills(self) -> frozenset[str]:
+        return _NETWORK if self.network else frozenset({"P_k", "P_v"})
+
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        for role, tensor in sorted(params.items()):
+            if role == "E" or role.startswith("P_"):
+                nn.init.normal_(tensor, std=1.0 if role == "E" else self.std, generator=generator)
+            else:  # a linear layer's weight, or the bias beside it
+                bound = 1 / math.sqrt(params[role.replace("b", "W")].shape[1])
+                nn.init.uniform_(tensor, -bound, bound, generator=generator)
+
+
+@component
+class Prepend(Join):
+    """W' = W, b' = b: the layer is unchanged, and the model's attention reads what stands before the text."""
+
+    supports_dropout = False
+    exact_start = False
+    why_not_merged = "it stands before the text, and is not a change of any weight"
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        return layer.run_base(x)
+
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+        raise MethodError("cannot merge:", [Diagnostic("join", self.why_not_merged)])
+
+    def on_output(self, params: Tensors, W: Any, b: Any, BA: Factors) -> Any:
+        raise MethodError("", [Diagnostic("join", self.why_not_merged)])
+
+
+@component
+class PrefixContext(Context):
+    """Keys and values before the text's in every attention layer.
+
+    Args:
+        tokens: their number, l.
+        mlp: the width of the network that computes them in training; 0 without one.
+    """
+
+    tokens: int = field(default=10, metadata=COUNT)
+    mlp: int = field(default=0, metadata=WHOLE)
+
+    @property
+    def taken(self) -> int:  # type: ignore[override]
+        return self.tokens
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ("embedding", "attention-kv") if self.mlp else ("attention-kv",)
+
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        return support_problems(model, self.tokens)
+
+    def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
+        return _site_problems(model, list(sites), bool(self.mlp))
+
+    def notes(self, model: nn.Module) -> list[str]:
+        return context_notes(model, self.tokens)
+
+    def apply(self, model: nn.Module) -> ContextPatch:
+        return PrependedKeysValues(model, self.tokens, _source)
+
+
+def context_notes(model: nn.Module, tokens: int) -> list[str]:
+    """The positions that stand before the text."""
+    known = max_context(text_config(model))
+    left = "" if known is None else f": of {known:,} positions, {known - tokens:,} are left for the text"
+    return [f"takes {tokens:,} positions before the text{left}"]
+
+
+def _site_problems(model: nn.Module, sites: list[Site], network: bool) -> list[tuple[str, str]]:
+    """Every attention layer of the language model needs keys and values; no other one can have them."""
+    have: dict[str, set[str]] = {}
+    for site in sites:
+        if site.kind != "embedding":
+            have.setdefault(site.name.rpartition(".")[0], set()).update(projections(site))
+    layers, problems = attention_layers(model), []
+    if outside := sorted(have.keys() - set(layers)):
+        what = f"{', '.join(outside)} is not an attention layer of the language model"
+        problems.append((what, "exclude it"))
+    if lacking := [name for name in layers if have.get(name, set()) != {"k", "v"}]:
+        what = f"a prefix stands in every attention layer, before its keys and its values; not at {', '.join(lacking)}"
+        problems.append((what, "leave the targets out: they are the projections of keys and values"))
+    if network and not any(site.kind == "embedding" for site in sites):
+        problems.append(("the network's first half is held by the token embedding, which is not among them", ""))
+    return problems
+
+
+def _source(inner: Any, cache: Any) -> Source:
+    """The prefix of one forward pass; the network's hidden layer is computed once for all layers."""
+    tokens = inner.get_input_embeddings()
+    hidden = None
+    if isinstance(tokens, Adapted) and isinstance(tokens.delta, PrefixDelta):
+        hidden = tokens.delta.hidden(tokens.params)
+    return partial(_prefix, hidden=hidden)
+
+
+def _prefix(layer: nn.Module, key: Tensor, value: Tensor, *, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[1, heads, tokens, width] keys and values of an attention layer's prefix."""
+    found: dict[str, Tensor] = {}
+    for child in layer.children():
+        if isinstance(child, Adapted) and isinstance(child.delta, PrefixDelta):
+            found |= child.delta.keys_values(child.site, child.params, hidden)
+    return _by_head(found["k"], key), _by_head(found["v"], value)
+
+
+def _by_head(P: Tensor, like: Tensor) -> Tensor:
+    """[1, heads, tokens, width] of P [tokens, heads * width]."""
+    _, heads, _, width = like.shape
+    return P.view(len(P), heads, width).transpose(0, 1)[None]
+
+
+@preset(
+    "prefix-tuning",
+    citation="Li & Liang 2021, arXiv:2101.00190",
+    aliases=("prefix",),
+    lr=1e-2,
+    when="As a baseline, or where the weights must not change at all: attention reads l trained keys and values more.",
+)
+def prefix_tuning(tokens: int = 10, mlp: int = 0, std: float = 1.0) -> dict[str, Any]:
+    """softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer
+
+    Args:
+        tokens: the number of keys and values before the text, l in the paper; they take as many positions.
+        mlp: the width of the network that computes them in training, such as 512; 0: they train themselves.
+        std: the standard deviation of their start, without the network.
+    """
+    return {
+        "delta": PrefixDelta(tokens, mlp),
+        "init": PrefixInit(std, bool(mlp)),
+        "scale": ConstantScale(1.0),
+        "join": Prepend(),
+        "context": PrefixContext(tokens, mlp),
+    }

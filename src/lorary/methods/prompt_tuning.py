@@ -1,0 +1,176 @@
+"""Prompt tuning: X' = [P; E(x)], where only P [l, d] trains.
+
+l trained embeddings stand before those of the text, at the input alone. Every layer computes their keys and values as
+it does a token's; text begins at position l.
+
+Lester et al. 2021, arXiv:2104.08691, section 2. Of the starts in section 2.1, P is drawn uniformly, or from the
+embeddings of the 5,000 most common tokens (the first ids of a vocabulary that is sorted by frequency), or is the
+embeddings of a text, repeated or cut to l tokens.
+
+The learning rate is the paper's 0.3, about a thousand times that of other methods: the gradients of a few embeddings
+before a frozen model are small, and AdamW's step does not depend on the model's width.
+
+Differs from the authors' code: in a causal model nothing before the text depends on it, so P passes through the layers
+once for a whole batch, and its keys and values stand before the text's (`lorary.layers.prepended`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorary.layers.adapted import Adapted
+from lorary.layers.prepended import (
+    PrependedKeysValues,
+    Source,
+    keys_values_of,
+    support_problems,
+    text_model,
+    tokens_in,
+)
+from lorary.layers.wrappers import named_modules
+from lorary.methods.lora import ConstantScale
+from lorary.methods.prefix_tuning import Prepend, context_notes
+from lorary.spec.context import Context, ContextPatch
+from lorary.spec.fields import COUNT, one_of
+from lorary.spec.interfaces import Init, Shapes, Tensors, component
+from lorary.spec.no_update import NoUpdate
+from lorary.spec.presets import preset
+from lorary.spec.site import Site
+
+_KEPT = "_lorary_prompt"  # the attribute of a cache that holds the keys and values of its prompt
+
+
+@component
+class PromptDelta(NoUpdate):
+    """P [tokens, d] at the token embedding.
+
+    Args:
+        tokens: the number of trained embeddings, l.
+    """
+
+    tokens: int = field(default=20, metadata=COUNT)
+
+    roles = frozenset({"P"})
+
+    def shapes(self, site: Site) -> Shapes:
+        return {"P": (self.tokens, site.out_features)}
+
+    def problems(self, site: Site) -> list[str]:
+        return [] if site.kind == "embedding" else ["is not the token embedding, before which a prompt could stand"]
+
+
+@component
+class PromptInit(Init):
+    """P from the vocabulary's embeddings, or uniform.
+
+    Args:
+        start: `vocabulary`: of `common` first tokens, drawn; `uniform`: U(-0.5, 0.5); `text`: of the tokens `ids`.
+        text: the text whose tokens are `ids`, as the user wrote it.
+        ids: token ids, repeated or cut to the number of embeddings.
+        common: how many tokens count as the most common ones.
+    """
+
+    start: str = field(default="vocabulary", metadata=one_of("vocabulary", "uniform", "text"))
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    common: int = field(default=5000, metadata=COUNT)
+
+    fills = frozenset({"P"})
+
+    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+        P = params["P"]
+        if self.start == "uniform":
+            nn.init.uniform_(P, -0.5, 0.5, generator=generator)
+            return
+        ids = self._ids(len(P), site.in_features, generator)
+        P.copy_(W[:, ids.to(W.device)].T)
+
+    def _ids(self, tokens: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+        """[tokens] the tokens whose embeddings P starts at; drawn without repetition as long as there are others."""
+        if self.start == "text":
+            return torch.tensor(self.ids).repeat(-(-tokens // len(self.ids)))[:tokens]
+        common = min(self.common, vocabulary)
+        drawn = [torch.randperm(common, generator=generator) for _ in range(-(-tokens // common))]
+        return torch.cat(drawn)[:tokens]
+
+    def problems(self, site: Site, r: int) -> list[str]:
+        if self.start != "text":
+            return []
+        if not self.ids:
+            return [f"the text {self.text!r} has no token ids yet: lorary.with_prompt_text(method, tokenizer) adds them"]
+        outside = [i for i in self.ids if not 0 <= i < site.in_features]
+        return [f"token {i} is not in its vocabulary of {site.in_features:,}" for i in outside[:1]]
+
+
+@component
+class PromptContext(Context):
+    """Trained embeddings before the text's.
+
+    Args:
+        tokens: their number, l.
+    """
+
+    tokens: int = field(default=20, metadata=COUNT)
+
+    targets = ("embedding",)
+
+    @property
+    def taken(self) -> int:  # type: ignore[override]
+        return self.tokens
+
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        return support_problems(model, self.tokens)
+
+    def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
+        tokens = text_model(model).get_input_embeddings()
+        path = next(name for name, module in named_modules(model) if module is tokens)
+        if any(site.name == path for site in sites):
+            return []
+        return [(f"a prompt stands at the token embedding, {path}, which is not among them", "leave the targets out")]
+
+    def notes(self, model: nn.Module) -> list[str]:
+        return context_notes(model, self.tokens)
+
+    def apply(self, model: nn.Module) -> ContextPatch:
+        return PrependedKeysValues(model, self.tokens, _source)
+
+
+def _source(inner: Any, cache: Any) -> Source:
+    """The prompt's keys and values. A text that is generated keeps those of its first pass, beside its own."""
+    layer = inner.get_input_embeddings()
+    kept = {} if cache is None or torch.is_grad_enabled() else vars(cache)
+    if tokens_in(cache) and kept.get(_KEPT, (None,))[0] == id(layer):
+        return kept[_KEPT][1]
+    source = keys_values_of(inner, layer.params["P"].to(layer.dtype))
+    kept[_KEPT] = id(layer), source
+    return source
+
+
+@preset(
+    "prompt-tuning",
+    citation="Lester et al. 2021, arXiv:2104.08691",
+    aliases=("prompt",),
+    lr=0.3,
+    when="As a baseline, or for very many tasks on one large model: a task is a few embeddings.",
+)
+def prompt_tuning(tokens: int = 20, start: str = "", init_text: str = "") -> dict[str, Any]:
+    """X' = [P; E(x)], P trains
+
+    Args:
+        tokens: the number of trained embeddings before the text, l in the paper; they take as many positions.
+        start: vocabulary (drawn from the most common tokens), uniform, or text; empty: text if there is one.
+        init_text: the text whose tokens P starts at, repeated or cut.
+    """
+    start = start or ("text" if init_text else "vocabulary")
+    return {
+        "delta": PromptDelta(tokens),
+        "init": PromptInit(start, init_text),
+        "scale": ConstantScale(1.0),
+        "join": Prepend(),
+        "context": PromptContext(tokens),
+    }
