@@ -9,9 +9,6 @@ from torch import nn
 from lorary.layers.kinds import KINDS, kind_of
 from lorary.spec.site import Part
 
-# The last names of separate projections of keys and of values.
-KEYS = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
-VALUES = {"v", "v_proj", "value", "value_proj", "v_lin", "wv", "to_v"}
 FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"}
 
 # Models that store q, k and v head by head; the others store q of all heads first.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
-from lorary.layers.fused_qkv import FUSED, KEYS
+from lorary.layers.block_names import projects_to
 from lorary.layers.rope import max_context, own_config_copy, text_config
 from lorary.layers.shifted_attention import sliding_windows
 from lorary.layers.transformers_internals import attention_of, set_attention, uses_attention_interface
@@ -51,12 +51,11 @@ def text_model(model: nn.Module) -> Any:
 
 def attention_layers(model: nn.Module) -> list[str]:
     """The paths of the language model's attention layers that project keys and values of their own."""
-    inside = set(text_model(model).modules())
-    projections = KEYS | FUSED
+    inside, projects_keys = set(text_model(model).modules()), projects_to("k")
     return [
         path
         for path, module in named_modules(model)
-        if module in inside and hasattr(module, "layer_idx") and projections & {n for n, _ in module.named_children()}
+        if module in inside and hasattr(module, "layer_idx") and any(projects_keys(n) for n, _ in module.named_children())
     ]
 
 

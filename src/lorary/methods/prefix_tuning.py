@@ -14,7 +14,7 @@ gradient checkpointing and packed rows work; with grouped heads they have d_kv n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import field
 from functools import partial
 from typing import Any
@@ -23,37 +23,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import Adapted
-from lorary.layers.fused_qkv import KEYS, VALUES
+from lorary.layers.block_names import projects_to
+from lorary.layers.fused_qkv import FUSED
 from lorary.layers.prepended import PrependedKeysValues, Source, attention_layers, support_problems
 from lorary.layers.rope import max_context, text_config
 from lorary.methods.lora import ConstantScale
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
-from lorary.spec.interfaces import Factors, Init, Join, Layer, Shapes, Tensors, component
-from lorary.spec.no_update import NoUpdate
+from lorary.spec.interfaces import Join, Layer, Shapes, Tensors, component
+from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
+STANDS_BEFORE = "stands before the text, which no weight and bias can"
 _NETWORK = frozenset({"E", "W1", "b1", "W_k", "b_k", "W_v", "b_v"})
 
 
 @component
-class PrefixDelta(NoUpdate):
-    """P_k and P_v [tokens, d_kv] at the projections of keys and values, or the network that computes them.
+class Prefix(Join):
+    """P_k and P_v [tokens, d_kv] at the projections of keys and values, which are unchanged: attention reads them.
 
     Args:
         tokens: the number of keys and values, l.
-        mlp: the width of the network in training; 0: P_k and P_v themselves train.
+        mlp: the width of the network that computes them in training; 0: P_k and P_v themselves train.
+        std: of the start of P_k and P_v, N(0, std^2). The network's is PyTorch's, with E ~ N(0, 1).
     """
 
     tokens: int = field(default=10, metadata=COUNT)
     mlp: int = field(default=0, metadata=WHOLE)
+    std: float = field(default=1.0, metadata=POSITIVE)
+
+    supports_dropout = False
+    adds_delta = False
+    why_not_merged = STANDS_BEFORE
+    exact_start = False
 
     @property
     def roles(self) -> frozenset[str]:  # type: ignore[override]
         return _NETWORK if self.mlp else frozenset({"P_k", "P_v"})
+
+    @property
+    def targets(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("embedding", "attention-kv") if self.mlp else ("attention-kv",)
 
     def shapes(self, site: Site) -> Shapes:
         if site.kind == "embedding":
@@ -63,9 +75,22 @@ class PrefixDelta(NoUpdate):
             return {f"P_{name}": (self.tokens, n) for name, n in rows.items()}
         return {f"W_{name}": (n, self.mlp) for name, n in rows.items()} | {f"b_{name}": (n,) for name, n in rows.items()}
 
-    def hidden(self, params: Tensors) -> Tensor | None:
-        """[tokens, mlp] the network's hidden layer, from the tensors of the token embedding; None without a network."""
-        return torch.tanh(F.linear(params["E"], params["W1"], params["b1"])) if self.mlp else None
+    def setup(self, layer: Layer, generator: torch.Generator) -> None:
+        for role, tensor in sorted(layer.params.items()):
+            drawn = torch.empty(tensor.shape)  # on the CPU: the same numbers on every machine
+            if role == "E" or role.startswith("P_"):
+                nn.init.normal_(drawn, std=1.0 if role == "E" else self.std, generator=generator)
+            else:  # a linear layer's weight, or the bias beside it
+                bound = 1 / math.sqrt(layer.params[role.replace("b", "W")].shape[1])
+                nn.init.uniform_(drawn, -bound, bound, generator=generator)
+            tensor.copy_(drawn)
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        return layer.run_base(x)
+
+    def hidden(self, params: Tensors) -> Tensor:
+        """[tokens, mlp] the network's hidden layer, from the tensors of the token embedding."""
+        return torch.tanh(F.linear(params["E"], params["W1"], params["b1"]))
 
     def keys_values(self, site: Site, params: Tensors, hidden: Tensor | None) -> dict[str, Tensor]:
         """`k` and `v`, as far as a site projects them -> [tokens, d_kv]."""
@@ -86,51 +111,9 @@ def projections(site: Site) -> dict[str, int]:
     if site.parts:
         rows = dict(zip((part.name for part in site.parts), site.rows, strict=True))
         return rows if rows.keys() <= {"k", "v"} else {}
-    last = site.name.rpartition(".")[2]
-    return {"k" if last in KEYS else "v": site.out_features} if last in KEYS | VALUES else {}
-
-
-@component
-class PrefixInit(Init):
-    """P_k, P_v ~ N(0, std^2); with the network, E ~ N(0, 1) and linear layers as PyTorch starts them.
-
-    Args:
-        std: of P_k and P_v.
-        network: whether a network computes them.
-    """
-
-    std: float = field(default=1.0, metadata=POSITIVE)
-    network: bool = field(default=False, metadata=FLAG)
-
-    @property
-    def fills(self) -> frozenset[str]:
-        return _NETWORK if self.network else frozenset({"P_k", "P_v"})
-
-    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        for role, tensor in sorted(params.items()):
-            if role == "E" or role.startswith("P_"):
-                nn.init.normal_(tensor, std=1.0 if role == "E" else self.std, generator=generator)
-            else:  # a linear layer's weight, or the bias beside it
-                bound = 1 / math.sqrt(params[role.replace("b", "W")].shape[1])
-                nn.init.uniform_(tensor, -bound, bound, generator=generator)
-
-
-@component
-class Prepend(Join):
-    """W' = W, b' = b: the layer is unchanged, and the model's attention reads what stands before the text."""
-
-    supports_dropout = False
-    exact_start = False
-    why_not_merged = "it stands before the text, and is not a change of any weight"
-
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        return layer.run_base(x)
-
-    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
-        raise MethodError("cannot merge:", [Diagnostic("join", self.why_not_merged)])
-
-    def on_output(self, params: Tensors, W: Any, b: Any, BA: Factors) -> Any:
-        raise MethodError("", [Diagnostic("join", self.why_not_merged)])
+    if site.name.rpartition(".")[2] in FUSED:
+        return {}
+    return {name: site.out_features for name in "kv" if projects_to(name)(site.name)}
 
 
 @component
@@ -139,25 +122,21 @@ class PrefixContext(Context):
 
     Args:
         tokens: their number, l.
-        mlp: the width of the network that computes them in training; 0 without one.
+        network: whether a network computes them in training.
     """
 
     tokens: int = field(default=10, metadata=COUNT)
-    mlp: int = field(default=0, metadata=WHOLE)
+    network: bool = field(default=False, metadata=FLAG)
 
     @property
     def taken(self) -> int:  # type: ignore[override]
         return self.tokens
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return ("embedding", "attention-kv") if self.mlp else ("attention-kv",)
-
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return support_problems(model, self.tokens)
 
     def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
-        return _site_problems(model, list(sites), bool(self.mlp))
+        return _site_problems(model, list(sites), self.network)
 
     def notes(self, model: nn.Module) -> list[str]:
         return context_notes(model, self.tokens)
@@ -194,9 +173,8 @@ def _site_problems(model: nn.Module, sites: list[Site], network: bool) -> list[t
 def _source(inner: Any, cache: Any) -> Source:
     """The prefix of one forward pass; the network's hidden layer is computed once for all layers."""
     tokens = inner.get_input_embeddings()
-    hidden = None
-    if isinstance(tokens, Adapted) and isinstance(tokens.delta, PrefixDelta):
-        hidden = tokens.delta.hidden(tokens.params)
+    network = isinstance(tokens, Adapted) and isinstance(tokens.join, Prefix)
+    hidden = tokens.join.hidden(tokens.params) if network else None
     return partial(_prefix, hidden=hidden)
 
 
@@ -204,8 +182,8 @@ def _prefix(layer: nn.Module, key: Tensor, value: Tensor, *, hidden: Tensor | No
     """[1, heads, tokens, width] keys and values of an attention layer's prefix."""
     found: dict[str, Tensor] = {}
     for child in layer.children():
-        if isinstance(child, Adapted) and isinstance(child.delta, PrefixDelta):
-            found |= child.delta.keys_values(child.site, child.params, hidden)
+        if isinstance(child, Adapted) and isinstance(child.join, Prefix):
+            found |= child.join.keys_values(child.site, child.params, hidden)
     return _by_head(found["k"], key), _by_head(found["v"], value)
 
 
@@ -231,9 +209,9 @@ def prefix_tuning(tokens: int = 10, mlp: int = 0, std: float = 1.0) -> dict[str,
         std: the standard deviation of their start, without the network.
     """
     return {
-        "delta": PrefixDelta(tokens, mlp),
-        "init": PrefixInit(std, bool(mlp)),
+        "delta": NoUpdate(),
+        "init": NoInit(),
         "scale": ConstantScale(1.0),
-        "join": Prepend(),
-        "context": PrefixContext(tokens, mlp),
+        "join": Prefix(tokens, mlp, std),
+        "context": PrefixContext(tokens, bool(mlp)),
     }

@@ -34,11 +34,11 @@ from lorary.layers.prepended import (
 )
 from lorary.layers.wrappers import named_modules
 from lorary.methods.lora import ConstantScale
-from lorary.methods.prefix_tuning import Prepend, context_notes
+from lorary.methods.prefix_tuning import STANDS_BEFORE, context_notes
 from lorary.spec.context import Context, ContextPatch
-from lorary.spec.fields import COUNT, one_of
-from lorary.spec.interfaces import Init, Shapes, Tensors, component
-from lorary.spec.no_update import NoUpdate
+from lorary.spec.fields import COUNT, IDS, TEXT, one_of
+from lorary.spec.interfaces import Join, Layer, Shapes, component
+from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -46,65 +46,60 @@ _KEPT = "_lorary_prompt"  # the attribute of a cache that holds the keys and val
 
 
 @component
-class PromptDelta(NoUpdate):
-    """P [tokens, d] at the token embedding.
+class Prompt(Join):
+    """P [tokens, d] at the token embedding, which is unchanged: the model reads P before the text.
 
     Args:
         tokens: the number of trained embeddings, l.
-    """
-
-    tokens: int = field(default=20, metadata=COUNT)
-
-    roles = frozenset({"P"})
-
-    def shapes(self, site: Site) -> Shapes:
-        return {"P": (self.tokens, site.out_features)}
-
-    def problems(self, site: Site) -> list[str]:
-        return [] if site.kind == "embedding" else ["is not the token embedding, before which a prompt could stand"]
-
-
-@component
-class PromptInit(Init):
-    """P from the vocabulary's embeddings, or uniform.
-
-    Args:
-        start: `vocabulary`: of `common` first tokens, drawn; `uniform`: U(-0.5, 0.5); `text`: of the tokens `ids`.
+        start: `vocabulary`: embeddings drawn from those of the `common` first tokens; `uniform`: U(-0.5, 0.5);
+            `text`: the embeddings of the tokens `ids`.
         text: the text whose tokens are `ids`, as the user wrote it.
         ids: token ids, repeated or cut to the number of embeddings.
         common: how many tokens count as the most common ones.
     """
 
+    tokens: int = field(default=20, metadata=COUNT)
     start: str = field(default="vocabulary", metadata=one_of("vocabulary", "uniform", "text"))
-    text: str = ""
-    ids: tuple[int, ...] = ()
+    text: str = field(default="", metadata=TEXT)
+    ids: tuple[int, ...] = field(default=(), metadata=IDS)
     common: int = field(default=5000, metadata=COUNT)
 
-    fills = frozenset({"P"})
+    roles = frozenset({"P"})
+    targets = ("embedding",)
+    supports_dropout = False
+    adds_delta = False
+    why_not_merged = STANDS_BEFORE
+    exact_start = False
 
-    def __call__(self, params: Tensors, W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
-        P = params["P"]
+    def shapes(self, site: Site) -> Shapes:
+        return {"P": (self.tokens, site.out_features)}
+
+    def setup(self, layer: Layer, generator: torch.Generator) -> None:
+        P = layer.params["P"]
         if self.start == "uniform":
-            nn.init.uniform_(P, -0.5, 0.5, generator=generator)
-            return
-        ids = self._ids(len(P), site.in_features, generator)
-        P.copy_(W[:, ids.to(W.device)].T)
+            P.copy_(nn.init.uniform_(torch.empty(P.shape), -0.5, 0.5, generator=generator))
+        else:
+            ids = self._ids(layer.site.in_features, generator)
+            P.copy_(layer.base(ids.to(layer.matrix.device)))
 
-    def _ids(self, tokens: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    def _ids(self, vocabulary: int, generator: torch.Generator) -> Tensor:
         """[tokens] the tokens whose embeddings P starts at; drawn without repetition as long as there are others."""
         if self.start == "text":
-            return torch.tensor(self.ids).repeat(-(-tokens // len(self.ids)))[:tokens]
+            return torch.tensor(self.ids).repeat(-(-self.tokens // len(self.ids)))[: self.tokens]
         common = min(self.common, vocabulary)
-        drawn = [torch.randperm(common, generator=generator) for _ in range(-(-tokens // common))]
-        return torch.cat(drawn)[:tokens]
+        drawn = [torch.randperm(common, generator=generator) for _ in range(-(-self.tokens // common))]
+        return torch.cat(drawn)[: self.tokens]
 
-    def problems(self, site: Site, r: int) -> list[str]:
-        if self.start != "text":
-            return []
-        if not self.ids:
-            return [f"the text {self.text!r} has no token ids yet: lorary.with_prompt_text(method, tokenizer) adds them"]
-        outside = [i for i in self.ids if not 0 <= i < site.in_features]
-        return [f"token {i} is not in its vocabulary of {site.in_features:,}" for i in outside[:1]]
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        return layer.run_base(x)
+
+    def problems(self, site: Site) -> list[str]:
+        if site.kind != "embedding":
+            return ["is not the token embedding, before which a prompt could stand"]
+        if self.start == "text" and not self.ids:
+            return [f"the text {self.text!r} has no token ids: lorary.with_prompt_text(method, tokenizer) adds them"]
+        outside = [i for i in self.ids if i >= site.in_features]
+        return [f"token {i} of the text is not in its vocabulary of {site.in_features:,}" for i in outside[:1]]
 
 
 @component
@@ -116,8 +111,6 @@ class PromptContext(Context):
     """
 
     tokens: int = field(default=20, metadata=COUNT)
-
-    targets = ("embedding",)
 
     @property
     def taken(self) -> int:  # type: ignore[override]
@@ -168,9 +161,9 @@ def prompt_tuning(tokens: int = 20, start: str = "", init_text: str = "") -> dic
     """
     start = start or ("text" if init_text else "vocabulary")
     return {
-        "delta": PromptDelta(tokens),
-        "init": PromptInit(start, init_text),
+        "delta": NoUpdate(),
+        "init": NoInit(),
         "scale": ConstantScale(1.0),
-        "join": Prepend(),
+        "join": Prompt(tokens, start, init_text),
         "context": PromptContext(tokens),
     }

@@ -59,7 +59,8 @@ def plan(
         model: any module; a Transformers model's output head is left out of `all-linear`.
         method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
             storage, context and parameters in full are the model's: one says them, or all say the same.
-        targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
+        targets: presets (`all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`,
+            `mlp-output`, `embedding`, `conv`), whole-component
             names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a
             regular expression for the whole path. None: the method's default, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
@@ -167,7 +168,9 @@ def _fit_context(model: nn.Module, method: Method) -> tuple[Context | None, list
 
 
 def default_targets(method: Method) -> tuple[str, ...]:
-    """The default targets of a method."""
+    """The default targets of a method: its join's, or its context's."""
+    if method.join is not None and method.join.targets:
+        return method.join.targets
     return ("all-linear",) if method.context is None else tuple(method.context.targets)
 
 

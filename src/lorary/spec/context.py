@@ -35,17 +35,14 @@ class Context(Protocol):
     """The context of a model: its length, what stands before the text, and the attention in training.
 
     Attributes:
+        targets: the default target layers, if the join has none.
         length: the context length in tokens; None for the model's own.
         taken: the positions before the text that are not the text's (prefix and prompt tuning).
     """
 
+    targets: Sequence[str] = ()
     length: int | None = None
     taken: int = 0
-
-    @property
-    def targets(self) -> Sequence[str]:
-        """The default target layers."""
-        ...
 
     @property
     def attention_groups(self) -> int:

@@ -100,7 +100,7 @@ def _dense_change(
     """(W' - W, b' - b) of the merged layer, computed in 64 bits."""
     W, b = layer.weight().double(), layer.bias()
     B, A = (factor.double() for factor in factors_on_base(adapted, tensors))
-    merged, bias = adapted.join.merged(tensors, W, None if b is None else b.double(), (B, A))
+    merged, bias = adapted.merged(tensors, W, None if b is None else b.double(), (B, A))
     shift = None if bias is None or b is None else (bias - b).float()
     return (merged - W).float(), shift
 

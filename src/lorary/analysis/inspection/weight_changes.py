@@ -145,7 +145,7 @@ def _of_site(
     bias = getattr(modules[name], "bias", None)
     b = None if bias is None else bias.detach().float().cpu()
     values = {role: t.float() for role, t in tensors.items()}
-    after, _ = adapted.join.merged(values, start, b, factors_on_base(adapted, tensors))
+    after, _ = adapted.merged(values, start, b, factors_on_base(adapted, tensors))
     return WeightChange(name, None, before, after)
 
 

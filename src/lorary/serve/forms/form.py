@@ -175,7 +175,7 @@ class _Forming:
         adapted, module = layer.adapted, cast(nn.Module, layer.layer)
         name, kind, dtype = adapted.site.name, KINDS[adapted.site.kind], stored_tensors(module)[0].dtype
         tensors, b = self.adapter.tensors[name], layer.bias()
-        W, bias = adapted.join.merged(tensors, layer.weight(), b, factors_on_base(adapted, tensors))
+        W, bias = adapted.merged(tensors, layer.weight(), b, factors_on_base(adapted, tensors))
         self.overrides[name] = {"weight": kind.weight(module, W).to(dtype)}
         if bias is not None and b is not None:
             self.overrides[name]["bias"] = bias.to(dtype)
