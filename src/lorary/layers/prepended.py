@@ -63,6 +63,12 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     return dict(inspect.signature(type(module).forward).parameters)
 
 
+def token_embedding(model: nn.Module) -> str:
+    """The path of the layer that embeds the tokens."""
+    tokens = text_model(model).get_input_embeddings()
+    return next(name for name, module in named_modules(model) if module is tokens)
+
+
 def support_problems(model: nn.Module, length: int) -> list[tuple[str, str]]:
     """(reason, fix): why keys and values cannot stand before the text of a model.
 
@@ -155,6 +161,11 @@ class PrependedKeysValues:
             what = f"is {found!r}, and {needed!r} puts the {self.length} keys and values before the text"
             fix = "choose the attention implementation before attaching"
             raise StateError("cannot prepend keys and values:", [Diagnostic("attention", what, fix)])
+        if torch.is_grad_enabled() and inner.training and _checkpoints_reentrantly(inner):
+            what = "computes layers again in a backward pass of their own (use_reentrant=True)"
+            fix = 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+            why = "which the keys and values before the text cannot follow"
+            raise StateError("cannot prepend keys and values:", [Diagnostic("checkpointing", f"{what}, {why}", fix)])
         call = dict(zip(self.names, args, strict=False)) | kwargs
         cache = call.get("past_key_values")
         call["position_ids"] = self._positions(call, cache) + self.length
@@ -172,6 +183,13 @@ class PrependedKeysValues:
             positions: Tensor = (mask.cumsum(1) * mask - 1).long()[:, seen:]
             return positions
         return (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
+
+
+def _checkpoints_reentrantly(inner: nn.Module) -> bool:
+    """Whether some layers checkpoint in PyTorch's older way, which follows only the gradients of their inputs."""
+    checkpointing = (m for m in inner.modules() if getattr(m, "gradient_checkpointing", False))
+    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in checkpointing)
+    return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in functions)
 
 
 def tokens_in(cache: Any) -> int:

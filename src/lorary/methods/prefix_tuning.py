@@ -5,7 +5,7 @@ of any token: nothing is prepended to the embeddings. Text begins at position l.
 
 Li & Liang 2021, arXiv:2101.00190, equation 3 and section 4.3. As in the authors' code, the prefix may be computed by a
 network in training: an embedding E [l, d], a linear layer W1 [mlp, d], tanh, and a linear layer for all keys and
-values, whose rows belong to the layers. Afterwards it is dropped (`lorary.deployed`).
+values, whose rows belong to the layers. Afterwards it is dropped (`Adapter.compact`).
 
 Differs from the authors' code: keys and values do not go through the cache (`lorary.layers.prepended`), so that
 gradient checkpointing and packed rows work; with grouped heads they have d_kv numbers, not d.
@@ -13,8 +13,9 @@ gradient checkpointing and packed rows work; with grouped heads they have d_kv n
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
 from typing import Any
@@ -32,7 +33,9 @@ from lorary.methods.lora import ConstantScale
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
 from lorary.spec.interfaces import Join, Layer, Shapes, Tensors, component
+from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
+from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -143,6 +146,34 @@ class PrefixContext(Context):
 
     def apply(self, model: nn.Module) -> ContextPatch:
         return PrependedKeysValues(model, self.tokens, _source)
+
+
+def without_network(
+    sites: Sequence[AdaptedSite], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[tuple[AdaptedSite, ...], dict[str, Mapping[str, Tensor]]]:
+    """The sites and tensors of an adapter whose prefix is P_k and P_v alone, not the network that computes them."""
+    kept, values = [], dict(tensors)
+    networks = {s.site.name: s.join for s in sites if isinstance(s.join, Prefix) and s.join.mlp}
+    hidden = {name: join.hidden(tensors[name]) for name, join in networks.items() if "E" in tensors[name]}
+    for s in sites:
+        join = networks.get(s.site.name)
+        if join is None:
+            kept.append(s)
+        elif s.site.name in hidden:  # it is of the network only
+            del values[s.site.name]
+        else:
+            found = join.keys_values(s.site, tensors[s.site.name], next(iter(hidden.values())))
+            values[s.site.name] = {f"P_{name}": P for name, P in found.items()}
+            kept.append(dataclasses.replace(s, method=deployed_method(s.method)))
+    return tuple(kept), values
+
+
+def deployed_method(method: Method) -> Method:
+    """The method of a prefix without the network that computes it in training; any other one as it is."""
+    join = method.join
+    if not isinstance(join, Prefix) or not join.mlp:
+        return method
+    return method.replace(join=dataclasses.replace(join, mlp=0), context=PrefixContext(join.tokens))
 
 
 def context_notes(model: nn.Module, tokens: int) -> list[str]:

@@ -16,6 +16,7 @@ once for a whole batch, and its keys and values stand before the text's (`lorary
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
@@ -23,21 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.layers.adapted import Adapted
+from lorary.errors import Diagnostic, MethodError
 from lorary.layers.prepended import (
     PrependedKeysValues,
     Source,
     keys_values_of,
     support_problems,
-    text_model,
+    token_embedding,
     tokens_in,
 )
-from lorary.layers.wrappers import named_modules
 from lorary.methods.lora import ConstantScale
 from lorary.methods.prefix_tuning import STANDS_BEFORE, context_notes
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, IDS, TEXT, one_of
 from lorary.spec.interfaces import Join, Layer, Shapes, component
+from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
@@ -76,6 +77,10 @@ class Prompt(Join):
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         P = layer.params["P"]
+        if self.start == "text" and not self.ids:
+            what = f"the start of the prompt is a text, {self.text!r}, whose token ids are missing"
+            fix = "lorary.with_prompt_text(method, tokenizer) adds them"
+            raise MethodError("cannot start a prompt:", [Diagnostic("init_text", what, fix)])
         if self.start == "uniform":
             P.copy_(nn.init.uniform_(torch.empty(P.shape), -0.5, 0.5, generator=generator))
         else:
@@ -96,8 +101,6 @@ class Prompt(Join):
     def problems(self, site: Site) -> list[str]:
         if site.kind != "embedding":
             return ["is not the token embedding, before which a prompt could stand"]
-        if self.start == "text" and not self.ids:
-            return [f"the text {self.text!r} has no token ids: lorary.with_prompt_text(method, tokenizer) adds them"]
         outside = [i for i in self.ids if i >= site.in_features]
         return [f"token {i} of the text is not in its vocabulary of {site.in_features:,}" for i in outside[:1]]
 
@@ -120,8 +123,7 @@ class PromptContext(Context):
         return support_problems(model, self.tokens)
 
     def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
-        tokens = text_model(model).get_input_embeddings()
-        path = next(name for name, module in named_modules(model) if module is tokens)
+        path = token_embedding(model)
         if any(site.name == path for site in sites):
             return []
         return [(f"a prompt stands at the token embedding, {path}, which is not among them", "leave the targets out")]
@@ -131,6 +133,30 @@ class PromptContext(Context):
 
     def apply(self, model: nn.Module) -> ContextPatch:
         return PrependedKeysValues(model, self.tokens, _source)
+
+
+def with_prompt_text(method: Method, tokenizer: Any) -> Method:
+    """A method whose prompt starts at a text, with the ids of the text's tokens.
+
+    Args:
+        method: any method; one without such a prompt is returned as it is.
+        tokenizer: the model's.
+
+    Raises:
+        MethodError: the text has no tokens.
+
+    Example:
+        >>> method = lorary.method("prompt-tuning", init_text="Is this review positive?")
+        >>> method = lorary.with_prompt_text(method, tokenizer)
+    """
+    join = method.join
+    if not isinstance(join, Prompt) or join.start != "text" or join.ids:
+        return method
+    ids = tuple(map(int, tokenizer(join.text, add_special_tokens=False)["input_ids"]))
+    if not ids:
+        problem = Diagnostic("init_text", f"is {join.text!r}, which has no tokens", "write what the task is")
+        raise MethodError("cannot start a prompt:", [problem])
+    return method.replace(join=dataclasses.replace(join, ids=ids))
 
 
 def _source(inner: Any, cache: Any) -> Source:

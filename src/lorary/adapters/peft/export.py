@@ -19,6 +19,7 @@ from lorary.adapters.peft.folded import folded_form
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
+from lorary.adapters.peft.virtual_tokens import export_virtual_tokens, has_virtual_tokens
 from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
@@ -57,7 +58,7 @@ def export_peft(
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
-    base, with the scale in B, and with DoRA's magnitudes if it has them.
+    base, with the scale in B, and with DoRA's magnitudes if it has them. A prefix and a prompt are PEFT's own types.
 
     PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
     to load the base, and a warning says so.
@@ -79,6 +80,9 @@ def export_peft(
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
+    if has_virtual_tokens(adapter):
+        export_virtual_tokens(adapter, folder, model)
+        return
     files = lora_files(adapter, folder, model, folded)
     rope = writer.rope_overrides(adapter)
     write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
