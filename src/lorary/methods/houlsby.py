@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.methods.lora import ConstantScale
-from lorary.spec.fields import COUNT, NAMES, one_of
+from lorary.spec.fields import COUNT, one_of
 from lorary.spec.interfaces import Join, Layer, Shapes, component
 from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
@@ -47,18 +46,22 @@ class Bottleneck(Join):
     Args:
         m: the width of the middle.
         activation: phi.
-        targets: the default target layers.
+        position: both, after attention and the feed-forward block, or feed-forward, after the latter alone.
     """
 
     m: int = field(default=64, metadata=COUNT)
     activation: str = field(default="gelu", metadata=one_of(*_ACTIVATIONS))
-    targets: tuple[str, ...] = field(default=_POSITIONS["both"], metadata=NAMES)
+    position: str = field(default="both", metadata=one_of(*_POSITIONS))
 
     roles = frozenset({"W1", "b1", "W2", "b2"})
     supports_dropout = False
     adds_delta = False
     why_not_merged = "transforms the layer's output by a non-linear network, which no weight and bias can"
     exact_start = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:  # type: ignore[override]
+        return _POSITIONS[self.position]
 
     def shapes(self, site: Site) -> Shapes:
         out, m = site.out_features, self.m
@@ -98,13 +101,10 @@ def houlsby(m: int = 64, activation: str = "gelu", position: str = "both", norms
         position: both, after attention and the feed-forward block; or feed-forward, after the latter alone (Pfeiffer).
         norms: train the normalisations in full.
     """
-    if position not in _POSITIONS:
-        hint = did_you_mean(str(position), list(_POSITIONS))
-        raise MethodError("invalid method:", [Diagnostic("position", f"{position!r} is unknown", hint)])
     return {
         "delta": NoUpdate(),
         "init": NoInit(),
         "scale": ConstantScale(1.0),
-        "join": Bottleneck(m, activation, _POSITIONS[position]),
+        "join": Bottleneck(m, activation, position),
         "full": ("norms",) if norms else (),
     }

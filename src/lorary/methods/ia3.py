@@ -46,21 +46,20 @@ class Rescaling(Join):
     adds_delta = False
     targets = ("attention-kv", "mlp-output")
 
-    def scales_input(self, site: Site) -> bool:
-        """Whether the vector scales the inputs of this layer."""
+    def scales_input(self, name: str) -> bool:
+        """Whether the vector of the layer of this name scales its inputs."""
         if self.feed_forward is None:
-            return ends_feed_forward(site.name)
-        return any(f".{site.name}".endswith(f".{name}") for name in self.feed_forward)
+            return ends_feed_forward(name)
+        return any(f".{name}".endswith(f".{end}") for end in self.feed_forward)
 
     def shapes(self, site: Site) -> Shapes:
-        return {"l_ff": (site.in_features,)} if self.scales_input(site) else {"l": (sum(site.rows),)}
+        return {"l_ff": (site.in_features,)} if self.scales_input(site.name) else {"l": (sum(site.rows),)}
 
     def whole(self, site: Site, params: Tensors) -> Tensors:
         if not site.parts:  # inputs are scaled in whole layers only
             return params
         gain = params["l"]
-        rows = torch.cat([part.rows(gain.device) for part in site.parts])
-        return {"l": gain.new_ones(site.out_features).index_copy(0, rows, gain)}
+        return {"l": gain.new_ones(site.out_features).index_copy(0, site.part_rows(gain.device), gain)}
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         for vector in layer.params.values():
@@ -91,7 +90,7 @@ class Rescaling(Join):
         return BA, gain, None if bias is None else (gain - 1) * bias
 
     def problems(self, site: Site) -> list[str]:
-        if not self.scales_input(site):
+        if not self.scales_input(site.name):
             return []
         if site.kind not in ("linear", "transposed"):
             return [f"(IA)³ scales the inputs of linear layers only: name this {site.kind} in no `feed_forward`"]

@@ -203,7 +203,7 @@ def _site_diff(
     Ca, Cb = _cores(factors_on_base(a, tensors_a), factors_on_base(b, tensors_b))
     norm_a, norm_b, difference = (float(C.norm()) for C in (Ca, Cb, Ca - Cb))
     (Ua, Va), (Ub, Vb) = _spaces(Ca), _spaces(Cb)
-    roles = a.join.roles & b.join.roles
+    roles = a.join.roles & b.join.roles & tensors_a.keys() & tensors_b.keys()
     return SiteDiff(
         a.site.name,
         (a.r, b.r),
