@@ -91,7 +91,7 @@ def support_problems(model: nn.Module, length: int) -> list[tuple[str, str]]:
         what = f"{name} does not use Transformers' attention interface, so nothing can stand before its keys"
         problems.append((what, ""))
     own = attention_of(config)
-    if own is not None and own not in _OWN and not own.startswith("lorary_prepended"):
+    if own is not None and own not in _OWN and not own.startswith("lorary_"):
         fix = f"load the model with attn_implementation={_OWN[0]!r}"
         problems.append((f"its attention is {own!r}, which takes no mask of keys before the text's", fix))
     if getattr(config, "reorder_and_upcast_attn", False):
