@@ -185,7 +185,6 @@ defaults for the others. Presets combine by union; a [table](../combinations.md)
 
 # Methods that are planned: title -> paper.
 PLANNED = {
-    "Houlsby adapters": "Houlsby et al. 2019, arXiv:1902.00751",
     "Prefix tuning": "Li & Liang 2021, arXiv:2101.00190",
     "Prompt tuning": "Lester et al. 2021, arXiv:2104.08691",
 }

@@ -218,9 +218,10 @@ class _Picture(_Canvas):
         super().__init__()
         self.method, self.site = method, site
         self.placed = AdaptedSite(site, method) if method.delta is not None else None
+        self.alone = self.placed is not None and not self.placed.join.adds_delta  # a join without an update
 
     def svg(self, title: str) -> str:
-        end = self._update(self.placed) if self.placed else _START + 250.0
+        end = self._update(self.placed) if self.placed and not self.alone else _START + 250.0
         moved = self.method.init is not None and self.method.init.residual_init
         self.vector(34, "x", self.site.in_features)
         middle = (_START + end) / 2
@@ -283,7 +284,7 @@ class _Picture(_Canvas):
     def _ending(self, end: float, start: float) -> float:
         """From where base and update meet to y; where that is."""
         x = start
-        if self.placed:
+        if self.placed and not self.alone:
             x = end + 14
             self.arrow((start + 2, _TOP), (end - 15, _TOP))
             self.arrow((end - 30, _LANE), (end, _LANE), (end, _TOP + 15))
@@ -293,9 +294,12 @@ class _Picture(_Canvas):
         self.node(x + 44, _TOP, "+")
         self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
         self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
-        self.arrow((x + 60, _TOP), (x + 94, _TOP))
-        self.vector(x + 100, "y", self.site.out_features)
-        return x + 105
+        x += 58
+        if self.placed and self.alone:
+            x = self._join(x, self.placed)
+        self.arrow((x + 2, _TOP), (x + 36, _TOP))
+        self.vector(x + 42, "y", self.site.out_features)
+        return x + 47
 
     def _join(self, x: float, placed: AdaptedSite) -> float:
         """A join that has tensors of its own, or reads some beside the factors; where it ends."""

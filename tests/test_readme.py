@@ -17,7 +17,7 @@ README = pages.ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
 # Methods that are still to come.
-PLANNED = ["Houlsby adapters", "Prefix tuning", "Prompt tuning"]
+PLANNED = ["Prefix tuning", "Prompt tuning"]
 
 
 def section() -> str:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import lorary
+from lorary.layers.block_names import TARGETS
 from lorary.methods.compatibility import partners
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import Preset
@@ -14,8 +15,10 @@ from lorary.spec.site import Site
 
 EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
-# LLaMA-2-7B's linear layers without its head: count, in_features, out_features.
-LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
+# The linear layers of one of LLaMA-2-7B's blocks: name -> (out_features, in_features).
+LLAMA = dict.fromkeys([f"self_attn.{projection}_proj" for projection in "qkvo"], (4096, 4096))
+LLAMA |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+LLAMA_BLOCKS = 32
 
 
 def method_page(name: str, picture: str = "") -> str:
@@ -99,14 +102,17 @@ def _tensors(preset: Preset) -> str:
         f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(site, role)} |"
         for role, shape in site.shapes.items()
     ]
-    llama = sum(
-        count * AdaptedSite(Site("", "linear", out_features, in_features, False), method).trainable
-        for count, in_features, out_features in LLAMA
+    targets = site.join.targets or ("all-linear",)
+    llama = LLAMA_BLOCKS * sum(
+        AdaptedSite(Site(path, "linear", *sizes, False), method).trainable
+        for path, sizes in LLAMA.items()
+        if any(TARGETS[target](path) for target in targets)
     )
+    where = " and ".join(f"`{target}`" for target in site.join.targets) or "all linear layers but the head"
     return (
         f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, "
         "with the default options:\n\n| tensor | shape | parameters | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{site.trainable:,} parameters train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+        f"{site.trainable:,} parameters train there, and {llama:,} on {where} of LLaMA-2-7B.\n"
     )
 
 

@@ -66,6 +66,18 @@ def ends_feed_forward(path: str) -> bool:
     )
 
 
+# target preset -> whether it stands for the linear layer of a path
+TARGETS: dict[str, Callable[[str], bool]] = {
+    "all-linear": lambda path: True,
+    "attention": in_attention,
+    "attention-qv": projects_to("qv"),
+    "attention-kv": projects_to("kv"),
+    "attention-output": ends_attention,
+    "mlp": in_feed_forward,
+    "mlp-output": ends_feed_forward,
+}
+
+
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
 

@@ -16,17 +16,11 @@ def _linear(named: Callable[[str], bool]) -> Callable[[ScannedModule], bool]:
 
 
 PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
-    "all-linear": _linear(lambda path: True),
-    "attention": _linear(block_names.in_attention),
-    "attention-qv": _linear(block_names.projects_to("qv")),
-    "attention-kv": _linear(block_names.projects_to("kv")),
-    "attention-output": _linear(block_names.ends_attention),
-    "mlp": _linear(block_names.in_feed_forward),
-    "mlp-output": _linear(block_names.ends_feed_forward),
+    **{preset: _linear(named) for preset, named in block_names.TARGETS.items()},
     "embedding": lambda m: m.kind == "embedding",
     "conv": lambda m: (m.kind or "").startswith("conv"),
 }
-LINEAR_PRESETS = PRESETS.keys() - {"embedding", "conv"}
+LINEAR_PRESETS = block_names.TARGETS.keys()
 # preset -> the parts of a fused weight that it stands for
 PARTS = {"attention": "qkv", "attention-qv": "qv", "attention-kv": "kv"}
 

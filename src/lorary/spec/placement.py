@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from lorary.errors import Diagnostic, MethodError
+from lorary.errors import Diagnostic, MethodError, StateError
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
+from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
 from lorary.spec.site import Site
 
@@ -116,6 +117,16 @@ class AdaptedSite:
             what = f"{where} and is frozen: nothing could train"
             found.append(Diagnostic(self.site.name, what, "exclude it, or use another init"))
         return found
+
+
+def check_mergeable(sites: Iterable[AdaptedSite]) -> None:
+    """Refuse to merge an adapter whose function no plain model has.
+
+    Raises:
+        StateError: the reasons.
+    """
+    if problems := not_mergeable((s.site.name, s.join) for s in sites):
+        raise StateError("cannot merge:", problems)
 
 
 def family(method: Method) -> tuple[Any, ...]:

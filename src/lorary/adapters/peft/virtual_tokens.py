@@ -9,23 +9,20 @@ as it does when it trains; so none is written.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft.config import NAME, PeftConfig, config_text
+from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.fields import RANK, SHARED, Field, field, unsupported
 from lorary.adapters.peft.tasks import task_fields
-from lorary.adapters.tensor_checks import read_tensors, unwritable
-from lorary.errors import Diagnostic, FileError
-from lorary.files.atomic import atomic_directory
+from lorary.adapters.tensor_checks import read_tensors
+from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
-from lorary.files.strict_json import show
-from lorary.files.tensor_file import TensorFile, write_tensors
+from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.block_names import projects_to
 from lorary.layers.fused_qkv import FUSED, fused_parts
@@ -40,7 +37,6 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 TENSOR = "prompt_embeddings"
-WEIGHTS = "adapter_model.safetensors"
 _SIZE = field(optional(COUNT))
 _ONE = {"check": lambda value: value in (None, 1), "expects": "1: of an encoder and a decoder lorary has no such method"}
 _COMMON: dict[str, Field] = {
@@ -135,26 +131,8 @@ def has_virtual_tokens(adapter: Adapter) -> bool:
     return any(isinstance(adapted.join, Prefix | Prompt) for adapted in adapter.sites)
 
 
-def export_virtual_tokens(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
-    """Write PEFT's two files of a prefix or a prompt; a prefix without the network that computed it in training.
-
-    Raises:
-        FileError: PEFT has no such adapter, with every reason; or the folder cannot be written.
-    """
-    adapter = adapter.compact()
-    problems = _incompatibilities(adapter)
-    tensors = {} if problems else {TENSOR: _united(adapter)}
-    if problems := problems or unwritable(tensors):
-        raise FileError(f"cannot export an adapter to {show(os.fspath(folder), most=400)} for PEFT", problems)
-    from lorary.adapters.save_load import ADAPTER_FILES
-
-    with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=tensors[TENSOR].nbytes) as inside:
-        (inside / NAME).write_text(config_text(_config(adapter, model)), encoding="utf-8")
-        write_tensors(inside / WEIGHTS, tensors)
-
-
-def _incompatibilities(adapter: Adapter) -> list[Diagnostic]:
-    """Why PEFT has no such adapter."""
+def virtual_token_problems(adapter: Adapter) -> list[Diagnostic]:
+    """Why PEFT has no adapter like one with a prefix or a prompt."""
     problems, joins = [], {type(adapted.join) for adapted in adapter.sites}
     if len(joins) > 1:
         names = ", ".join(sorted(join.__name__ for join in joins))
@@ -162,10 +140,16 @@ def _incompatibilities(adapter: Adapter) -> list[Diagnostic]:
     if adapter.full:
         what = f"{', '.join(sorted(adapter.full)[:3])} train in full, and PEFT saves no base parameters beside a prompt"
         problems.append(Diagnostic("full", what))
-    widths = {shape for adapted in adapter.sites for shape in adapted.shapes.values()}
+    widths = {t.shape for roles in adapter.compact().tensors.values() for t in roles.values()}
     if not problems and len(widths) > 1:
         problems.append(Diagnostic("sites", "PEFT's prefix has one width in all layers, and this one has several"))
     return problems
+
+
+def virtual_token_files(adapter: Adapter, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of a prefix or a prompt; a prefix without the network that computed it in training."""
+    adapter = adapter.compact()
+    return _config(adapter, model), {TENSOR: _united(adapter)}
 
 
 def _united(adapter: Adapter) -> Tensor:
@@ -177,7 +161,7 @@ def _united(adapter: Adapter) -> Tensor:
     return torch.cat([roles[role] for roles in layers.values() for role in sorted(roles)], 1)
 
 
-def _config(adapter: Adapter, model: nn.Module | None) -> Mapping[str, Any]:
+def _config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
     join = adapter.sites[0].join
     assert isinstance(join, Prefix | Prompt)
     own = (
