@@ -55,7 +55,9 @@ def attention_layers(model: nn.Module) -> list[str]:
     return [
         path
         for path, module in named_modules(model)
-        if module in inside and hasattr(module, "layer_idx") and any(projects_keys(n) for n, _ in module.named_children())
+        if module in inside
+        and hasattr(module, "layer_idx")
+        and any(projects_keys(n) for n, _ in module.named_children())
     ]
 
 

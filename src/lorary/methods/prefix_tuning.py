@@ -1,4 +1,4 @@
-"""Prefix tuning: softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer, where only P_k and P_v [l, d_kv] train.
+"""Prefix tuning: o = softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer, where P_k and P_v [l, d_kv] train.
 
 l keys and values of every attention layer stand before those of the text. They are parameters, not the keys and values
 of any token: nothing is prepended to the embeddings. Text begins at position l.
@@ -76,7 +76,9 @@ class Prefix(Join):
         rows = projections(site)
         if not self.mlp:
             return {f"P_{name}": (self.tokens, n) for name, n in rows.items()}
-        return {f"W_{name}": (n, self.mlp) for name, n in rows.items()} | {f"b_{name}": (n,) for name, n in rows.items()}
+        return {f"W_{name}": (n, self.mlp) for name, n in rows.items()} | {
+            f"b_{name}": (n,) for name, n in rows.items()
+        }
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         for role, tensor in sorted(layer.params.items()):
@@ -205,7 +207,7 @@ def _source(inner: Any, cache: Any) -> Source:
     """The prefix of one forward pass; the network's hidden layer is computed once for all layers."""
     tokens = inner.get_input_embeddings()
     network = isinstance(tokens, Adapted) and isinstance(tokens.join, Prefix)
-    hidden = tokens.join.hidden(tokens.params) if network else None
+    hidden = tokens.join.hidden(tokens.tensors) if network else None
     return partial(_prefix, hidden=hidden)
 
 
@@ -214,7 +216,7 @@ def _prefix(layer: nn.Module, key: Tensor, value: Tensor, *, hidden: Tensor | No
     found: dict[str, Tensor] = {}
     for child in layer.children():
         if isinstance(child, Adapted) and isinstance(child.join, Prefix):
-            found |= child.join.keys_values(child.site, child.params, hidden)
+            found |= child.join.keys_values(child.site, child.tensors, hidden)
     return _by_head(found["k"], key), _by_head(found["v"], value)
 
 
@@ -232,7 +234,7 @@ def _by_head(P: Tensor, like: Tensor) -> Tensor:
     when="As a baseline, or where the weights must not change at all: attention reads l trained keys and values more.",
 )
 def prefix_tuning(tokens: int = 10, mlp: int = 0, std: float = 1.0) -> dict[str, Any]:
-    """softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer
+    """o = softmax(Q [P_k; K]^T / sqrt(d_h)) [P_v; V] in every layer, P_k and P_v train
 
     Args:
         tokens: the number of keys and values before the text, l in the paper; they take as many positions.

@@ -163,8 +163,10 @@ def _source(inner: Any, cache: Any) -> Source:
     """The prompt's keys and values. A text that is generated keeps those of its first pass, beside its own."""
     layer = inner.get_input_embeddings()
     kept = {} if cache is None or torch.is_grad_enabled() else vars(cache)
-    if tokens_in(cache) and kept.get(_KEPT, (None,))[0] == id(layer):
-        return kept[_KEPT][1]
+    source: Source
+    owner, source = kept.get(_KEPT, (None, None))
+    if tokens_in(cache) and owner == id(layer):
+        return source
     source = keys_values_of(inner, layer.params["P"].to(layer.dtype))
     kept[_KEPT] = id(layer), source
     return source

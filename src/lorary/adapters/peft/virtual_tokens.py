@@ -28,7 +28,7 @@ from lorary.layers.block_names import projects_to
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import site
 from lorary.layers.prepended import attention_layers, token_embedding
-from lorary.methods.prefix_tuning import Prefix, prefix_tuning, projections
+from lorary.methods.prefix_tuning import Prefix, prefix_tuning
 from lorary.methods.prompt_tuning import Prompt, prompt_tuning
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.spec.fields import COUNT, FLAG, TEXT, optional
@@ -38,7 +38,10 @@ from lorary.spec.site import Site
 
 TENSOR = "prompt_embeddings"
 _SIZE = field(optional(COUNT))
-_ONE = {"check": lambda value: value in (None, 1), "expects": "1: of an encoder and a decoder lorary has no such method"}
+_ONE = {
+    "check": lambda value: value in (None, 1),
+    "expects": "1: of an encoder and a decoder lorary has no such method",
+}
 _COMMON: dict[str, Field] = {
     "base_model_name_or_path": SHARED["base_model_name_or_path"],
     "modules_to_save": unsupported("modules trained beside virtual tokens are not read"),
@@ -103,7 +106,9 @@ def _prefix_sites(model: nn.Module) -> list[Site]:
             if name.rpartition(".")[2] in FUSED:
                 parts = fused_parts(name, layer, config)
                 found.append(site(name, layer, (parts["k"], parts["v"])))
-        separate = [name for part in "kv" for name in layers if name.rpartition(".")[2] not in FUSED and projects[part](name)]
+        separate = [
+            name for part in "kv" for name in layers if name.rpartition(".")[2] not in FUSED and projects[part](name)
+        ]
         found += [site(name, layers[name]) for name in separate]
     return found
 

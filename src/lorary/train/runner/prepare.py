@@ -15,8 +15,8 @@ from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
-from lorary.model.loading.checkpoint_kind import reader
 from lorary.methods.prompt_tuning import with_prompt_text
+from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
