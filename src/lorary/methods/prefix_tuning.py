@@ -39,6 +39,7 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
+_LEAVE_OUT = "leave the targets out: they are all projections of keys and values"
 STANDS_BEFORE = "stands before the text, which no weight and bias can"
 _NETWORK = frozenset({"E", "W1", "b1", "W_k", "b_k", "W_v", "b_v"})
 
@@ -59,6 +60,7 @@ class Prefix(Join):
 
     supports_dropout = False
     adds_delta = False
+    needs_context = True
     why_not_merged = STANDS_BEFORE
     exact_start = False
 
@@ -140,8 +142,13 @@ class PrefixContext(Context):
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return support_problems(model, self.tokens)
 
-    def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
-        return _site_problems(model, list(sites), self.network)
+    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
+        own = [s for s in sites if isinstance(s.join, Prefix)]
+        problems = _layer_problems(model, [s.site for s in own if s.site.kind != "embedding"])
+        if self.network and not any(s.site.kind == "embedding" for s in own):
+            what = "the token embedding holds the first half of the network, and is not among the targets"
+            problems.append((what, _LEAVE_OUT))
+        return problems + token_problems(self.tokens, own)
 
     def notes(self, model: nn.Module) -> list[str]:
         return context_notes(model, self.tokens)
@@ -185,22 +192,24 @@ def context_notes(model: nn.Module, tokens: int) -> list[str]:
     return [f"takes {tokens:,} positions before the text{left}"]
 
 
-def _site_problems(model: nn.Module, sites: list[Site], network: bool) -> list[tuple[str, str]]:
+def _layer_problems(model: nn.Module, sites: list[Site]) -> list[tuple[str, str]]:
     """Every attention layer of the language model needs keys and values; no other one can have them."""
     have: dict[str, set[str]] = {}
     for site in sites:
-        if site.kind != "embedding":
-            have.setdefault(site.name.rpartition(".")[0], set()).update(projections(site))
+        have.setdefault(site.name.rpartition(".")[0], set()).update(projections(site))
     layers, problems = attention_layers(model), []
     if outside := sorted(have.keys() - set(layers)):
-        what = f"{', '.join(outside)} is not an attention layer of the language model"
-        problems.append((what, "exclude it"))
+        problems.append((f"{', '.join(outside)} is not an attention layer of the language model", "exclude it"))
     if lacking := [name for name in layers if have.get(name, set()) != {"k", "v"}]:
-        what = f"a prefix stands in every attention layer, before its keys and its values; not at {', '.join(lacking)}"
-        problems.append((what, "leave the targets out: they are the projections of keys and values"))
-    if network and not any(site.kind == "embedding" for site in sites):
-        problems.append(("the network's first half is held by the token embedding, which is not among them", ""))
+        what = "a prefix stands before the keys and the values of every attention layer; here not at"
+        problems.append((f"{what} {', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}", _LEAVE_OUT))
     return problems
+
+
+def token_problems(tokens: int, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
+    """A join for another number of tokens than the context's."""
+    found = sorted({s.join.tokens for s in sites if hasattr(s.join, "tokens")} - {tokens})
+    return [(f"{n} tokens stand before the text, and the context has room for {tokens}", "") for n in found]
 
 
 def _source(inner: Any, cache: Any) -> Source:

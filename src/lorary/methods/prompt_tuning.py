@@ -34,12 +34,13 @@ from lorary.layers.prepended import (
     tokens_in,
 )
 from lorary.methods.lora import ConstantScale
-from lorary.methods.prefix_tuning import STANDS_BEFORE, context_notes
+from lorary.methods.prefix_tuning import STANDS_BEFORE, context_notes, token_problems
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, IDS, TEXT, one_of
 from lorary.spec.interfaces import Join, Layer, Shapes, component
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
+from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -69,6 +70,7 @@ class Prompt(Join):
     targets = ("embedding",)
     supports_dropout = False
     adds_delta = False
+    needs_context = True
     why_not_merged = STANDS_BEFORE
     exact_start = False
 
@@ -122,11 +124,12 @@ class PromptContext(Context):
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return support_problems(model, self.tokens)
 
-    def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
-        path = token_embedding(model)
-        if any(site.name == path for site in sites):
-            return []
-        return [(f"a prompt stands at the token embedding, {path}, which is not among them", "leave the targets out")]
+    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
+        own, path = [s for s in sites if isinstance(s.join, Prompt)], token_embedding(model)
+        if [s.site.name for s in own] != [path]:
+            what = f"a prompt stands at the token embedding, {path}, alone"
+            return [(what, "leave the targets out: it is the token embedding")]
+        return token_problems(self.tokens, own)
 
     def notes(self, model: nn.Module) -> list[str]:
         return context_notes(model, self.tokens)
@@ -188,6 +191,8 @@ def prompt_tuning(tokens: int = 20, start: str = "", init_text: str = "") -> dic
         init_text: the text whose tokens P starts at, repeated or cut.
     """
     start = start or ("text" if init_text else "vocabulary")
+    if problem := _text_problem(start, init_text):
+        raise MethodError("invalid method:", [problem])
     return {
         "delta": NoUpdate(),
         "init": NoInit(),
@@ -195,3 +200,14 @@ def prompt_tuning(tokens: int = 20, start: str = "", init_text: str = "") -> dic
         "join": Prompt(tokens, start, init_text),
         "context": PromptContext(tokens),
     }
+
+
+def _text_problem(start: str, text: object) -> Diagnostic | None:
+    """Why a prompt cannot start at a text, or not at another one."""
+    if not TEXT["check"](text):
+        return Diagnostic("init_text", f"is {text!r}; it takes {TEXT['expects']}")
+    if text and start != "text":
+        return Diagnostic("start", f"is {start!r}, and init_text is a text to start at", "leave one of the two out")
+    if start == "text" and not text:
+        return Diagnostic("init_text", "is empty, and the prompt starts at it", "write what the task is")
+    return None

@@ -87,7 +87,7 @@ def _check_fit(
     problems = model_mismatches(scanned, sites, full, quantized)
     if method.context is not None:
         problems += [Diagnostic("context", *why) for why in method.context.problems(model)]
-        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, (p.site for p in sites))]
+        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, sites)]
     if problems:
         raise PlanError("the plan does not fit this model:", problems)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
-from lorary.spec.site import Site
+if TYPE_CHECKING:
+    from lorary.spec.placement import AdaptedSite
 
 
 class ContextPatch(Protocol):
@@ -62,7 +63,7 @@ class Context(Protocol):
         """(reason, fix): the reasons why it cannot be applied to this model."""
         ...
 
-    def site_problems(self, model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, str]]:
+    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
         """(reason, fix): the reasons why it cannot be applied with these adapted sites."""
         return []
 

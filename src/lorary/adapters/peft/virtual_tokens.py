@@ -40,7 +40,7 @@ TENSOR = "prompt_embeddings"
 _SIZE = field(optional(COUNT))
 _ONE = {
     "check": lambda value: value in (None, 1),
-    "expects": "1: of an encoder and a decoder lorary has no such method",
+    "expects": "1: models of an encoder and a decoder have no virtual tokens here",
 }
 _COMMON: dict[str, Field] = {
     "base_model_name_or_path": SHARED["base_model_name_or_path"],
