@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
@@ -29,6 +30,7 @@ from lorary.layers.block_names import projects_to
 from lorary.layers.fused_qkv import FUSED
 from lorary.layers.prepended import PrependedKeysValues, Source, attention_layers, support_problems
 from lorary.layers.rope import max_context, text_config
+from lorary.layers.shifted_attention import sliding_windows
 from lorary.methods.lora import ConstantScale
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
@@ -140,7 +142,7 @@ class PrefixContext(Context):
         return self.tokens
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
-        return support_problems(model, self.tokens)
+        return support_problems(model, self.tokens, by_position=False)
 
     def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
         own = [s for s in sites if isinstance(s.join, Prefix)]
@@ -151,7 +153,9 @@ class PrefixContext(Context):
         return problems + token_problems(self.tokens, own)
 
     def notes(self, model: nn.Module) -> list[str]:
-        return context_notes(model, self.tokens)
+        window, windowed, _ = sliding_windows(text_config(model), max_context(text_config(model)) or sys.maxsize)
+        note = f"{windowed} layers with a sliding window of {window:,} tokens see the prefix at any distance"
+        return context_notes(model, self.tokens) + ([note] if windowed else [])
 
     def apply(self, model: nn.Module) -> ContextPatch:
         return PrependedKeysValues(model, self.tokens, _source)
