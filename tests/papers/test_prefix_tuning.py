@@ -348,3 +348,13 @@ def test_a_sliding_window_sees_the_prefix_at_any_distance(name: str, layers: int
     words = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         assert torch.equal(model.generate(tiny.ids(), **words), model.generate(tiny.ids(), **words, use_cache=False))
+
+
+def test_without_its_network_beside_lora() -> None:
+    model = tiny.seeded("LlamaForCausalLM")
+    prefix = lorary.method("prefix", tokens=L, mlp=6)
+    lorary.attach(model, lorary.plan(model, {"mlp": lorary.method("lora", r=2), ("embedding", "attention-kv"): prefix}))
+    tiny.shaken(model, 0.1)
+    found = tiny.logits(model)
+    lorary.switch(model, lorary.Adapter.of(model).compact())
+    torch.testing.assert_close(tiny.logits(model), found)

@@ -105,7 +105,8 @@ class Prefix(Join):
         """`k` and `v`, as far as a site projects them -> [tokens, d_kv]."""
         if hidden is None:
             return {name: params[f"P_{name}"] for name in projections(site)}
-        return {name: F.linear(hidden, params[f"W_{name}"], params[f"b_{name}"]) for name in projections(site)}
+        here = hidden.to(next(iter(params.values())).device)  # the embedding may be on another one
+        return {name: F.linear(here, params[f"W_{name}"], params[f"b_{name}"]) for name in projections(site)}
 
     def problems(self, site: Site) -> list[str]:
         if site.kind == "embedding" and self.mlp:
@@ -169,24 +170,23 @@ def without_network(
     networks = {s.site.name: s.join for s in sites if isinstance(s.join, Prefix) and s.join.mlp}
     hidden = {name: join.hidden(tensors[name]) for name, join in networks.items() if "E" in tensors[name]}
     for s in sites:
-        join = networks.get(s.site.name)
-        if join is None:
-            kept.append(s)
-        elif s.site.name in hidden:  # it is of the network only
+        if s.site.name in hidden:  # it is of the network only
             del values[s.site.name]
-        else:
+            continue
+        if (join := networks.get(s.site.name)) is not None:
             found = join.keys_values(s.site, tensors[s.site.name], next(iter(hidden.values())))
             values[s.site.name] = {f"P_{name}": P for name, P in found.items()}
-            kept.append(dataclasses.replace(s, method=deployed_method(s.method)))
+        kept.append(dataclasses.replace(s, method=deployed_method(s.method)) if networks else s)
     return tuple(kept), values
 
 
 def deployed_method(method: Method) -> Method:
-    """The method of a prefix without the network that computes it in training; any other one as it is."""
-    join = method.join
-    if not isinstance(join, Prefix) or not join.mlp:
+    """A method without the network that computes a prefix in training; any other one as it is."""
+    join, context = method.join, method.context
+    if not isinstance(context, PrefixContext) or not context.network:
         return method
-    return method.replace(join=dataclasses.replace(join, mlp=0), context=PrefixContext(join.tokens))
+    join = dataclasses.replace(join, mlp=0) if isinstance(join, Prefix) else join
+    return method.replace(join=join, context=PrefixContext(context.tokens))
 
 
 def context_notes(model: nn.Module, tokens: int) -> list[str]:
