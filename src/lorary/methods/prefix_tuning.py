@@ -169,6 +169,8 @@ def without_network(
     kept, values = [], dict(tensors)
     networks = {s.site.name: s.join for s in sites if isinstance(s.join, Prefix) and s.join.mlp}
     hidden = {name: join.hidden(tensors[name]) for name, join in networks.items() if "E" in tensors[name]}
+    if not hidden:
+        return tuple(sites), values
     for s in sites:
         if s.site.name in hidden:  # it is of the network only
             del values[s.site.name]
