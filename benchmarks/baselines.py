@@ -67,8 +67,6 @@ def measured(models: dict[str, Any], ids: Any, inner: int, repeats: int) -> dict
     }
 
 
-
-
 def main() -> None:
     arguments = parser(__doc__, "lengths", "baselines.json").parse_args()
     torch.set_num_threads(arguments.threads)

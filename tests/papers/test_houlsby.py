@@ -100,7 +100,9 @@ def test_it_starts_near_the_base(name: str) -> None:
 def test_the_equation(activation: str, phi: Any) -> None:
     layer = nn.Linear(6, 5)
     model = nn.ModuleDict({"o_proj": layer})
-    lorary.attach(model, lorary.plan(model, lorary.method("houlsby", m=3, activation=activation, norms=False), "o_proj"))
+    lorary.attach(
+        model, lorary.plan(model, lorary.method("houlsby", m=3, activation=activation, norms=False), "o_proj")
+    )
     params = model.o_proj.params
     with torch.no_grad():
         for p in params.values():
@@ -199,9 +201,7 @@ NEEDS_A_WEIGHT: dict[str, Any] = {
     ),
     "another scale": lambda model, adapter, folder: lorary.scale(adapter, 0.5, base=tiny.seeded("LlamaForCausalLM")),
     "a truncation": lambda model, adapter, folder: lorary.compress(adapter, rank=2),
-    "singular values": lambda model, adapter, folder: lorary.inspect_adapter(
-        adapter, tiny.seeded("LlamaForCausalLM")
-    ),
+    "singular values": lambda model, adapter, folder: lorary.inspect_adapter(adapter, tiny.seeded("LlamaForCausalLM")),
     "the rounding error of a merge": lambda model, adapter, folder: MergeCheck.of(model).sites(model, None),
     "the first gradients": lambda model, adapter, folder: lorary.first_gradients(model, lambda: None),
     "an earlier task": lambda model, adapter, folder: lorary.plan(
