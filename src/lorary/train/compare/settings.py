@@ -1,0 +1,89 @@
+"""The settings of a comparison: how long each method is searched for, on which seeds it is judged, and within which time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lorary.errors import ConfigError, Diagnostic
+
+GENERAL = "builtin:python"  # the training domain of the built-in base
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How methods are compared.
+
+    Args:
+        rates: the learning rates that every method tries at first, around its own centre; an odd number.
+        spacing: the factor between two of them.
+        outward: the most further rates that a method tries while its best one is the lowest or the highest.
+        seeds: the runs at the best rate that are judged on the test rows; none of them is a run of the search.
+        halving: whether hopeless rates stop after a third of their steps.
+        budget: seconds for the whole comparison; None: as long as it takes.
+        match: "parameters" gives every method the rank at which it trains as many numbers as the reference does;
+            "rank" leaves the ranks as they are.
+        reference: name of the method whose numbers are matched; empty: the first one.
+        general: sources of general text, as `data.train` in a configuration; their validation part is scored before
+            and after training. Empty: forgetting is not measured.
+        validation_rows: the most held-out rows on which rates are chosen.
+        test_rows: the most held-out rows on which methods are judged.
+        general_rows: the most rows of general text.
+        workers: processes that train at the same time, sharing the processor's cores.
+
+    Raises:
+        ConfigError: a value is out of range; all of them.
+    """
+
+    rates: int = 3
+    spacing: float = 10**0.5
+    outward: int = 2
+    seeds: int = 2
+    halving: bool = True
+    budget: float | None = None
+    match: Literal["rank", "parameters"] = "rank"
+    reference: str = ""
+    general: tuple[str, ...] = (GENERAL,)
+    validation_rows: int = 64
+    test_rows: int = 128
+    general_rows: int = 64
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        problems = [*_bad_numbers(self)]
+        if self.match not in ("rank", "parameters"):
+            problems.append(Diagnostic("match", f"is {self.match!r}", "use rank or parameters"))
+        if problems:
+            raise ConfigError("invalid settings of a comparison:", problems)
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for a file, without what does not change a result."""
+        return {key: value for key, value in asdict(self).items() if key not in ("workers", "budget")}
+
+
+_AT_LEAST = {
+    **{"rates": 1, "outward": 0, "seeds": 1, "validation_rows": 1, "test_rows": 2, "general_rows": 1, "workers": 1}
+}
+
+
+def _bad_numbers(settings: Settings) -> Sequence[Diagnostic]:
+    problems = []
+    for key, least in _AT_LEAST.items():
+        value = getattr(settings, key)
+        if type(value) is not int or value < least:
+            problems.append(Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}"))
+    if type(settings.rates) is int and settings.rates >= 1 and settings.rates % 2 == 0:
+        problems.append(
+            Diagnostic("rates", f"is {settings.rates}", "use an odd number: a centre, and as many around it")
+        )
+    if not _is_number(settings.spacing) or not 1 < settings.spacing <= 1000:
+        problems.append(Diagnostic("spacing", f"is {settings.spacing!r}", "use a factor above 1, and at most 1000"))
+    if settings.budget is not None and (not _is_number(settings.budget) or settings.budget <= 0):
+        problems.append(Diagnostic("budget", f"is {settings.budget!r}", "use a number of seconds above 0"))
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
