@@ -1,15 +1,20 @@
-"""The settings of a comparison: how long each method is searched for, on which seeds it is judged, and within which time."""
+"""The settings of a comparison: how far each method is searched, on how many seeds it is judged, within which time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorary.errors import ConfigError, Diagnostic
 
 GENERAL = "builtin:python"  # the training domain of the built-in base
+
+_AT_LEAST = {
+    **{"rates": 1, "outward": 0, "seeds": 1, "workers": 1},
+    **{"validation_rows": 1, "test_rows": 2, "general_rows": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Settings:
             "rank" leaves the ranks as they are.
         reference: name of the method whose numbers are matched; empty: the first one.
         general: sources of general text, as `data.train` in a configuration; their validation part is scored before
-            and after training. Empty: forgetting is not measured.
+            and after training. Empty: what is forgotten is not measured.
         validation_rows: the most held-out rows on which rates are chosen.
         test_rows: the most held-out rows on which methods are judged.
         general_rows: the most rows of general text.
@@ -52,37 +57,23 @@ class Settings:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        problems = [*_bad_numbers(self)]
-        if self.match not in ("rank", "parameters"):
-            problems.append(Diagnostic("match", f"is {self.match!r}", "use rank or parameters"))
-        if problems:
+        if problems := [*_problems(self)]:
             raise ConfigError("invalid settings of a comparison:", problems)
 
-    def record(self) -> dict[str, Any]:
-        """Plain data for a file, without what does not change a result."""
-        return {key: value for key, value in asdict(self).items() if key not in ("workers", "budget")}
 
-
-_AT_LEAST = {
-    **{"rates": 1, "outward": 0, "seeds": 1, "validation_rows": 1, "test_rows": 2, "general_rows": 1, "workers": 1}
-}
-
-
-def _bad_numbers(settings: Settings) -> Sequence[Diagnostic]:
-    problems = []
+def _problems(s: Settings) -> Iterator[Diagnostic]:
     for key, least in _AT_LEAST.items():
-        value = getattr(settings, key)
+        value = getattr(s, key)
         if type(value) is not int or value < least:
-            problems.append(Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}"))
-    if type(settings.rates) is int and settings.rates >= 1 and settings.rates % 2 == 0:
-        problems.append(
-            Diagnostic("rates", f"is {settings.rates}", "use an odd number: a centre, and as many around it")
-        )
-    if not _is_number(settings.spacing) or not 1 < settings.spacing <= 1000:
-        problems.append(Diagnostic("spacing", f"is {settings.spacing!r}", "use a factor above 1, and at most 1000"))
-    if settings.budget is not None and (not _is_number(settings.budget) or settings.budget <= 0):
-        problems.append(Diagnostic("budget", f"is {settings.budget!r}", "use a number of seconds above 0"))
-    return problems
+            yield Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}")
+        elif key == "rates" and value % 2 == 0:
+            yield Diagnostic(key, f"is {value}", "use an odd number: a centre, and as many on each side")
+    if not _is_number(s.spacing) or not 1 < s.spacing <= 1000:
+        yield Diagnostic("spacing", f"is {s.spacing!r}", "use a factor above 1 and at most 1000")
+    if s.budget is not None and (not _is_number(s.budget) or s.budget <= 0):
+        yield Diagnostic("budget", f"is {s.budget!r}", "use a number of seconds above 0, or None")
+    if s.match not in ("rank", "parameters"):
+        yield Diagnostic("match", f"is {s.match!r}", "use rank or parameters")
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,9 @@ class DataSection(Section):
     validation_split: Fraction = Field(
         default=0.0, description="share of the training rows to hold out when validation is empty"
     )
+    seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] | None = Field(
+        default=None, description="seed of these rows and of those that a weight draws; empty: training.seed"
+    )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
     format: RowFormatName = Field(
         default="auto", description="format of a row; auto: detected from the fields of each source, and shown"
