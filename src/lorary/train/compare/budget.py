@@ -68,11 +68,15 @@ def fitted(request: Request, forecast: Forecast) -> tuple[Request, dict[str, str
         return request, {}
     left_out: dict[str, str] = {}
     for smaller, what in _smaller(request):
-        left_out[what] = f"the whole comparison takes about {forecast.whole(request):.0f} s, the budget is {budget:.0f} s"
+        left_out[what] = (
+            f"the whole comparison takes about {forecast.whole(request):.0f} s, the budget is {budget:.0f} s"
+        )
         if forecast.whole(smaller) <= RESERVE * budget:
             return smaller, left_out
     least = forecast.whole([request, *(part for part, _ in _smaller(request))][-1])
-    what = f"one rate and one seed of {_reference(request)} alone take about {least:.0f} s, the budget is {budget:.0f} s"
+    what = (
+        f"one rate and one seed of {_reference(request)} alone take about {least:.0f} s, the budget is {budget:.0f} s"
+    )
     fix = f"give it {least / RESERVE:.0f} s or more, or fewer training.max_steps"
     raise ConfigError(HEADLINE, [Diagnostic("budget", what, fix)])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lorary.adapters.readers.check import check
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.analysis.comparison.record import Cost, Trial
@@ -15,7 +17,10 @@ from lorary.train.compare.timing import Timing
 from lorary.train.runner.folder import ADAPTER
 
 _ROWS = 2  # on which a merged model is compared with the adapted one
-_ROUNDING = 1e-3  # the largest difference of logits, over the largest logit, that rounding explains
+_EPSILONS = (
+    4.0  # the largest difference of logits that rounding explains, over the largest logit: of the weights' dtype
+)
+_LEAST = 1e-4  # and at least this, as sums are rounded too
 
 
 def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
@@ -52,6 +57,6 @@ def _merge(bench: Bench, folder: str) -> str:
     if report.largest == 0:
         return "exactly"
     largest = max(float(logits.abs().max()) for logits in before.logits)
-    if report.largest <= _ROUNDING * largest:
+    if report.largest <= max(_LEAST, _EPSILONS * torch.finfo(model.dtype).eps) * largest:
         return "to rounding"
     return f"with an error: logits of up to {largest:.3g} change by up to {report.largest:.2g}"

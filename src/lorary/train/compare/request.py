@@ -114,7 +114,9 @@ def _rates(config: Config, factor: float, settings: Settings) -> tuple[float, ..
 
 def _config_problems(config: Config) -> Iterator[Diagnostic]:
     if config.task not in TASKS:
-        yield Diagnostic("task", f"is `{config.task}`, whose loss is not scored row by row", f"use {' or '.join(TASKS)}")
+        yield Diagnostic(
+            "task", f"is `{config.task}`, whose loss is not scored row by row", f"use {' or '.join(TASKS)}"
+        )
     if config.data.validation is None and not config.data.validation_split:
         what = "no rows are held out, on which rates are chosen and methods judged"
         yield Diagnostic("data.validation", what, "set data.validation or data.validation_split")

@@ -27,7 +27,7 @@ Curve = Sequence[tuple[int, float]]
 def ladder(centre: float, rates: int, spacing: float) -> tuple[float, ...]:
     """Learning rates around a centre, rising, none above `HIGHEST`."""
     half = rates // 2
-    found = (_rounded(centre * spacing**k) for k in range(-half, rates - half))
+    found = (_rounded(centre * spacing**k, spacing) for k in range(-half, rates - half))
     return tuple(rate for rate in found if rate <= HIGHEST)
 
 
@@ -87,9 +87,10 @@ def next_outward(trials: Sequence[Trial], spacing: float) -> float | None:
     if not rates:
         return None
     if best is None or best.lr == rates[0]:
-        return _rounded(rates[0] / spacing)
-    return higher if best.lr == rates[-1] and (higher := _rounded(rates[-1] * spacing)) <= HIGHEST else None
+        return _rounded(rates[0] / spacing, spacing)
+    return higher if best.lr == rates[-1] and (higher := _rounded(rates[-1] * spacing, spacing)) <= HIGHEST else None
 
 
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.3g}")
+def _rounded(rate: float, spacing: float) -> float:
+    """The rate with as few digits as keep neighbours apart."""
+    return float(f"{rate:.{2 if spacing >= 2 else 4}g}")

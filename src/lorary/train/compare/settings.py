@@ -68,8 +68,8 @@ def _problems(s: Settings) -> Iterator[Diagnostic]:
             yield Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}")
         elif key == "rates" and value % 2 == 0:
             yield Diagnostic(key, f"is {value}", "use an odd number: a centre, and as many on each side")
-    if not _is_number(s.spacing) or not 1 < s.spacing <= 1000:
-        yield Diagnostic("spacing", f"is {s.spacing!r}", "use a factor above 1 and at most 1000")
+    if not _is_number(s.spacing) or not 1.1 <= s.spacing <= 1000:
+        yield Diagnostic("spacing", f"is {s.spacing!r}", "use a factor from 1.1 to 1000")
     if s.budget is not None and (not _is_number(s.budget) or s.budget <= 0):
         yield Diagnostic("budget", f"is {s.budget!r}", "use a number of seconds above 0, or None")
     if s.match not in ("rank", "parameters"):
