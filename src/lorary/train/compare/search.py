@@ -72,6 +72,11 @@ def _is_hopeless(progress: float, rival: dict[int, float], when: int) -> bool:
     return best > 0 and progress < HOPELESS * best
 
 
+def is_finite(curve: Curve) -> bool:
+    """Whether every loss of a run is a number."""
+    return all(math.isfinite(loss) for _, loss in curve)
+
+
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """The run of a search with the lowest validation loss at its end; None if none came to its end."""
     finished = [trial for trial in trials if trial.ending == "finished" and trial.curve]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lorary.analysis.comparison.record import Ending, Scores, Trial
 from lorary.train.compare.bench import Bench, run_name
-from lorary.train.compare.search import Curve, why_ended
+from lorary.train.compare.search import Curve, is_finite, why_ended
 from lorary.train.compare.stopped import Stopped
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
 from lorary.train.runner.run import run_prepared
@@ -30,7 +30,7 @@ class TrialJob:
         arm: name of its arm.
         lr: learning rate.
         seed: of the run.
-        judged: whether it is scored on the test rows; it stops early only if it diverges.
+        judged: whether it is scored on the test rows; only a loss that is not finite stops it early.
         rival: the curve with which it is compared after a third of its steps; empty: none.
         deadline: when it has to stop, in seconds since the epoch.
     """
@@ -57,7 +57,9 @@ class TrialJob:
         watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)
         ending, steps = self._train(plan, watch)
         curve = tuple((step, loss) for step, loss in watch.curve() if math.isfinite(loss))
-        test, general = self._scores(bench, name, ending)
+        test, general = bench.scored(f"{name}/{ADAPTER}") if self.judged and ending == "finished" else (None, None)
+        if any(scores and not all(map(math.isfinite, scores.nats)) for scores in (test, general)):
+            ending, test, general = "diverged", None, None
         shutil.rmtree(watch.folder / CHECKPOINTS, ignore_errors=True)  # once nothing can need them
         return Trial(self.arm, self.lr, self.seed, steps, curve, ending, test, general, name)
 
@@ -77,11 +79,6 @@ class TrialJob:
             if done.steps >= plan.steps:
                 return watch.verdict() or "finished", done.steps
         return watch.verdict() or "finished", max(step for step, _ in watch.curve())
-
-    def _scores(self, bench: Bench, name: str, ending: Ending) -> tuple[Scores | None, Scores | None]:
-        if not self.judged or ending != "finished":
-            return None, None
-        return bench.scored(f"{name}/{ADAPTER}")
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
@@ -112,8 +109,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
 
     def verdict(self) -> Ending | None:
         """Why the run has to stop; None if it does not."""
-        found = why_ended(self.curve(), self.steps, self.job.rival)
-        return found if found != "hopeless" or not self.job.judged else None
+        curve = self.curve()
+        if self.job.judged:
+            return None if is_finite(curve) else "diverged"
+        return why_ended(curve, self.steps, self.job.rival)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tell(1)
