@@ -72,7 +72,7 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
     if problems:
         raise ConfigError(HEADLINE, problems)
     data = config.data
-    if data.validation_split and data.seed is None:  # the same rows for every seed of a run
+    if data.draws_rows and data.seed is None:  # the same rows for every seed of a run
         config = config.model_copy(update={"data": data.model_copy(update={"seed": config.training.seed})})
     request = Request(config.with_absolute_paths(), tuple(arms), settings, folder)
     configs = each_arm(request.arms, request.config_of)
