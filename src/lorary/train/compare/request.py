@@ -53,7 +53,7 @@ class Request:
         if self.steps:
             every = evaluation_steps(self.steps)
             training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
-        tree = self.config.model_dump(mode="json", exclude_unset=True)
+        tree = self.config.model_dump(mode="json", exclude_unset=True, exclude={"compare"})
         tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
         tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}
         found, shared = from_dict(tree), self.config.method.targets
