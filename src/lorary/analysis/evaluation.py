@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lorary.analysis.comparison.record import Scores
 from lorary.errors import DataError, Diagnostic
 from lorary.files.strict_json import finite
 from lorary.layers.rope import max_context, rope_parameters, text_config
@@ -70,22 +72,64 @@ def evaluate(
     Example:
         >>> evaluate(model, [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]).perplexity
     """
+    found = score_rows(model, rows, batch_size=batch_size, pad=pad, progress=progress)
+    return Evaluation(len(rows), sum(found.tokens), found.loss, found.accuracy)
+
+
+def score_rows(
+    model: Any, rows: Sequence[Row], *, batch_size: int = 8, pad: int = 0, progress: Callable[[int], Any] | None = None
+) -> Scores:
+    """The same, row by row.
+
+    The arguments and errors are those of `evaluate`.
+    """
     _check(model, rows)
     head = LabelledHead(model, statistics=("is_top1",)).install()
-    total = torch.zeros(3, dtype=torch.float64)  # nats, right, tokens
+    sums: list[Tensor] = []  # [rows of the batch, (nats, tokens, right)] each
     try:
         with torch.no_grad(), eval_mode(model):
             for batch in _batches(rows, batch_size, pad):
                 placed = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 found = model(**placed, fused_lm_head=True)
-                sums = [-found.log_probs.double().sum(), found.is_top1.double().sum(), found.label_mask.sum()]
-                total += torch.stack([value.double().cpu() for value in sums])
+                columns = (-found.log_probs.double(), found.label_mask.double(), found.is_top1.double())
+                sums.append(torch.stack([column.sum(1) for column in columns], 1).cpu())
                 if progress is not None:
                     progress(len(batch["input_ids"]))
     finally:
         head.remove()
-    nats, right, tokens = total.tolist()
-    return Evaluation(len(rows), int(tokens), nats / tokens, right / tokens)
+    return _scores(torch.cat(sums))
+
+
+def score_labels(model: Any, rows: Sequence[Row], *, batch_size: int = 8, pad: int = 0) -> Scores:
+    """The scores of a sequence classifier, row by row: the loss of the label, and whether it is the right one.
+
+    Args:
+        model: of Transformers, whose configuration says whether a row has one label or several.
+        rows: `input_ids` and `label`.
+        batch_size: rows per forward pass, padded to the longest.
+        pad: token id of the padding.
+    """
+    several = model.config.problem_type == "multi_label_classification"
+    sums: list[Tensor] = []
+    with torch.no_grad(), eval_mode(model):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            ids, mask = _padded([row["input_ids"] for row in part], pad)
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.double().cpu()
+            labels = torch.tensor([row["label"] for row in part])
+            if several:
+                nats = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none").mean(1)
+                right = ((logits > 0) == (labels > 0.5)).all(1)
+            else:
+                nats, right = F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+            sums.append(torch.stack([nats, torch.ones(len(part)).double(), right.double()], 1))
+    return _scores(torch.cat(sums))
+
+
+def _scores(sums: Tensor) -> Scores:
+    """The scores in a tensor [rows, (nats, tokens, right)]."""
+    nats, tokens, right = sums.T.tolist()
+    return Scores(tuple(nats), tuple(map(int, tokens)), tuple(map(int, right)))
 
 
 def _check(model: Any, rows: Sequence[Row]) -> None:
@@ -106,10 +150,13 @@ def _batches(rows: Sequence[Row], size: int, pad: int) -> Iterator[dict[str, Ten
     """Rows padded on the right: `input_ids`, `attention_mask` and `labels`, [rows, longest] each."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        width = max(len(row["input_ids"]) for row in part)
-        gaps = [width - len(row["input_ids"]) for row in part]
-        yield {
-            "input_ids": torch.tensor([[*row["input_ids"], *[pad] * gap] for row, gap in zip(part, gaps, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
-            "labels": torch.tensor([[*row["labels"], *[_IGNORED] * gap] for row, gap in zip(part, gaps, strict=True)]),
-        }
+        ids, mask = _padded([row["input_ids"] for row in part], pad)
+        labels, _ = _padded([row["labels"] for row in part], _IGNORED)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of numbers padded on the right with a value, and the mask of what is not padding: [rows, longest] each."""
+    width = max(map(len, rows))
+    numbers = torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+    return numbers, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

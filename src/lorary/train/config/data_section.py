@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lorary.model.loading.source import Section
 from lorary.train.config._fields import Fraction, Integer, SomeNames
-from lorary.train.config.sources import RowFormatName, Sources
+from lorary.train.config.sources import RowFormatName, Source, Sources
 
 
 class DataSection(Section):
@@ -20,6 +20,9 @@ class DataSection(Section):
     validation: Sources | None = Field(default=None, description="the same for held-out data")
     validation_split: Fraction = Field(
         default=0.0, description="share of the training rows to hold out when validation is empty"
+    )
+    seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] | None = Field(
+        default=None, description="seed of these rows and of those that a weight draws; empty: training.seed"
     )
     subset: str | None = Field(default=None, description="configuration name of a Hub data set")
     format: RowFormatName = Field(
@@ -52,3 +55,9 @@ class DataSection(Section):
     streaming: bool = Field(
         default=False, description="read the training rows while training, for data beyond memory; needs max_steps"
     )
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether rows are drawn at random: those that are held out, or those of a source with a weight."""
+        weighted = any(isinstance(source, Source) and source.weight != 1 for source in self.train)
+        return self.validation_split > 0 or weighted

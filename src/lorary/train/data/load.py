@@ -52,11 +52,13 @@ def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
     Args:
         section: the section.
         task: of the configuration; each takes rows of its own formats.
-        seed: seed of the random held-out rows of `validation_split`, and of the rows that a weight draws.
+        seed: of the run: that of the random held-out rows of `validation_split` and of the rows that a weight draws,
+            unless the section has its own.
 
     Raises:
         DataError: a source cannot be read, its rows have no common format, or the task cannot use their format.
     """
+    seed = seed if section.seed is None else section.seed
     parts = [_read(as_source(source), "train", section, task) for source in section.train]
     notes = [note for part in parts for note in part.notes]
     examples = [example for part in parts for example in part.examples]

@@ -257,7 +257,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def _differences(saved: dict[str, Any], config: Config, allowed: Set[str]) -> Sequence[Diagnostic]:
-    old, new = _flatten(saved), _flatten(config.record())
+    old, new = flatten(saved), flatten(config.record())
     return [
         Diagnostic(key, f"{old.get(key)!r} in the run, {new.get(key)!r} here", _remedy(key, old.get(key), new.get(key)))
         for key in sorted((old.keys() | new.keys()) - _MAY_DIFFER - allowed)
@@ -284,10 +284,11 @@ def _moved(old: Any, new: Any) -> bool:
     return old == new or (texts and Path(new).is_absolute() and Path(old).name == Path(new).name)
 
 
-def _flatten(tree: Any, place: str = "") -> dict[str, Any]:
+def flatten(tree: Any, place: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted keys."""
     if not isinstance(tree, dict) or not tree:
         return {place: tree}
-    return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{place}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{place}.{key}".lstrip(".")).items()}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -69,6 +69,27 @@ def run(
     """
     transformers.logging.set_verbosity_error()
     prepared = prepare(config, processes=this_process().num_processes)
+    options: dict[str, Any] = {"resume": resume, "extend": extend, "overwrite": overwrite, "quiet": quiet}
+    return run_prepared(prepared, callbacks=callbacks, **options)
+
+
+def run_prepared(
+    prepared: RunPlan,
+    *,
+    resume: bool = False,
+    extend: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    report: bool = True,
+) -> Run:
+    """`run` of a configuration whose rows and plan are there already.
+
+    Args:
+        prepared: the run before its first step.
+        resume: as in `run`; likewise `extend`, `overwrite`, `quiet` and `callbacks`.
+        report: whether its page is written, whose samples take seconds.
+    """
     folder = RunFolder(prepared.config.output)
     if resume and not extend and not overwrite:
         finished = on_main_process(lambda: _finished(folder, prepared.config))
@@ -87,7 +108,8 @@ def run(
             folder.mark()
             stack.enter_context(_log_to_file(folder / EVENTS))
         try:
-            return _run(prepared, folder, resume=resume, extend=extend, quiet=quiet, callbacks=callbacks)
+            shown: dict[str, Any] = {"quiet": quiet, "callbacks": callbacks, "report": report}
+            return _run(prepared, folder, resume=resume, extend=extend, **shown)
         except LoraryError as error:
             _log.debug("stopped: %s", error)
             raise
@@ -116,6 +138,7 @@ def _run(
     extend: bool,
     quiet: bool,
     callbacks: Sequence[TrainerCallback],
+    report: bool,
 ) -> Run:
     first = this_process().is_main_process
     resumed, skipped = on_main_process(lambda: _checkpoint(folder)) if resume else (None, ())
@@ -149,7 +172,7 @@ def _run(
         trainer.save_model(str(result.adapter))
     if first:
         result = replace(result, step_memory=step_memory(prepared, counter))
-        _write_results(prepared, folder, result, trainer)
+        _write_results(prepared, folder, result, trainer, report)
     return result
 
 
@@ -187,7 +210,7 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
         _log.info("%s", note)
 
 
-def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any) -> None:
+def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any, report: bool) -> None:
     """The pictures; if the run was not interrupted, the model card and the report; last, that the run is over."""
     from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
     from lorary.analysis.loss_plot import loss_svg
@@ -208,7 +231,8 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
     folder.write(CARD, card)
     folder.write(f"{ADAPTER}/{CARD}", card)
     _log.info("%s", result.ending)
-    write_report(prepared, folder, result, trainer)
+    if report:
+        write_report(prepared, folder, result, trainer)
     if end := why_over(trainer):
         folder.note_written(ADAPTER, steps=result.steps, end=end)
 

@@ -17,6 +17,10 @@ from lorary.errors import Diagnostic, TrainingError
 from lorary.layers.dtensor import full_tensor, local_shard
 
 
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is not finite."""
+
+
 class NanGuard:
     """A check of the micro-batch losses of one optimizer step and of the gradients they produced.
 
@@ -51,7 +55,7 @@ class NanGuard:
                 and lowers the scale.
 
         Raises:
-            TrainingError: on every rank, if any rank has a non-finite loss or gradient.
+            NotFiniteError: on every rank, if any rank has a non-finite loss or gradient.
         """
         losses, self.losses = torch.stack(self.losses).float(), []
         # each rank checks its own shards; those of a fully pruned layer are empty
@@ -68,7 +72,7 @@ class NanGuard:
         failed, self.stop = flags.tolist()
         if failed:
             headline = f"training stopped before optimizer step {step}: the numbers are no longer finite"
-            raise TrainingError(headline, _of_all_ranks(_reasons(model, losses, rows)))
+            raise NotFiniteError(headline, _of_all_ranks(_reasons(model, losses, rows)))
 
 
 def _of_all_ranks(problems: list[Diagnostic]) -> list[Diagnostic]:

@@ -1,0 +1,269 @@
+"""The results of a comparison: differences of methods on the same test rows, with intervals, and verdicts.
+
+An arm is judged at its best rate, by the mean of its runs with several seeds. Language models are judged by the loss
+per token, classifiers by their accuracy. Each difference has two intervals. The one of the *pair* holds the true
+difference in 95 % of comparisons. Verdicts are given by the wider *joint* one: all intervals of the page hold together
+in 95 % of comparisons, so that the number of methods does not make a method win. Joint are the differences from the
+reference (as in Dunnett's test), and, because the best one is chosen by the same rows, the differences between all
+pairs (as in Tukey's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from lorary.analysis.comparison._chance import BASE, Measured
+from lorary.analysis.comparison.record import Comparison, Scores, Trial
+from lorary.errors import DataError, Diagnostic, did_you_mean
+
+Verdict = Literal["better", "worse", "no difference shown", "not judged"]
+Measure = Literal["loss", "accuracy"]
+_RULE_OF_THREE = 3  # none of n rows: less than 3/n of all rows, with 95 % (Hanley & Lippman-Hand 1983, JAMA 249:1743)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval, whose ends are NaN if the chance in it is unknown."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The paired difference of two arms on the test rows.
+
+    Args:
+        arm, reference: names.
+        pair: the arm's measure minus the reference's, with the 95 % interval of this pair.
+        joint: the same with the interval that holds together with all others; it gives the verdict.
+        verdict: on the arm.
+        why: why nothing was judged; else empty.
+    """
+
+    arm: str
+    reference: str
+    pair: Interval
+    joint: Interval
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm at its best rate.
+
+    Args:
+        arm: its name.
+        lr: the rate chosen on the validation rows; None if no run of it ended.
+        seeds: number of runs that were judged on the test rows.
+        untuned: why its rate counts as "not tuned"; empty if the best rate lies between two others.
+        loss: on the test rows, in nats per token; None if it was not judged.
+        accuracy: likewise, as a share.
+        forgotten: loss on general text minus the base's; None if it was not measured.
+        spread: standard deviation of the test loss over its seeds; NaN with a single one.
+    """
+
+    arm: str
+    lr: float | None
+    seeds: int
+    untuned: str
+    loss: Interval | None = None
+    accuracy: Interval | None = None
+    forgotten: Interval | None = None
+    spread: float = math.nan
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of a comparison.
+
+    Args:
+        comparison: its record.
+        measure: what the verdicts are about.
+        reference: name of the arm that the others are compared with; empty if it was not judged.
+        best: name of the arm with the best measure; empty if none was judged.
+        standings: arms, the best first, those that were not judged last.
+        base: the test loss without an adapter, over the rows alone; None if it was not measured.
+        against_reference: arm -> its difference from the reference.
+        against_best: arm -> its difference from the best.
+    """
+
+    comparison: Comparison
+    measure: Measure
+    reference: str
+    best: str
+    standings: tuple[Standing, ...]
+    base: float | None
+    against_reference: Mapping[str, Difference]
+    against_best: Mapping[str, Difference]
+
+
+def findings(comparison: Comparison, reference: str | None = None) -> Findings:
+    """The differences between the arms of a comparison, and verdicts.
+
+    Args:
+        comparison: its record.
+        reference: name of an arm; by default the first one.
+
+    Raises:
+        DataError: there is no such arm, or the runs were not scored on the same rows; with every reason.
+    """
+    names = [arm.name for arm in comparison.arms]
+    if reference is not None and reference not in names:
+        fix = did_you_mean(reference, names)
+        raise DataError("cannot compare:", [Diagnostic("reference", f"there is no method {reference!r}", fix)])
+    judged = {name: runs for name in names if (runs := judged_runs(comparison, name))}
+    _check_rows(comparison, judged)
+    measure: Measure = "accuracy" if comparison.task == "classification" else "loss"
+    tests: dict[Measure, Measured] = {
+        which: _measured({arm: [run.test for run in runs] for arm, runs in judged.items()}, comparison.base_test, which)
+        for which in (("loss", "accuracy") if judged else ())
+    }
+    general = _general(comparison, judged)
+    standings = [_standing(comparison, name, tests if name in judged else {}, general) for name in names]
+    sign = -1 if measure == "accuracy" else 1
+    order = sorted(judged, key=lambda arm: (sign * tests[measure].value(arm), names.index(arm)))
+    place = {arm: i for i, arm in enumerate(order)}
+    standings.sort(key=lambda s: place.get(s.arm, len(place)))
+    reference = reference or (names[0] if names else "")
+    reference = reference if reference in judged else ""
+    best = order[0] if order else ""
+    to_reference = [(arm, reference) for arm in order if reference and arm != reference]
+    to_best = [(arm, best) for arm in order[1:]]
+    return Findings(
+        comparison,
+        measure,
+        reference,
+        best,
+        tuple(standings),
+        comparison.base_test.loss if comparison.base_test else None,
+        _differences(tests, measure, to_reference, to_reference),
+        _differences(tests, measure, to_best, [*combinations(order, 2)]),
+    )
+
+
+def chosen_rate(comparison: Comparison, arm: str) -> float | None:
+    """The learning rate with the lowest validation loss; among the rates that were judged, if there are any."""
+    runs = [run for run in comparison.of(arm) if run.ending == "finished" and run.curve]
+    runs = [run for run in runs if run.test is not None] or runs
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        losses.setdefault(run.lr, []).append(run.curve[-1][1])
+    means = {lr: sum(of) / len(of) for lr, of in losses.items()}
+    finite = {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=lambda lr: (finite[lr], lr)) if finite else None
+
+
+def judged_runs(comparison: Comparison, arm: str) -> list[Trial]:
+    """The runs of an arm, at its best rate, that have finite scores on the test rows."""
+    lr = chosen_rate(comparison, arm)
+    return [run for run in comparison.of(arm) if run.lr == lr and run.test is not None and _finite(run.test)]
+
+
+def why_untuned(comparison: Comparison, arm: str) -> str:
+    """Why the best rate of an arm may not be the best: no rate was tried below it, or above it."""
+    lr = chosen_rate(comparison, arm)
+    tried = sorted({run.lr for run in comparison.of(arm) if run.ending != "budget"})
+    if lr is None:
+        return "no run of it finished" if tried else "it was not run"
+    if len(tried) == 1:
+        return f"{lr:.2g} is the only rate that was tried"
+    edge = "lowest" if lr == tried[0] else "highest" if lr == tried[-1] else ""
+    return f"its best rate, {lr:.2g}, is the {edge} that was tried" if edge else ""
+
+
+def _standing(
+    comparison: Comparison, arm: str, tests: Mapping[Measure, Measured], general: Measured | None
+) -> Standing:
+    lr, untuned = chosen_rate(comparison, arm), why_untuned(comparison, arm)
+    if not tests:
+        return Standing(arm, lr, 0, untuned)
+    seeds = tests["loss"].seeds[arm]
+    forgotten = _interval(general, arm, BASE) if general is not None and arm in general.seeds else None
+    spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
+    accuracy = _interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
+    accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
+    return Standing(arm, lr, len(seeds), untuned, _interval(tests["loss"], arm), accuracy, forgotten, spread)
+
+
+def _differences(
+    tests: Mapping[Measure, Measured], measure: Measure, pairs: list[tuple[str, str]], family: list[tuple[str, str]]
+) -> dict[str, Difference]:
+    """The differences of pairs, whose joint intervals hold together with those of a family."""
+    if not pairs:
+        return {}
+    test = tests[measure]
+    at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
+    factor = test.joint_factor(family)
+    found = {}
+    for arm, other in pairs:
+        pair = _interval(test, arm, other, at_least=at_least)
+        joint = _interval(test, arm, other, factor, at_least)
+        better = joint.low > 0 if measure == "accuracy" else joint.high < 0
+        verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
+        why = test.why_no_interval(arm, other)
+        found[arm] = Difference(arm, other, pair, joint, "not judged" if why else verdict, why)
+    return found
+
+
+def _interval(
+    measured: Measured, arm: str, other: str | None = None, factor: float = 1.0, at_least: float = 0.0
+) -> Interval:
+    value, half = measured.value(arm, other), factor * measured.half_width(arm, other)
+    half = max(half, at_least)  # NaN stays NaN: it is the first
+    return Interval(value, value - half, value + half)
+
+
+def _measured(scores: Mapping[str, list[Scores | None]], base: Scores | None, measure: Measure) -> Measured:
+    tables = {arm: [s for s in of if s is not None] for arm, of in scores.items()}
+    tokens = next(iter(tables.values()))[0].tokens
+    tables |= {BASE: [base]} if base is not None and base.tokens == tokens else {}
+    field = "right" if measure == "accuracy" else "nats"
+    sums = {arm: np.array([getattr(s, field) for s in of], dtype=np.float64) for arm, of in tables.items()}
+    return Measured(sums, np.array(tokens, dtype=np.float64))
+
+
+def _general(comparison: Comparison, judged: Mapping[str, list[Trial]]) -> Measured | None:
+    scores = {arm: [run.general for run in runs if run.general is not None] for arm, runs in judged.items()}
+    scores = {arm: found for arm, of in scores.items() if (found := [s for s in of if _finite(s)])}
+    if not scores or comparison.base_general is None:
+        return None
+    return _measured({arm: [*of] for arm, of in scores.items()}, comparison.base_general, "loss")
+
+
+def _check_rows(comparison: Comparison, judged: Mapping[str, list[Trial]]) -> None:
+    problems = []
+    for field, base in (("test", comparison.base_test), ("general", comparison.base_general)):
+        first: tuple[str, tuple[int, ...]] | None = ("the base", base.tokens) if base else None
+        for arm, runs in judged.items():
+            for run in runs:
+                if (scores := getattr(run, field)) is None:
+                    continue
+                where = f"{arm}, seed {run.seed}"
+                first = first or (where, scores.tokens)
+                if scores.tokens != first[1]:
+                    what = f"{_rows(scores.tokens)} of {field} text, and {first[0]} on {_rows(first[1])}"
+                    problems.append(Diagnostic(where, f"was scored on {what}", "run this comparison again"))
+    if problems:
+        raise DataError("cannot compare runs that were not scored on the same rows:", problems)
+
+
+def _rows(tokens: tuple[int, ...]) -> str:
+    return f"{len(tokens):,} rows with {sum(tokens):,} tokens"
+
+
+def _finite(scores: Scores) -> bool:
+    return bool(scores.tokens) and all(map(math.isfinite, scores.nats))

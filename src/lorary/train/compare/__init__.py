@@ -1,0 +1,1 @@
+"""Comparisons: many methods on one base and one task, each with the same search for its learning rate."""

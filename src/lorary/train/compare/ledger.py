@@ -1,0 +1,112 @@
+"""The record of a comparison on the disk: `comparison.json` in its folder, written after every run that ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorary.analysis.comparison import store
+from lorary.analysis.comparison.record import Comparison
+from lorary.errors import ConfigError, Diagnostic
+from lorary.files.atomic import remove_stale
+from lorary.train.compare.request import Request
+from lorary.train.runner.folder import LOCKS, RunFolder, flatten
+
+FILE, RUNS = "comparison.json", "runs"
+
+
+class Ledger:
+    """The comparison in a folder, and its file.
+
+    Args:
+        request: the comparison.
+        comparison: what has been measured so far.
+    """
+
+    def __init__(self, request: Request, comparison: Comparison) -> None:
+        self.request, self.comparison = request, comparison
+
+    @staticmethod
+    @contextmanager
+    def opened(request: Request, asked: Request, facts: dict[str, Any], overwrite: bool) -> Iterator[Ledger]:
+        """A context in which only this process writes to the folder: a new comparison, or the one that is there.
+
+        Args:
+            request: the comparison.
+            asked: as it was asked for, to be recognised.
+            facts: for the settings of the record.
+            overwrite: first remove the comparison in the folder.
+
+        Raises:
+            ConfigError: the folder holds another comparison, or other files.
+            StateError: another process uses it.
+        """
+        path = request.folder
+        _check(request, asked, overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        with RunFolder(path).locked():
+            _check(request, asked, overwrite)
+            remove_stale(path)
+            if overwrite:
+                shutil.rmtree(path / RUNS, ignore_errors=True)
+                (path / FILE).unlink(missing_ok=True)
+            found = store.read(path / FILE) if (path / FILE).exists() else None
+            settings = {**(found.settings if found else {}), **facts, "request": identity(asked)}
+            if found is None:
+                task: Any = request.config.task
+                found = Comparison(settings, task, request.arms)
+            ledger = Ledger(request, dataclasses.replace(found, settings=settings))
+            ledger.note()
+            yield ledger
+
+    def note(self, **changes: Any) -> None:
+        """Write the record with changed fields, its runs in the order of the request."""
+        names = {arm.name: i for i, arm in enumerate(self.request.arms)}
+        changed = dataclasses.replace(self.comparison, **changes)
+        trials = sorted(changed.trials, key=lambda t: (names.get(t.arm, -1), t.seed, t.lr))
+        self.comparison = dataclasses.replace(changed, trials=tuple(trials))
+        store.write(self.comparison, self.request.folder / FILE)
+
+    def note_settings(self, **settings: Any) -> None:
+        """Write the record with further settings."""
+        self.note(settings={**self.comparison.settings, **settings})
+
+
+def identity(asked: Request) -> dict[str, Any]:
+    """What makes two requests the same comparison, as plain data."""
+    config = asked.config.model_dump(mode="json", exclude={"output", "compare"})
+    settings = dataclasses.asdict(asked.settings)
+    settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
+    arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}
+    plain: dict[str, Any] = json.loads(json.dumps({"config": config, "settings": settings, "arms": arms}, default=str))
+    return plain
+
+
+def _check(request: Request, asked: Request, overwrite: bool) -> None:
+    """Refuse a folder that this comparison may not write to.
+
+    Raises:
+        ConfigError: every reason.
+    """
+    path, headline = request.folder, f"cannot compare in {str(request.folder)!r}:"
+    if path.exists() and not path.is_dir():
+        raise ConfigError(headline, [Diagnostic("folder", "is a file", "name a folder")])
+    names = sorted({entry.name for entry in path.iterdir()} - {*LOCKS}) if path.is_dir() else []
+    names = [name for name in names if not name.startswith(".lorary-")]
+    if names and FILE not in names:
+        what = f"holds files of something else: {', '.join(names[:5])}"
+        raise ConfigError(headline, [Diagnostic("folder", what, f"it has no {FILE}; name another folder")])
+    if names and not overwrite:
+        there, here = flatten(store.read(path / FILE).settings.get("request", {})), flatten(identity(asked))
+        fix = "repeat the request that it was begun with, pass overwrite, or name another folder"
+        changed = [
+            Diagnostic(key, f"{there.get(key)!r} in the folder, {here.get(key)!r} here", fix)
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ]
+        if changed:
+            raise ConfigError("the folder holds another comparison:", changed)

@@ -1,0 +1,157 @@
+"""The request of a comparison: the configuration of its runs, its arms with their rates, and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorary.analysis.comparison.record import Arm
+from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
+from lorary.model.planning import default_targets
+from lorary.spec.method import Method
+from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder, third
+from lorary.train.compare.settings import Settings
+from lorary.train.config.config import Config, default_lr
+from lorary.train.config.load import from_dict
+
+TASKS = ("sft", "classification")
+HEADLINE = "cannot compare:"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A comparison before its first run, the same in all of its processes.
+
+    Args:
+        config: of all runs but for what differs between them; its paths are absolute.
+        arms: with their rates.
+        settings: of the comparison.
+        folder: of the comparison.
+        steps: optimizer steps of a run; 0 until the data has been read.
+    """
+
+    config: Config
+    arms: tuple[Arm, ...]
+    settings: Settings
+    folder: Path
+    steps: int = 0
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def config_of(self, arm: Arm) -> Config:
+        """The configuration of the runs of an arm, but for their rate, seed and folder.
+
+        Raises:
+            ConfigError: the arm's method is not valid.
+        """
+        training: dict[str, Any] = {"report_to": ["none"]}
+        if self.steps:
+            every = evaluation_steps(self.steps)
+            training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
+        tree = self.config.model_dump(mode="json", exclude_unset=True, exclude={"compare"})
+        tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
+        tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}
+        found, shared = from_dict(tree), self.config.method.targets
+        if shared and found.method.targets is None and has_common_targets(found.method.build()):
+            found = found.model_copy(update={"method": found.method.model_copy(update={"targets": shared})})
+        return found
+
+
+def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder: Path) -> Request:
+    """The request, with the rates of the arms that have none.
+
+    Raises:
+        ConfigError: every reason why this cannot be compared.
+    """
+    problems = [*_config_problems(config), *_arm_problems(arms), *_reference_problems(arms, settings)]
+    if problems:
+        raise ConfigError(HEADLINE, problems)
+    data = config.data
+    if data.draws_rows and data.seed is None:  # the same rows for every seed of a run
+        config = config.model_copy(update={"data": data.model_copy(update={"seed": config.training.seed})})
+    request = Request(config.with_absolute_paths(), tuple(arms), settings, folder)
+    configs = each_arm(request.arms, request.config_of)
+    factor = config.training.lr / default_lr(config.task, config.method.names) if config.training.lr else 1.0
+    rated = [
+        dataclasses.replace(arm, rates=arm.rates or _rates(own, factor, settings))
+        for arm, own in zip(request.arms, configs, strict=True)
+    ]
+    return dataclasses.replace(request, arms=tuple(rated))
+
+
+def has_common_targets(method: Method) -> bool:
+    """Whether a method adapts the layers that the user chooses, rather than places of its own."""
+    return method.delta is not None and default_targets(method) == ("all-linear",)
+
+
+def each_arm(arms: Sequence[Arm], make: Any) -> list[Any]:
+    """`make` of every arm.
+
+    Raises:
+        ConfigError: it fails for some of them; the reasons of all, each with the name of its arm.
+    """
+    found, problems = [], []
+    for arm in arms:
+        try:
+            found.append(make(arm))
+        except LoraryError as error:
+            own = error.problems or [Diagnostic("", error.headline)]
+            problems += [dataclasses.replace(p, where=f"{arm.name}: {p.where}".rstrip(": ")) for p in own]
+    if problems:
+        raise ConfigError(HEADLINE, problems)
+    return found
+
+
+def _rates(config: Config, factor: float, settings: Settings) -> tuple[float, ...]:
+    centre = min(default_lr(config.task, config.method.names) * factor, HIGHEST)
+    return ladder(centre, settings.rates, settings.spacing)
+
+
+def _config_problems(config: Config) -> Iterator[Diagnostic]:
+    if config.task not in TASKS:
+        yield Diagnostic(
+            "task", f"is `{config.task}`, whose loss is not scored row by row", f"use {' or '.join(TASKS)}"
+        )
+    if config.data.validation is None and not config.data.validation_split:
+        what = "no rows are held out, on which rates are chosen and methods judged"
+        yield Diagnostic("data.validation", what, "set data.validation or data.validation_split")
+    if config.data.streaming:
+        yield Diagnostic("data.streaming", "the runs of a comparison read the same rows again and again", "remove it")
+    if config.model.adapter:
+        what = "an adapter to go on from brings its method, and there would be nothing to compare"
+        yield Diagnostic("model.adapter", what, "remove it")
+    for key in ("early_stopping_patience", "keep_best"):
+        if getattr(config.training, key):
+            what = "all methods take the same number of steps, and are judged after the last"
+            yield Diagnostic(f"training.{key}", what, "remove it")
+
+
+def _arm_problems(arms: Sequence[Arm]) -> Iterator[Diagnostic]:
+    if bad := [*not_a(Arm, "an Arm", **{f"arms[{i}]": arm for i, arm in enumerate(arms)})]:
+        yield from bad
+        return
+    if not arms:
+        yield Diagnostic("arms", "there are none", "name at least one method")
+    names = [arm.name for arm in arms]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Diagnostic("arms", f"{names.count(name)} are named {name!r}", "give each a name of its own")
+    for arm in arms:
+        if not isinstance(arm.name, str) or not arm.name.strip() or not arm.name.isprintable() or len(arm.name) > 200:
+            yield Diagnostic("arms", f"{arm.name!r} is not a name", "use printable characters, at most 200")
+        rates = arm.rates
+        if any(type(rate) not in (int, float) or not 0 < rate <= HIGHEST for rate in rates):
+            yield Diagnostic(f"{arm.name}: rates", f"are {list(rates)}", "use numbers above 0 and at most 1")
+        elif list(rates) != sorted(set(rates)):
+            yield Diagnostic(f"{arm.name}: rates", f"are {list(rates)}", "let them rise, each once")
+
+
+def _reference_problems(arms: Sequence[Arm], settings: Settings) -> Iterator[Diagnostic]:
+    names = [str(getattr(arm, "name", "")) for arm in arms]
+    if settings.reference and settings.reference not in names:
+        what = f"there is no arm {settings.reference!r}"
+        yield Diagnostic("reference", what, did_you_mean(settings.reference, names))

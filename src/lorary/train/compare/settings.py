@@ -1,0 +1,80 @@
+"""The settings of a comparison: how far each method is searched, on how many seeds it is judged, within which time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorary.errors import ConfigError, Diagnostic
+
+GENERAL = "builtin:python"  # the training domain of the built-in base
+
+_AT_LEAST = {
+    **{"rates": 1, "outward": 0, "seeds": 1, "workers": 1},
+    **{"validation_rows": 1, "test_rows": 2, "general_rows": 1},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How methods are compared.
+
+    Args:
+        rates: the learning rates that every method tries at first, around its own centre; an odd number.
+        spacing: the factor between two of them.
+        outward: the most further rates that a method tries while its best one is the lowest or the highest.
+        seeds: the runs at the best rate that are judged on the test rows; none of them is a run of the search.
+        halving: whether hopeless rates stop after a third of their steps.
+        budget: seconds for the whole comparison; None: as long as it takes.
+        match: "parameters" gives every method the rank at which it trains as many numbers as the reference does;
+            "rank" leaves the ranks as they are.
+        reference: name of the method whose numbers are matched; empty: the first one.
+        general: sources of general text, as `data.train` in a configuration; their validation part is scored before
+            and after training. Empty: what is forgotten is not measured.
+        validation_rows: the most held-out rows on which rates are chosen: of the held-out examples the first, third, ...
+        test_rows: the most held-out rows on which methods are judged: of the second, fourth, ...
+        general_rows: the most rows of general text.
+        workers: processes that train at the same time, sharing the processor's cores.
+
+    Raises:
+        ConfigError: a value is out of range; all of them.
+    """
+
+    rates: int = 3
+    spacing: float = 10**0.5
+    outward: int = 2
+    seeds: int = 2
+    halving: bool = True
+    budget: float | None = None
+    match: Literal["rank", "parameters"] = "rank"
+    reference: str = ""
+    general: tuple[str, ...] = (GENERAL,)
+    validation_rows: int = 64
+    test_rows: int = 128
+    general_rows: int = 64
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if problems := [*_problems(self)]:
+            raise ConfigError("invalid settings of a comparison:", problems)
+
+
+def _problems(s: Settings) -> Iterator[Diagnostic]:
+    for key, least in _AT_LEAST.items():
+        value = getattr(s, key)
+        if type(value) is not int or value < least:
+            yield Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}")
+        elif key == "rates" and value % 2 == 0:
+            yield Diagnostic(key, f"is {value}", "use an odd number: a centre, and as many on each side")
+    if not _is_number(s.spacing) or not 1.1 <= s.spacing <= 1000:
+        yield Diagnostic("spacing", f"is {s.spacing!r}", "use a factor from 1.1 to 1000")
+    if s.budget is not None and (not _is_number(s.budget) or s.budget <= 0):
+        yield Diagnostic("budget", f"is {s.budget!r}", "use a number of seconds above 0, or None")
+    if s.match not in ("rank", "parameters"):
+        yield Diagnostic("match", f"is {s.match!r}", "use rank or parameters")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

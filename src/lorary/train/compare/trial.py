@@ -1,0 +1,142 @@
+"""One run of a comparison, in a run folder of its own, from which it goes on after a kill."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lorary.analysis.comparison.record import Ending, Scores, Trial
+from lorary.errors import LoraryError
+from lorary.train.compare.bench import Bench, run_name
+from lorary.train.compare.search import Curve, is_finite, why_ended
+from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
+from lorary.train.runner.run import run_prepared
+from lorary.train.trainer.nan_guard import NotFiniteError
+
+Tell = Callable[[int], None]  # takes the optimizer steps done since the last call
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """A run to be done.
+
+    Args:
+        arm: name of its arm.
+        lr: learning rate.
+        seed: of the run.
+        judged: whether it is scored on the test rows; only a loss that is not finite stops it early.
+        rival: the curve with which it is compared after a third of its steps; empty: none.
+        deadline: when it has to stop, in seconds since the epoch.
+    """
+
+    arm: str
+    lr: float
+    seed: int
+    judged: bool = False
+    rival: tuple[tuple[int, float], ...] = ()
+    deadline: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.arm} at {self.lr:g}, seed {self.seed}"
+
+    def run(self, bench: Bench, tell: Tell) -> Trial | Failure:
+        """Train, or go on with what is in the folder.
+
+        Raises:
+            Stopped: a signal, or the deadline.
+        """
+        try:
+            return self._trial(bench, tell)
+        except LoraryError as error:
+            return Failure(self.arm, f"{self}: {error}")
+
+    def _trial(self, bench: Bench, tell: Tell) -> Trial:
+        name = run_name(bench.request, self.arm, self.lr, self.seed)
+        plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, name)
+        watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)
+        ending, steps = self._train(plan, watch)
+        curve = tuple((step, loss) for step, loss in watch.curve() if math.isfinite(loss))
+        test, general = bench.scored(f"{name}/{ADAPTER}") if self.judged and ending == "finished" else (None, None)
+        if any(scores and not all(map(math.isfinite, scores.nats)) for scores in (test, general)):
+            ending, test, general = "diverged", None, None
+        shutil.rmtree(watch.folder / CHECKPOINTS, ignore_errors=True)  # once nothing can need them
+        return Trial(self.arm, self.lr, self.seed, steps, curve, ending, test, general, name)
+
+    def _train(self, plan: Any, watch: _Watch) -> tuple[Ending, int]:
+        """(why it ended, optimizer steps)."""
+        if watch.verdict() is None:
+            try:
+                done = run_prepared(
+                    plan, resume=watch.folder.path.exists(), quiet=True, callbacks=[watch], report=False
+                )
+            except NotFiniteError:
+                return "diverged", max((step for step, _ in watch.curve()), default=0)
+            if done.interrupted:
+                raise Stopped(f"signal {done.interrupted}", done.interrupted)
+            if watch.late:
+                raise Stopped("the budget is used up")
+            if done.steps >= plan.steps:
+                return watch.verdict() or "finished", done.steps
+        return watch.verdict() or "finished", max(step for step, _ in watch.curve())
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+    """Stops a run whose rate is hopeless, or whose time is up; tells of its progress.
+
+    Args:
+        job: of the run.
+        steps: of the whole run.
+        folder: of the run, whose log has the losses.
+        tell: takes the steps done.
+
+    Attributes:
+        late: whether the deadline stopped it.
+    """
+
+    def __init__(self, job: TrialJob, steps: int, folder: RunFolder, tell: Tell) -> None:
+        self.job, self.steps, self.folder, self.tell = job, steps, folder, tell
+        self.late = False
+
+    def curve(self) -> Curve:
+        """The validation losses so far, as they are logged."""
+        found = {}
+        for record in self.folder.history():
+            if "eval_loss" in record:
+                loss = record["eval_loss"]
+                found[record["step"]] = math.nan if loss is None else float(loss)
+        return sorted(found.items())
+
+    def verdict(self) -> Ending | None:
+        """Why the run has to stop; None if it does not."""
+        curve = self.curve()
+        if self.job.judged:
+            return None if is_finite(curve) else "diverged"
+        return why_ended(curve, self.steps, self.job.rival)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tell(1)
+        if time.time() > self.job.deadline and state.global_step < state.max_steps:
+            self.late = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.verdict() is not None:
+            control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class BaseJob:
+    """The scores of the base, to be measured."""
+
+    def __str__(self) -> str:
+        return "the base"
+
+    def run(self, bench: Bench, tell: Tell) -> tuple[Scores | None, Scores | None]:
+        """(on the test rows, on general text)."""
+        return bench.scored(None)
