@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
         comparison(rows=9, seeds=1),
         replace(comparison(rows=9), trials=(), costs={}, left_out={}, base_test=None, base_general=None),
         Comparison({}, "sft", ()),
-        Comparison({"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/\n", {"r": 8, "targets": ["q"]}, (1e-4,)),)),
+        Comparison({"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/ß", {"r": 8, "targets": ["q"]}, (1e-4,)),)),
     ],
 )
 def test_round_trip(record: Comparison, path: Path) -> None:
@@ -139,6 +139,10 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
     "two of one name": (
         lambda document: document["arms"].append(document["arms"][0]),
         "- arms[1].name: 'lora' is the name of an earlier one",
+    ),
+    "a name that cannot be printed": (
+        lambda document: document["arms"][0].update(name="a\x1b[31m"),
+        "- arms[0].name: is 'a\\x1b[31m': a name has characters, all of them printable",
     ),
     "a rate of nothing": (
         lambda document: document["arms"][0].update(rates=["nan"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,9 @@ class TextTable:
 
 def summary(found: Findings) -> TextTable:
     """The most important columns, for a terminal, with the verdict below."""
-    columns = [_METHOD, *_measures(found), *_against(found), *_forgetting(found), *_costs(found, short=True)]
-    return _table("Comparison", found, [*columns, _RATE], notes=[verdict(found), *remarks(found)])
+    against = [*_against(found)][:2]  # the verdicts on the best are in the notes
+    columns = [_METHOD, *_measures(found), *against, *_forgetting(found), *_costs(found, short=True), _RATE]
+    return _table("Comparison", found, columns, notes=[verdict(found), *remarks(found)])
 
 
 def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
@@ -75,8 +76,8 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
         return []
     near = f"The methods that train as many numbers as {centre}, {trained:,}, within {_NEAR:.0%}."
     return [
-        (_renamed("Equal rank", quality(found, same_rank)), f"The methods with the rank of {centre}, {rank}."),
-        (_renamed("Equally many trained numbers", quality(found, same_count)), near),
+        (replace(quality(found, same_rank), title="Equal rank"), f"The methods with the rank of {centre}, {rank}."),
+        (replace(quality(found, same_count), title="Equally many trained numbers"), near),
     ]
 
 
@@ -231,10 +232,6 @@ def _table(
     shown = [s for s in found.standings if not arms or s.arm in arms]
     rows = [[text(standing) for _, text in columns] for standing in shown]
     return TextTable(title, [name for name, _ in columns], [*rows, *bottom], notes)
-
-
-def _renamed(title: str, table: TextTable) -> TextTable:
-    return TextTable(title, table.head, table.rows, table.notes)
 
 
 def _rank(arm: Arm) -> Any:
