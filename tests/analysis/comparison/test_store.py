@@ -141,8 +141,8 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
         "- arms[1].name: 'lora' is the name of an earlier one",
     ),
     "a name that cannot be printed": (
-        lambda document: document["arms"][0].update(name="a\x1b[31m"),
-        "- arms[0].name: is 'a\\x1b[31m': a name has characters, all of them printable",
+        lambda document: document["arms"].append({**document["arms"][0], "name": "a\x1b[31m"}),
+        "- arms[1].name: is 'a\\x1b[31m': a name has characters, all of them printable",
     ),
     "a rate of nothing": (
         lambda document: document["arms"][0].update(rates=["nan"]),
