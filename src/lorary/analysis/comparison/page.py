@@ -77,7 +77,7 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
         first = found.standings[0]
         figure, what = (first.accuracy, "accuracy") if found.measure == "accuracy" else (first.loss, "held-out loss")
         value = Interval(figure.value) if figure else None
-        label = "Best" if all(d.verdict == "worse" for d in found.against_best.values()) else "First, perhaps by chance"
+        label = "Highest accuracy" if found.measure == "accuracy" else "Lowest loss"
         yield KeyFigure(label, pictures.short(found.best), f"{what} {level(value, found.measure)}")
     if found.base is not None:
         yield KeyFigure("Without adapter", f"{found.base:.3f}", "held-out loss of the base")
@@ -149,4 +149,9 @@ def _repeat(found: Findings) -> Iterator[Block]:
 
 
 def _table(table: TextTable) -> Table:
-    return Table(table.head, table.rows)
+    return Table(table.head, [[_unbroken(cell) for cell in row] for row in table.rows])
+
+
+def _unbroken(cell: str) -> str:
+    """A cell whose interval stays on one line."""
+    return cell.replace(", ", ",\N{NO-BREAK SPACE}") if cell.endswith("]") else cell

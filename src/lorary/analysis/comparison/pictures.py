@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,10 +17,10 @@ from lorary.analysis.svg import INK, PALETTE, line, style, to_svg
 
 MOST_CURVES = 8  # with a colour of their own; the others are thin
 _LONGEST_NAME = 24
-_MARKS: dict[Verdict, dict[str, object]] = {
+_MARKS: dict[Verdict, dict[str, Any]] = {
     "better": {"color": PALETTE[2], "marker": "D"},
     "worse": {"color": PALETTE[1], "marker": "s"},
-    "no difference shown": {"color": PALETTE[0], "marker": "o", "markerfacecolor": "none"},
+    "no difference shown": {"color": PALETTE[0], "marker": "o"},
     "not judged": {"color": INK, "marker": "x"},
 }
 
@@ -76,7 +77,6 @@ def rates_svg(found: Findings, arm: str) -> str:
         stopped = {run.lr: run.ending for run in runs if run.lr not in means}
         for lr, ending in stopped.items():
             axes.annotate(ending, (lr, high), rotation=90, ha="center", va="top", fontsize=8)
-            axes.plot([lr], [high], marker=7, color=INK, alpha=0.0)  # keeps the rate on the axis
         axes.set_ylim(low, high)
         _few_rates(axes, sorted({run.lr for run in runs}))
         words = [f"{loss:.3f} at {lr:.3g}" for lr, loss in means.items()]
@@ -159,7 +159,7 @@ def _difference(axes: Axes, y: int, d: Difference, scale: float, reach: float) -
             if interval.known:
                 ends = [scale * interval.low, scale * interval.high]
                 axes.plot(ends, [y, y], color=look["color"], linewidth=width, solid_capstyle="butt")
-        axes.plot([value], [y], linestyle="", markersize=7, **(look | {"markerfacecolor": look["color"]}))
+        axes.plot([value], [y], linestyle="", markersize=7, **look)
     axes.annotate(d.verdict, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=9)
 
 

@@ -34,12 +34,17 @@ def verdict(found: Findings) -> str:
 
 def remarks(found: Findings) -> Iterator[str]:
     """The verdicts on the reference, and what weakens the results, one sentence each."""
+    against = found.against_reference
     groups = {
-        word: [arm for arm, d in found.against_reference.items() if d.verdict == word]
+        word: [arm for arm, d in against.items() if d.verdict == word]
         for word in ("better", "worse", "no difference shown")
     }
     if parts := [f"{word}: {names(arms)}" for word, arms in groups.items() if arms]:
         yield f"Compared with {found.reference}: {'; '.join(parts)}."
+    if halves := [d.joint.high - d.joint.value for d in against.values() if d.verdict == "no difference shown"]:
+        scale, unit = (100, "percentage points") if found.measure == "accuracy" else (1, "nats per token")
+        least = scale * sorted(halves)[len(halves) // 2]
+        yield f"Differences of less than about {least:.2g} {unit} are not shown by so few seeds and rows."
     if untuned := [s.arm for s in found.standings if s.untuned and s.lr is not None]:
         yield f"Not tuned, as the best rate is the lowest or the highest that was tried: {names(untuned)}."
     if missing := [s.arm for s in found.standings if s.loss is None]:
