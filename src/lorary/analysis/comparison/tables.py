@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorary.analysis.comparison.record import Arm, Cost
+from lorary.analysis.comparison.record import Arm, Cost, Trial
 from lorary.analysis.comparison.statistics import Difference, Findings, Interval, Standing
 from lorary.analysis.comparison.words import change, level, rate, remarks, verdict
 from lorary.model.plan import human_bytes
@@ -84,11 +84,17 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
 def runs(found: Findings) -> TextTable:
     """All runs, in the order in which they ended."""
     rows = [
-        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", f"{t.curve[-1][1]:.3f}" if t.curve else "", t.ending)
-        + (t.folder,)
+        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
         for t in found.comparison.trials
     ]
     return TextTable("Runs", ("method", "rate", "seed", "steps", "validation loss", "ending", "folder"), rows)
+
+
+def _last_loss(trial: Trial) -> str:
+    if not trial.curve:
+        return ""
+    loss = trial.curve[-1][1]
+    return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
 
 
 def settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
