@@ -17,6 +17,7 @@ from lorary.model.plan import human_bytes
 
 Column = tuple[str, Callable[[Standing], str]]
 _NEAR = 0.05  # share by which numbers of trained parameters may differ and count as equal
+_FEW = 16  # characters of an answer in the table of costs; longer ones are reasons
 _VERSION = "lorary-findings/1"
 
 
@@ -57,6 +58,18 @@ def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
 def costs(found: Findings) -> TextTable:
     """Sizes, memory, time, merging, engines."""
     return _table("Cost", found, [_METHOD, *_costs(found)])
+
+
+def limits(found: Findings) -> TextTable:
+    """Why methods do not merge, or are not served, those with the same reason in one row."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for standing in found.standings:
+        if (given := found.comparison.costs.get(standing.arm)) is None:
+            continue
+        whys = {"merging": given.merge} if _merged(given) == "no" else {}
+        for what, why in (whys | {engine: why for engine, why in given.engines.items() if why}).items():
+            reasons.setdefault((what, why), []).append(standing.arm)
+    return TextTable("Why not", ("of", "why not", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
 
 
 def views(found: Findings) -> list[tuple[TextTable, str]]:
@@ -209,7 +222,7 @@ def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
     yield "peak memory", of(lambda c: human_bytes(c.peak_bytes))
     yield "seconds per step", of(lambda c: _seconds(c, short))
     if not short:
-        yield "merges", of(lambda c: c.merge)
+        yield "merges", of(_merged)
         for engine in dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines):
             yield engine, of(lambda c, engine=engine: _served(c, engine))  # type: ignore[misc]
         if any(c.context for c in found.comparison.costs.values()):
@@ -224,7 +237,11 @@ def _seconds(given: Cost, short: bool) -> str:
 
 
 def _served(given: Cost, engine: str) -> str:
-    return "yes" if given.engines.get(engine) == "" else given.engines.get(engine, "")
+    return "" if engine not in given.engines else "no" if given.engines[engine] else "yes"
+
+
+def _merged(given: Cost) -> str:
+    return given.merge if len(given.merge) <= _FEW else "no"
 
 
 def _table(
