@@ -24,7 +24,8 @@ from lorary.train.config._other_tools import (
 from lorary.train.config.config import SECTIONS
 from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
-SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
+# section -> the key that a plain value in its place sets
+SHORTHAND = {"model": "id", "method": "name", "data": "train", "compare": "methods"}
 
 
 @dataclass
