@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import lorary
-from lorary.analysis.evaluation import Evaluation, evaluate
+from lorary.analysis.evaluation import Evaluation, evaluate, score_labels, score_rows
 from lorary.errors import DataError
 from tests.train.runs import adapted, rows
 
@@ -78,3 +78,35 @@ def test_rows_that_cannot_be_evaluated_are_refused(model: Any) -> None:
 def test_numbers_that_json_lacks() -> None:
     assert Evaluation(1, 1, 800.0, 0.0).to_dict()["perplexity"] is None
     assert Evaluation(1, 1, float("nan"), 0.0).to_dict()["loss"] is None
+
+
+def test_scores_are_those_of_each_row_whatever_its_neighbours(model: Any) -> None:
+    data = list(rows())
+    found = score_rows(model, data, batch_size=4, pad=1)
+    for i, row in enumerate(data):
+        loss, accuracy, tokens = direct(model, [row])
+        assert found.tokens[i] == tokens
+        assert found.nats[i] == pytest.approx(loss * tokens, rel=1e-5)
+        assert found.right[i] == round(accuracy * tokens)
+    assert found.loss == evaluate(model, data, batch_size=4, pad=1).loss
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
+def test_scores_of_labels_are_those_of_each_row(problem: str) -> None:
+    torch.manual_seed(3)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.num_labels, config.problem_type = 3, problem
+    classifier = BertForSequenceClassification(config)
+    one = problem.startswith("single")
+    labels: list[Any] = [i % 3 if one else [float(i % 2), 0.0, 1.0] for i in range(7)]
+    data = [{"input_ids": list(range(1, 4 + i)), "label": label} for i, label in enumerate(labels)]
+    found = score_labels(classifier, data, batch_size=3)
+    assert classifier.training  # as it was
+    assert found.tokens == (1,) * 7
+    for i, row in enumerate(data):
+        label = torch.tensor([row["label"]])
+        with torch.no_grad():
+            output = classifier.eval()(input_ids=torch.tensor([row["input_ids"]]), labels=label)
+        right = output.logits.argmax() == label if one else ((output.logits > 0) == (label > 0.5)).all()
+        assert found.nats[i] == pytest.approx(float(output.loss), rel=1e-5)
+        assert found.right[i] == int(right)

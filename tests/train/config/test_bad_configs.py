@@ -507,6 +507,13 @@ data: {train: a.jsonl, validation: b.jsonl, validation_split: 0.1}
 invalid configuration train.yaml:
   - train.yaml:2:45: `data.validation_split`: has no effect beside `data.validation`
       hint: keep one of the two"""),
+Bad('a seed of no draw', """\
+model: builtin:base
+data: {train: a.jsonl, validation: b.jsonl, seed: 7}
+""", """\
+invalid configuration train.yaml:
+  - train.yaml:2:45: `data.seed`: has no effect: no rows are drawn, neither by `validation_split` nor by a weight
+      hint: remove it"""),
 Bad('the root as output', """\
 model: builtin:base
 data: builtin:docstrings

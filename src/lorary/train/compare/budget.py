@@ -10,6 +10,7 @@ every arm; arms, from the last one on, the reference never.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,7 @@ def fitted(request: Request, forecast: Forecast) -> tuple[Request, dict[str, str
     what = (
         f"one rate and one seed of {_reference(request)} alone take about {least:.0f} s, the budget is {budget:.0f} s"
     )
-    fix = f"give it {least / RESERVE:.0f} s or more, or fewer training.max_steps"
+    fix = f"give it {math.ceil(least / RESERVE)} s or more, or fewer training.max_steps"
     raise ConfigError(HEADLINE, [Diagnostic("budget", what, fix)])
 
 

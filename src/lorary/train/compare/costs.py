@@ -57,6 +57,6 @@ def _merge(bench: Bench, folder: str) -> str:
     if report.largest == 0:
         return "exactly"
     largest = max(float(logits.abs().max()) for logits in before.logits)
-    if report.largest <= max(_LEAST, _EPSILONS * torch.finfo(model.dtype).eps) * largest:
+    if report.largest <= max(_SUMS, _WEIGHTS * torch.finfo(model.dtype).eps) * largest:
         return "to rounding"
     return f"with an error: logits of up to {largest:.3g} change by up to {report.largest:.2g}"

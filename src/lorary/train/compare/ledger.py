@@ -67,7 +67,7 @@ class Ledger:
         """Write the record with changed fields, its runs in the order of the request."""
         names = {arm.name: i for i, arm in enumerate(self.request.arms)}
         changed = dataclasses.replace(self.comparison, **changes)
-        trials = sorted(changed.trials, key=lambda t: (names[t.arm], t.seed, t.lr))
+        trials = sorted(changed.trials, key=lambda t: (names.get(t.arm, -1), t.seed, t.lr))
         self.comparison = dataclasses.replace(changed, trials=tuple(trials))
         store.write(self.comparison, self.request.folder / FILE)
 

@@ -12,7 +12,7 @@ from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
 from lorary.model.planning import default_targets
 from lorary.spec.method import Method
-from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder
+from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder, third
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config, default_lr
 from lorary.train.config.load import from_dict
@@ -52,7 +52,7 @@ class Request:
         training: dict[str, Any] = {"report_to": ["none"]}
         if self.steps:
             every = evaluation_steps(self.steps)
-            training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": every}
+            training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
         tree = self.config.model_dump(mode="json", exclude_unset=True)
         tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
         tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorary.analysis.comparison.record import Ending, Scores, Trial
+from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench, run_name
-from lorary.train.compare.search import Curve, why_ended
-from lorary.train.compare.stopped import Stopped
+from lorary.train.compare.search import Curve, is_finite, why_ended
+from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.nan_guard import NotFiniteError
@@ -30,7 +31,7 @@ class TrialJob:
         arm: name of its arm.
         lr: learning rate.
         seed: of the run.
-        judged: whether it is scored on the test rows; it stops early only if it diverges.
+        judged: whether it is scored on the test rows; only a loss that is not finite stops it early.
         rival: the curve with which it is compared after a third of its steps; empty: none.
         deadline: when it has to stop, in seconds since the epoch.
     """
@@ -45,19 +46,26 @@ class TrialJob:
     def __str__(self) -> str:
         return f"{self.arm} at {self.lr:g}, seed {self.seed}"
 
-    def run(self, bench: Bench, tell: Tell) -> Trial:
+    def run(self, bench: Bench, tell: Tell) -> Trial | Failure:
         """Train, or go on with what is in the folder.
 
         Raises:
             Stopped: a signal, or the deadline.
-            LoraryError: it cannot be trained; numbers that are not finite are no error.
         """
+        try:
+            return self._trial(bench, tell)
+        except LoraryError as error:
+            return Failure(self.arm, f"{self}: {error}")
+
+    def _trial(self, bench: Bench, tell: Tell) -> Trial:
         name = run_name(bench.request, self.arm, self.lr, self.seed)
         plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, name)
         watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)
         ending, steps = self._train(plan, watch)
         curve = tuple((step, loss) for step, loss in watch.curve() if math.isfinite(loss))
-        test, general = self._scores(bench, name, ending)
+        test, general = bench.scored(f"{name}/{ADAPTER}") if self.judged and ending == "finished" else (None, None)
+        if any(scores and not all(map(math.isfinite, scores.nats)) for scores in (test, general)):
+            ending, test, general = "diverged", None, None
         shutil.rmtree(watch.folder / CHECKPOINTS, ignore_errors=True)  # once nothing can need them
         return Trial(self.arm, self.lr, self.seed, steps, curve, ending, test, general, name)
 
@@ -77,11 +85,6 @@ class TrialJob:
             if done.steps >= plan.steps:
                 return watch.verdict() or "finished", done.steps
         return watch.verdict() or "finished", max(step for step, _ in watch.curve())
-
-    def _scores(self, bench: Bench, name: str, ending: Ending) -> tuple[Scores | None, Scores | None]:
-        if not self.judged or ending != "finished":
-            return None, None
-        return bench.scored(f"{name}/{ADAPTER}")
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
@@ -112,8 +115,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
 
     def verdict(self) -> Ending | None:
         """Why the run has to stop; None if it does not."""
-        found = why_ended(self.curve(), self.steps, self.job.rival)
-        return found if found != "hopeless" or not self.job.judged else None
+        curve = self.curve()
+        if self.job.judged:
+            return None if is_finite(curve) else "diverged"
+        return why_ended(curve, self.steps, self.job.rival)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tell(1)

@@ -1,0 +1,260 @@
+"""Whole comparisons: the search, the rows that no choice sees, kills, signals, budgets, workers, costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorary.adapters import load_adapter
+from lorary.analysis.comparison import store
+from lorary.analysis.comparison.record import Arm, Comparison
+from lorary.train.compare.bench import Bench, spread
+from lorary.train.compare.compare import compare
+from lorary.train.compare.request import Request, make_request
+from lorary.train.compare.search import best_trial, next_outward
+from lorary.train.config.load import from_dict
+from tests.train.compare.tiny import LORA, compared, quick, timeless, tree
+from tests.train.resume.processes import child
+from tests.train.tasks import LABELLED, saved
+from tests.train.tasks import rows as rows_file
+
+DORA = Arm("dora", {"name": "dora", "r": 2}, (1e-3, 1e-2, 3e-2))
+BAD = Arm("lora, its rate ÷ 100", {"name": "lora", "r": 2}, (1e-5, 1e-4, 3e-4))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def words(place: Path) -> dict[str, Any]:
+    return tree(place)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, words: dict[str, Any]) -> Comparison:
+    """Plain LoRA and a planted worse one."""
+    return compared(words, place, LORA, BAD)
+
+
+def test_every_arm_gets_the_same_search_and_its_best_rate_is_judged(whole: Comparison) -> None:
+    for arm in whole.arms:
+        search = [trial for trial in whole.of(arm.name) if trial.seed == 42]
+        judged = [trial for trial in whole.of(arm.name) if trial.seed != 42]
+        assert {trial.lr for trial in search} == set(arm.rates)
+        assert all(trial.test is None and trial.general is None for trial in search)
+        best = best_trial(search)
+        assert best is not None
+        assert [(trial.lr, trial.seed, trial.steps, trial.ending) for trial in judged] == [(best.lr, 43, 6, "finished")]
+        assert all(trial.curve[0][0] == 0 and trial.curve[0][1] == whole.trials[0].curve[0][1] for trial in search)
+
+
+def test_the_planted_worse_method_is_found(whole: Comparison) -> None:
+    good, bad = (next(t.test for t in whole.of(name) if t.test) for name in ("lora", BAD.name))
+    assert whole.base_test is not None
+    assert good.loss < bad.loss - 0.05
+    assert good.tokens == bad.tokens == whole.base_test.tokens
+    assert bad.loss < whole.base_test.loss
+
+
+def test_a_hopeless_rate_stops_after_a_third(whole: Comparison) -> None:
+    """1e-3 makes no half of the progress of 1e-2, the centre; nothing was scored or saved twice."""
+    slow = next(trial for trial in whole.of("lora") if trial.lr == 1e-3)
+    assert (slow.ending, slow.steps, [step for step, _ in slow.curve]) == ("hopeless", 2, [0, 1, 2])
+
+
+def test_the_costs(whole: Comparison, place: Path) -> None:
+    cost = whole.costs["lora"]
+    folder = place / "comparison" / next(trial.folder for trial in whole.of("lora") if trial.test) / "adapter"
+    assert cost.trained == sum(t.numel() for site in load_adapter(folder).tensors.values() for t in site.values())
+    assert cost.file_bytes >= cost.trained * 4
+    assert len(cost.step_seconds) == 12
+    assert cost.peak_bytes > 4 * cost.trained
+    assert cost.merge == "to rounding"
+    assert cost.engines["peft"] == cost.engines["vllm"] == ""
+    assert cost.context == 0
+    assert whole.costs[BAD.name].trained == cost.trained
+
+
+def test_what_is_needed_to_repeat_it_is_recorded(whole: Comparison, place: Path) -> None:
+    s = whole.settings
+    assert (s["steps"], s["search_seed"], s["judged_seeds"]) == (6, 42, [43])
+    assert s["rows"] == {"training": 12, "validation": 6, "test": 6, "general": 6}
+    assert len({*s["digests"].values()}) == 4
+    assert "torch" in s["environment"]["packages"]
+    assert store.read(place / "comparison" / "comparison.json") == whole
+
+
+def test_called_again_nothing_is_trained(whole: Comparison, place: Path, words: dict[str, Any]) -> None:
+    runs = place / "comparison" / "runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    again = compared(words, place, LORA, BAD)
+    assert timeless(again) == timeless(whole)
+    assert again.costs == whole.costs
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("step", [5, 11, 22])
+def test_killed_and_started_again_it_equals_one_that_is_not(
+    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path, step: int
+) -> None:
+    """Killed in the first run, in the second stage of the search, and in a judged run; the rest is not repeated."""
+    done = []
+
+    def kill(**told: Any) -> None:
+        if told.get("completed") == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(**told: Any) -> None:
+        done.extend([told["completed"]] if "completed" in told else [])
+
+    request = from_dict(words), (LORA, BAD), quick(place), tmp_path / "comparison"
+    pid = child(lambda: compare(*request, progress=kill))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    again = compare(*request, progress=work)
+    assert timeless(again) == timeless(whole)
+    assert done[-1] < 32 - step + 4  # at most a checkpoint's steps are done twice
+
+
+def test_a_signal_stops_it_cleanly_and_says_so(
+    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    def stop(**told: Any) -> None:
+        if told.get("completed") == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    request = from_dict(words), (LORA, BAD), quick(place), tmp_path / "comparison"
+    partial = compare(*request, progress=stop)
+    why = "stopped: signal 15; called again, the comparison goes on"
+    assert partial.left_out == {"lora": why, BAD.name: why}
+    assert len(partial.trials) == 1
+    assert timeless(compare(*request)) == timeless(whole)
+
+
+def test_two_processes_give_the_same_numbers(
+    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    settings = quick(place, workers=2)
+    found = compare(from_dict(words), (LORA, BAD), settings, tmp_path / "comparison")
+    assert found.trials == whole.trials
+    assert (found.base_test, found.arms) == (whole.base_test, whole.arms)
+
+
+def test_test_rows_are_never_used_in_choosing(whole: Comparison, words: dict[str, Any], tmp_path: Path) -> None:
+    """Other test rows, planted so that a choice by them would be another one, change nothing but the test scores."""
+    lines = (Path(words["data"]["train"])).read_text().splitlines()
+    request = make_request(from_dict(words), (LORA, BAD), quick(tmp_path), tmp_path)
+    held_out = Bench(request).held_out
+    tokens = [row["input_ids"] for row in held_out.test]
+    planted = []
+    for line in lines:
+        row = json.loads(line)
+        text = Bench(request).any_plan.tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        is_test = any(ids[: len(text)] == text for ids in tokens)
+        planted.append({**row, "completion": " the the the"} if is_test else row)
+    assert sum(a != json.loads(b) for a, b in zip(planted, lines, strict=True)) == len(tokens)
+    general = (tmp_path / "general.jsonl")
+    general.write_text(json.dumps({"text": "hello world"}) + "\n")
+    path = rows_file(tmp_path, planted)
+    other = compared(words | {"data": words["data"] | {"train": path}}, tmp_path, LORA, BAD)
+    assert other.settings["digests"]["test"] != whole.settings["digests"]["test"]
+    for key in ("training", "validation"):
+        assert other.settings["digests"][key] == whole.settings["digests"][key]
+    runs = [dataclasses.replace(trial, test=None, general=None) for trial in other.trials]
+    assert runs == [dataclasses.replace(trial, test=None, general=None) for trial in whole.trials]
+    assert [t.test for t in other.trials if t.test] != [t.test for t in whole.trials if t.test]
+
+
+def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    arm = dataclasses.replace(LORA, rates=(1e-4, 1e-3, 1e-2))
+    settings = quick(place, outward=2, halving=False, spacing=4.0)
+    found = compare(from_dict(words), (arm,), settings, tmp_path / "comparison")
+    search = [trial for trial in found.trials if trial.seed == 42]
+    assert found.arms[0].rates == tuple(sorted(trial.lr for trial in search))
+    assert 1e-2 < found.arms[0].rates[-1] <= 0.16
+    first = [trial for trial in search if trial.lr <= 1e-2]
+    assert next_outward(first, 4.0) == 0.04
+    assert {trial.ending for trial in search} == {"finished"}  # without halving
+
+
+def test_a_rate_that_is_much_too_high_diverges_and_is_not_chosen(
+    words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    arm = dataclasses.replace(LORA, rates=(1e-2, 1.0))
+    words = words | {"training": words["training"] | {"optimizer": "sgd", "max_grad_norm": 0, "lr": 1.0}}
+    arm = dataclasses.replace(arm, method={**arm.method, "alpha": 1e6})
+    found = compare(from_dict(words), (arm,), quick(place), tmp_path / "comparison")
+    assert [trial.ending for trial in found.trials] == ["diverged", "diverged"]
+    assert found.left_out == {"lora": "every rate has diverged"}
+    assert found.costs == {}
+
+
+def test_a_budget_is_kept_and_what_it_leaves_out_is_said(
+    words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Planned seconds are the machine's: a budget of an hour holds everything, one of a second nothing."""
+    request = from_dict(words), (LORA,), quick(place, budget=3600.0), tmp_path / "comparison"
+    found = compare(*request)
+    assert found.left_out == {}
+    assert set(found.settings["timings"]) == {"lora"}
+    assert 0 < found.settings["planned_seconds"] < 3600
+    assert found.settings["seconds"] > 0
+
+
+def test_classification_is_compared_by_the_scores_of_labels(tmp_path: Path) -> None:
+    data = {"train": rows_file(tmp_path, LABELLED), "validation_split": 0.5, "max_length": 32}
+    training = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 1}
+    words = {"model": saved(tmp_path, "BertModel"), "task": "classification", "data": data, "training": training}
+    arms = Arm("lora", {"name": "lora", "r": 2}, (3e-3, 1e-2)), Arm("bitfit", {"name": "bitfit"}, (1e-2,))
+    found = compared(words, tmp_path, *arms, settings=quick(tmp_path))
+    assert (found.task, found.base_test, found.base_general) == ("classification", None, None)
+    for name in ("lora", "bitfit"):
+        judged = [trial for trial in found.of(name) if trial.test is not None]
+        assert len(judged) == 1
+        scores = judged[0].test
+        assert scores is not None
+        assert scores.tokens == (1,) * len(scores.nats)
+        assert 0 <= scores.accuracy <= 1
+        assert judged[0].general is None
+        assert found.costs[name].peak_bytes > 0
+
+
+@pytest.fixture
+def request_of(words: dict[str, Any], place: Path) -> Any:
+    def made(*arms: Arm, **settings: Any) -> Request:
+        return make_request(from_dict(words), arms, quick(place, **settings), place / "elsewhere")
+
+    return made
+
+
+def test_the_centre_of_an_arm_is_its_own_and_follows_the_configuration(words: dict[str, Any], place: Path) -> None:
+    """The configuration's LoRA trains at 1e-3, five times its default of 2e-4: so do all others."""
+    arms = Arm("lora", {"name": "lora"}, ()), Arm("full", {"name": "full"}, ()), Arm("vera", {"name": "vera"}, ())
+    given = make_request(from_dict(words), arms, quick(place), place / "elsewhere")
+    plain = words | {"training": {k: v for k, v in words["training"].items() if k != "lr"}}
+    own = make_request(from_dict(plain), arms, quick(place), place / "elsewhere")
+    middle = [[arm.rates[1] for arm in request.arms] for request in (given, own)]
+    assert middle[1][:2] == [2e-4, 2e-5]
+    assert middle[0] == pytest.approx([5 * rate for rate in middle[1]])
+    assert all(len(arm.rates) == 3 for arm in own.arms)
+
+
+def test_held_out_rows_are_divided_by_examples(request_of: Any) -> None:
+    held_out = Bench(request_of(LORA)).held_out
+    validation, test = ([tuple(row["input_ids"]) for row in rows] for rows in (held_out.validation.rows, held_out.test))
+    assert len(validation) == len(test) == 6
+    assert not set(validation) & set(test)
+
+
+def test_no_more_rows_than_asked_for(request_of: Any) -> None:
+    held_out = Bench(request_of(LORA, validation_rows=2, test_rows=3, general_rows=1)).held_out
+    assert [len(rows) for rows in (held_out.validation.rows, held_out.test, held_out.general)] == [2, 3, 1]
+    assert spread(range(10), 4) == [0, 2, 5, 7]
+    assert spread("abc", 5) == ["a", "b", "c"]

@@ -1,0 +1,252 @@
+"""Requests that cannot be compared: each is refused with all of its reasons, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorary.analysis.comparison.record import Arm
+from lorary.errors import ConfigError, DataError, LoraryError
+from lorary.train.compare.compare import compare
+from lorary.train.compare.settings import Settings
+from lorary.train.config.load import from_dict
+from tests.train.compare.tiny import LORA, quick, tree
+
+RATES = (1e-3,)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("requests")
+
+
+@pytest.fixture(scope="module")
+def words(place: Path) -> dict[str, Any]:
+    return tree(place)
+
+
+def refused(words: dict[str, Any], arms: Any, place: Path, folder: Path, **settings: Any) -> str:
+    """The error, after a look that nothing was written."""
+    with pytest.raises(LoraryError) as error:
+        compare(from_dict(words), arms, quick(place, **settings), folder)
+    assert not folder.exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        ((), "cannot compare:\n  - arms: there are none\n      hint: name at least one method"),
+        (("lora",), "cannot compare:\n  - arms[0]: 'lora' is not an Arm"),
+        (
+            (LORA, LORA),
+            "cannot compare:\n  - arms: 2 are named 'lora'\n      hint: give each a name of its own",
+        ),
+        (
+            (Arm(" \n", {"name": "lora"}, RATES), Arm("x" * 201, {"name": "lora"}, RATES)),
+            "cannot compare:\n"
+            "  - arms: ' \\n' is not a name\n      hint: use printable characters, at most 200\n"
+            f"  - arms: {'x' * 201!r} is not a name\n      hint: use printable characters, at most 200",
+        ),
+        (
+            (Arm("lora", {"name": "lora"}, (0.1, float("nan"))), Arm("dora", {"name": "dora"}, (0.1, 2.0))),
+            "cannot compare:\n"
+            "  - lora: rates: are [0.1, nan]\n      hint: use numbers above 0 and at most 1\n"
+            "  - dora: rates: are [0.1, 2.0]\n      hint: use numbers above 0 and at most 1",
+        ),
+        (
+            (Arm("lora", {"name": "lora"}, (0.1, 0.01)),),
+            "cannot compare:\n  - lora: rates: are [0.1, 0.01]\n      hint: let them rise, each once",
+        ),
+    ],
+)
+def test_arms_that_are_none(
+    words: dict[str, Any], place: Path, tmp_path: Path, arms: Any, sentence: str
+) -> None:
+    assert refused(words, arms, place, tmp_path / "new") == sentence
+
+
+def test_the_methods_of_all_arms_are_checked_at_once(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    arms = (
+        Arm("one", {"name": "lorra"}, RATES),
+        Arm("two", {"name": "dora", "rank": "many"}, RATES),
+        LORA,
+        Arm("three", {"name": "lora", "targets": "nowhere"}, RATES),
+    )
+    found = refused(words, arms, place, tmp_path / "new")
+    assert found.startswith("cannot compare:\n  - one: method.name: ")
+    assert "did you mean" in found
+    assert "  - two: method." in found
+    assert "three" not in found  # its layers are looked for once the methods are valid
+    found = refused(words, arms[2:], place, tmp_path / "new")
+    assert found.startswith("cannot compare:\n  - three: ")
+    assert "nowhere" in found
+
+
+def test_a_method_that_this_model_cannot_train_is_refused_by_its_name(
+    words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    found = refused(words, (LORA, Arm("biases", {"name": "bitfit"}, RATES)), place, tmp_path / "new")
+    assert found.startswith("cannot compare:\n  - biases: ")
+    assert "bias" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        (
+            {"task": "dpo"},
+            "  - task: is `dpo`, whose loss is not scored row by row\n      hint: use sft or classification",
+        ),
+        (
+            {"training": {"max_steps": 6, "early_stopping_patience": 2}},
+            "  - training.early_stopping_patience: all methods take the same number of steps, and are judged after the "
+            "last\n      hint: remove it",
+        ),
+        (
+            {"model": {"id": "MODEL", "adapter": "somewhere"}},
+            "  - model.adapter: an adapter to go on from brings its method, and there would be nothing to compare\n"
+            "      hint: remove it",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be_compared(
+    words: dict[str, Any], place: Path, tmp_path: Path, changes: dict[str, Any], reasons: str
+) -> None:
+    if "model" in changes:
+        changes = {"model": changes["model"] | {"id": words["model"]}}
+    assert refused(words | changes, (LORA,), place, tmp_path / "new") == f"cannot compare:\n{reasons}"
+
+
+def test_without_held_out_rows_nothing_can_be_chosen(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    data = {k: v for k, v in words["data"].items() if k != "validation_split"}
+    words = words | {"data": data, "training": {"max_steps": 6}}
+    assert refused(words, (LORA,), place, tmp_path / "new") == (
+        "cannot compare:\n"
+        "  - data.validation: no rows are held out, on which rates are chosen and methods judged\n"
+        "      hint: set data.validation or data.validation_split"
+    )
+
+
+def test_too_few_held_out_rows(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    words = words | {"data": words["data"] | {"validation_split": 0.1}}
+    with pytest.raises(DataError) as error:
+        compare(from_dict(words), (LORA,), quick(place), tmp_path / "new")
+    assert str(error.value) == (
+        "there are too few held-out rows:\n"
+        "  - data.validation: 1 of them can be chosen on, and 1 judged on\n      hint: hold out more"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_reference_that_is_no_arm(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    found = refused(words, (LORA,), place, tmp_path / "new", reference="lorra", match="parameters")
+    assert found == "cannot compare:\n  - reference: there is no arm 'lorra'\n      hint: did you mean `lora`?"
+
+
+def test_general_text_that_is_not_there(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    found = refused(words, (LORA,), place, tmp_path / "new", general=(str(tmp_path / "nothing.jsonl"),))
+    assert "nothing.jsonl" in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({"rates": 2}, "  - rates: is 2\n      hint: use an odd number: a centre, and as many on each side"),
+        ({"rates": 0}, "  - rates: is 0\n      hint: use a whole number of at least 1"),
+        ({"rates": True}, "  - rates: is True\n      hint: use a whole number of at least 1"),
+        ({"seeds": 0, "workers": 0.5}, "  - seeds: is 0\n      hint: use a whole number of at least 1\n"
+         "  - workers: is 0.5\n      hint: use a whole number of at least 1"),
+        ({"spacing": 1.0}, "  - spacing: is 1.0\n      hint: use a factor from 1.1 to 1000"),
+        ({"spacing": float("nan")}, "  - spacing: is nan\n      hint: use a factor from 1.1 to 1000"),
+        ({"budget": -1}, "  - budget: is -1\n      hint: use a number of seconds above 0, or None"),
+        ({"budget": "20min"}, "  - budget: is '20min'\n      hint: use a number of seconds above 0, or None"),
+        ({"match": "bytes"}, "  - match: is 'bytes'\n      hint: use rank or parameters"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(settings: dict[str, Any], reasons: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Settings(**settings)
+    assert str(error.value) == f"invalid settings of a comparison:\n{reasons}"
+
+
+def test_a_folder_of_something_else_is_left_alone(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError) as error:
+            compare(from_dict(words), (LORA,), quick(place), tmp_path, overwrite=overwrite)
+        assert str(error.value) == (
+            f"cannot compare in {str(tmp_path)!r}:\n"
+            "  - folder: holds files of something else: notes.txt\n"
+            "      hint: it has no comparison.json; name another folder"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_no_folder(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="folder: is a file"):
+        compare(from_dict(words), (LORA,), quick(place), path, overwrite=True)
+    assert path.read_text() == "mine"
+
+
+class _Halt(Exception):
+    pass
+
+
+def test_another_comparison_in_the_folder_is_named_by_what_differs(
+    words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Unless it is to be overwritten. The budget and the number of processes may differ."""
+
+    def halt(**_: Any) -> None:
+        raise _Halt
+
+    with pytest.raises(_Halt):
+        compare(from_dict(words), (LORA,), quick(place), tmp_path / "c", progress=halt)
+    path = tmp_path / "c" / "comparison.json"
+    before = path.read_bytes()
+    other = Arm("lora", {"name": "lora", "r": 4}, LORA.rates)
+    with pytest.raises(ConfigError) as error:
+        compare(from_dict(words), (other,), quick(place, seeds=2), tmp_path / "c")
+    fix = "      hint: repeat the request that it was begun with, pass overwrite, or name another folder"
+    assert str(error.value) == (
+        "the folder holds another comparison:\n"
+        f"  - arms.lora.method.r: 2 in the folder, 4 here\n{fix}\n"
+        f"  - settings.seeds: 1 in the folder, 2 here\n{fix}"
+    )
+    assert path.read_bytes() == before
+    with pytest.raises(_Halt):
+        compare(from_dict(words), (LORA,), quick(place, workers=2, budget=1e4), tmp_path / "c", progress=halt)
+    with pytest.raises(_Halt):
+        compare(from_dict(words), (other,), quick(place), tmp_path / "c", progress=halt, overwrite=True)
+    assert json.loads(path.read_text())["settings"]["request"]["arms"]["lora"]["method"]["r"] == 4
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"trials": 1}'])
+def test_a_damaged_record_is_refused_and_kept(
+    words: dict[str, Any], place: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(LoraryError) as error:
+        compare(from_dict(words), (LORA,), quick(place), tmp_path)
+    assert "comparison.json" in str(error.value)
+    assert (tmp_path / "comparison.json").read_text() == text
+
+
+def test_a_name_is_no_path(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    from lorary.train.compare.bench import run_name
+    from lorary.train.compare.request import make_request
+
+    names = ("../../up", "/etc", "..", "a b/c\\d", "lora", "日本")
+    arms = [Arm(name, {"name": "lora"}, RATES) for name in names]
+    request = make_request(from_dict(words), arms, quick(place), tmp_path)
+    found = [run_name(request, name, 1e-3, 7) for name in names]
+    assert found == [
+        f"runs/{number}/lr-0.001-seed-7"
+        for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
+    ]
