@@ -17,18 +17,20 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.files.home import expanded
 from lorary.train.compare.arms import fitted_arms
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.course import Course
-from lorary.train.compare.ledger import Ledger
-from lorary.train.compare.request import make_request
+from lorary.train.compare.ledger import FILE, Ledger, check_folder
+from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config
 from lorary.train.trainer.environment import environment
@@ -66,14 +68,86 @@ def compare(
         DataError: the data cannot be read, or has too few held-out rows.
         LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
+    ready = prepare_comparison(config, arms, settings or Settings(), folder, overwrite=overwrite)
+    return run_comparison(ready, progress).comparison
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A comparison before its first run.
+
+    Args:
+        asked: as it was asked for.
+        request: with the ranks of its arms, and the steps of a run.
+        bench: its rows.
+        overwrite: whether the comparison in the folder is removed first.
+        start: when it was begun, in seconds since the epoch.
+    """
+
+    asked: Request
+    request: Request
+    bench: Bench
+    overwrite: bool
+    start: float
+
+    @property
+    def training_rows(self) -> int:
+        """The number of rows to train on."""
+        return len(self.bench.any_plan.train.rows)
+
+    @property
+    def runs(self) -> int:
+        """The number of runs, without further rates outwards."""
+        return sum(len(arm.rates) + self.request.settings.seeds for arm in self.request.arms)
+
+    @property
+    def runs_done(self) -> int:
+        """The number of runs that an earlier call has done."""
+        file = self.request.folder / FILE
+        return 0 if self.overwrite or not file.is_file() else len(store.read(file).trials)
+
+    @property
+    def steps_to_do(self) -> int:
+        """Optimizer steps of the runs that are left."""
+        return max(self.runs - self.runs_done, 0) * self.request.steps
+
+
+@dataclass(frozen=True)
+class Done:
+    """The outcome of a comparison.
+
+    Args:
+        comparison: what has been measured.
+        signal: the number of the signal that stopped it; 0 if none did.
+    """
+
+    comparison: Comparison
+    signal: int
+
+
+def prepare_comparison(
+    config: Config,
+    arms: Sequence[Arm],
+    settings: Settings,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Ready:
+    """A comparison with its rows read and its methods planned; nothing is written. Arguments and errors of `compare`."""
     transformers.logging.set_verbosity_error()
     start = time.time()
-    asked = make_request(config, arms, settings or Settings(), expanded(folder).absolute())
+    asked = make_request(config, arms, settings, expanded(folder).absolute())
+    check_folder(asked, overwrite)
     run = Bench(asked).any_plan
     request = fitted_arms(dataclasses.replace(asked, steps=run.steps), run)
-    bench = Bench(request)
-    with Ledger.opened(request, asked, _facts(bench), overwrite) as ledger:
-        return Course(request, bench, ledger, progress, start).run()
+    return Ready(asked, request, Bench(request), overwrite, start)
+
+
+def run_comparison(ready: Ready, progress: Callable[..., Any] = lambda **_: None) -> Done:
+    """Run a comparison, or go on with it. Arguments and errors of `compare`."""
+    with Ledger.opened(ready.request, ready.asked, _facts(ready.bench), ready.overwrite) as ledger:
+        course = Course(ready.request, ready.bench, ledger, progress, ready.start)
+        return Done(course.run(), course.signal)
 
 
 def _facts(bench: Bench) -> dict[str, Any]:

@@ -46,10 +46,10 @@ class Ledger:
             StateError: another process uses it.
         """
         path = request.folder
-        _check(request, asked, overwrite)
+        check_folder(asked, overwrite)
         path.mkdir(parents=True, exist_ok=True)
         with RunFolder(path).locked():
-            _check(request, asked, overwrite)
+            check_folder(asked, overwrite)
             remove_stale(path)
             if overwrite:
                 shutil.rmtree(path / RUNS, ignore_errors=True)
@@ -86,13 +86,13 @@ def identity(asked: Request) -> dict[str, Any]:
     return plain
 
 
-def _check(request: Request, asked: Request, overwrite: bool) -> None:
+def check_folder(asked: Request, overwrite: bool) -> None:
     """Refuse a folder that this comparison may not write to.
 
     Raises:
         ConfigError: every reason.
     """
-    path, headline = request.folder, f"cannot compare in {str(request.folder)!r}:"
+    path, headline = asked.folder, f"cannot compare in {str(asked.folder)!r}:"
     if path.exists() and not path.is_dir():
         raise ConfigError(headline, [Diagnostic("folder", "is a file", "name a folder")])
     names = sorted({entry.name for entry in path.iterdir()} - {*LOCKS}) if path.is_dir() else []

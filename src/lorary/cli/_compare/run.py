@@ -1,0 +1,68 @@
+"""The course of `lorary compare`: what will be run, the runs, the results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import typer
+
+from lorary.analysis.comparison import store
+from lorary.cli._compare.announcement import print_announcement
+from lorary.cli._compare.options import Options
+from lorary.cli._compare.progress import steps_bar
+from lorary.cli._compare.results import print_results
+from lorary.cli._logging import logging_to_stderr
+from lorary.cli._notes import print_notes
+from lorary.train.compare.asked import Asked, from_config, from_folder
+from lorary.train.compare.compare import prepare_comparison, run_comparison
+from lorary.train.compare.ledger import FILE
+from lorary.train.config.compare_section import seconds
+from lorary.train.config.load import load
+
+
+def start(source: Path, options: Options, *, as_json: bool, quiet: bool) -> None:
+    """Compare what a configuration asks for, or go on with it."""
+    config = load(source, options.sets, options.flags)
+    print_notes(config.notes)
+    _run(from_config(config), options.folder, options.switches, as_json=as_json, quiet=quiet)
+
+
+def go_on(folder: Path, options: Options, *, as_json: bool, quiet: bool) -> None:
+    """Go on with the comparison in a folder, within a new budget if there is one."""
+    changes = {}
+    if "--budget" in options.values:
+        changes["budget"] = seconds(options.values["--budget"])
+    if "--workers" in options.values:
+        changes["workers"] = int(options.values["--workers"])
+    _run(from_folder(folder, **changes), folder, {}, as_json=as_json, quiet=quiet)
+
+
+def show(folder: Path, reference: str | None, *, as_json: bool) -> None:
+    """Print the results of a comparison, as far as it has come."""
+    print_results(store.read(folder / FILE), folder, reference, as_json=as_json, again=True)
+
+
+def _run(asked: Asked, folder: Path, switches: Mapping[str, bool], *, as_json: bool, quiet: bool) -> None:
+    with logging_to_stderr(quiet):
+        overwrite = switches.get("--overwrite", False)
+        ready = prepare_comparison(asked.config, asked.arms, asked.settings, folder, overwrite=overwrite)
+        dry_run = switches.get("--dry-run", False)
+        if dry_run or not quiet:
+            print_announcement(ready, stderr=not dry_run)
+        if dry_run:
+            return
+        try:
+            with steps_bar(ready, quiet=quiet) as progress:
+                done = run_comparison(ready, progress)
+        except KeyboardInterrupt:
+            _stopped(folder, 2)
+    if done.signal:
+        _stopped(folder, done.signal)
+    print_results(done.comparison, folder, None, as_json=as_json)
+
+
+def _stopped(folder: Path, signal: int) -> None:
+    """Say that a comparison has been stopped, and how it goes on; end the program."""
+    print_notes([f"stopped; the same command goes on, and so does: lorary compare {folder} --resume"])
+    raise typer.Exit(128 + signal)
