@@ -17,8 +17,7 @@ from lorary.cli._notes import print_notes
 from lorary.train.compare.asked import Asked, from_config, from_folder
 from lorary.train.compare.compare import prepare_comparison, run_comparison
 from lorary.train.compare.ledger import FILE
-from lorary.train.config.compare_section import seconds
-from lorary.train.config.load import load
+from lorary.train.config.load import from_dict, load
 
 
 def start(source: Path, options: Options, *, as_json: bool, quiet: bool) -> None:
@@ -30,11 +29,9 @@ def start(source: Path, options: Options, *, as_json: bool, quiet: bool) -> None
 
 def go_on(folder: Path, options: Options, *, as_json: bool, quiet: bool) -> None:
     """Go on with the comparison in a folder, within a new budget if there is one."""
-    changes = {}
-    if "--budget" in options.values:
-        changes["budget"] = seconds(options.values["--budget"])
-    if "--workers" in options.values:
-        changes["workers"] = int(options.values["--workers"])
+    least = {"model": "builtin:base", "data": "builtin:docstrings"}
+    asked = from_dict(least, (), options.flags).compare  # its options are keys of a configuration
+    changes = {key: getattr(asked, key) for key in asked.model_fields_set}
     _run(from_folder(folder, **changes), folder, {}, as_json=as_json, quiet=quiet)
 
 

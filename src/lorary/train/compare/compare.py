@@ -25,12 +25,14 @@ import transformers
 
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
+from lorary.errors import ConfigError, not_a
 from lorary.files.home import expanded
 from lorary.train.compare.arms import fitted_arms
+from lorary.train.compare.asked import Asked, from_config
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.course import Course
 from lorary.train.compare.ledger import FILE, Ledger, check_folder
-from lorary.train.compare.request import Request, make_request
+from lorary.train.compare.request import HEADLINE, Request, make_request
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config
 from lorary.train.trainer.environment import environment
@@ -38,7 +40,7 @@ from lorary.train.trainer.environment import environment
 
 def compare(
     config: Config,
-    arms: Sequence[Arm],
+    arms: Sequence[Arm] | None = None,
     settings: Settings | None = None,
     folder: str | os.PathLike[str] = "comparison",
     *,
@@ -51,8 +53,9 @@ def compare(
         config: of all runs: model, data, training. Of its `method` only the targets count, for all arms that have none
             of their own. A `training.lr` moves the centre of every arm by the factor by which it differs from the
             default of that method.
-        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default.
-        settings: of the comparison.
+        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those of
+            the section `compare` of the configuration.
+        settings: of the comparison; None: those of this section, or the defaults if there are arms.
         folder: of the comparison: a run folder for each run, and the record of those that have ended. Called again
             with the same request, the comparison goes on there, after a kill too.
         progress: called with keywords of Rich's `Progress.update`: `total` and `completed`, in optimizer steps, and
@@ -68,7 +71,10 @@ def compare(
         DataError: the data cannot be read, or has too few held-out rows.
         LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
-    ready = prepare_comparison(config, arms, settings or Settings(), folder, overwrite=overwrite)
+    if problems := not_a(Config, "a Config: `lorary.train.config.load` reads one", config=config):
+        raise ConfigError(HEADLINE, problems)
+    asked = from_config(config) if arms is None else Asked(config, tuple(arms), Settings())
+    ready = prepare_comparison(config, asked.arms, settings or asked.settings, folder, overwrite=overwrite)
     return run_comparison(ready, progress).comparison
 
 
