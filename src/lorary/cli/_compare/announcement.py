@@ -52,7 +52,7 @@ def _lines(ready: Ready) -> Iterator[str]:
         f"{seeds} more{_outward(ready)}{_done(ready)}"
     )
     if settings.budget is not None:
-        yield f"budget    {_duration(settings.budget)}; the first steps of each method tell what fits"
+        yield f"budget    {duration(settings.budget)}; the first steps of each method tell what fits"
 
 
 def _outward(ready: Ready) -> str:
@@ -75,10 +75,10 @@ def _notes(ready: Ready) -> Iterator[str]:
         yield f"note      no rate above {HIGHEST:g} is tried: {', '.join(cut)}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds in words.
 
-    >>> _duration(5400), _duration(1200), _duration(45)
+    >>> duration(5400), duration(1200), duration(45)
     ('1 h 30 min', '20 min', '45 s')
     """
     hours, rest = divmod(round(seconds), 3600)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -41,25 +43,24 @@ def show(folder: Path, reference: str | None, *, as_json: bool) -> None:
 
 
 def _run(asked: Asked, folder: Path, switches: Mapping[str, bool], *, as_json: bool, quiet: bool) -> None:
+    dry_run, overwrite = (switches.get(name, False) for name in ("--dry-run", "--overwrite"))
     with logging_to_stderr(quiet):
-        overwrite = switches.get("--overwrite", False)
         ready = prepare_comparison(asked.config, asked.arms, asked.settings, folder, overwrite=overwrite)
-        dry_run = switches.get("--dry-run", False)
-        if dry_run or not quiet:
-            print_announcement(ready, stderr=not dry_run)
-        if dry_run:
-            return
-        try:
-            with steps_bar(ready, quiet=quiet) as progress:
-                done = run_comparison(ready, progress)
-        except KeyboardInterrupt:
-            _stopped(folder, 2)
+    if dry_run or not quiet:
+        print_announcement(ready, stderr=not dry_run)
+    if dry_run:
+        return
+    try:
+        with steps_bar(ready, quiet=quiet) as progress, logging_to_stderr(quiet):
+            done = run_comparison(ready, progress)
+    except KeyboardInterrupt:  # between two runs
+        _stopped(folder, signal.SIGINT)
     if done.signal:
         _stopped(folder, done.signal)
     print_results(done.comparison, folder, None, as_json=as_json)
 
 
-def _stopped(folder: Path, signal: int) -> None:
+def _stopped(folder: Path, number: int) -> NoReturn:
     """Say that a comparison has been stopped, and how it goes on; end the program."""
     print_notes([f"stopped; the same command goes on, and so does: lorary compare {folder} --resume"])
-    raise typer.Exit(128 + signal)
+    raise typer.Exit(128 + number)
