@@ -53,7 +53,7 @@ class Request:
         if self.steps:
             every = evaluation_steps(self.steps)
             training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
-        tree = self.config.model_dump(mode="json", exclude_unset=True)
+        tree = self.config.model_dump(mode="json", exclude_unset=True, exclude={"compare"})
         tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
         tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}
         found, shared = from_dict(tree), self.config.method.targets
@@ -72,7 +72,7 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
     if problems:
         raise ConfigError(HEADLINE, problems)
     data = config.data
-    if data.validation_split and data.seed is None:  # the same rows for every seed of a run
+    if data.draws_rows and data.seed is None:  # the same rows for every seed of a run
         config = config.model_copy(update={"data": data.model_copy(update={"seed": config.training.seed})})
     request = Request(config.with_absolute_paths(), tuple(arms), settings, folder)
     configs = each_arm(request.arms, request.config_of)

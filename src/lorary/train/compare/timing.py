@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench
-from lorary.train.compare.outcomes import Failure
+from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.step_memory import CountMemory
 
@@ -80,6 +80,8 @@ class TimingJob:
             counters = [counter] if plan.config.task == "classification" else []  # a run counts those of the others
             plan = plan if self.evaluates else replace(plan, held_out=None)
             done = run_prepared(plan, quiet=True, callbacks=[clock, *counters], report=False)
+            if done.interrupted:
+                raise Stopped(f"signal {done.interrupted}", done.interrupted)
         counted = done.step_memory.counted if done.step_memory else counter.counted
         spent = sum(clock.steps) + sum(clock.evaluations)
         return Timing(
