@@ -69,9 +69,7 @@ def test_a_comparison_from_its_announcement_to_its_page(command: Command, config
     assert lines[3].split() == ["slow", "lora", "r=2", "1e-06", "3e-06", "1e-05"]
     assert lines[5].startswith("data      ")
     assert lines[5].endswith(": 12 rows to train on, 6 to choose rates on, 6 to judge methods on, 6 of general text")
-    assert lines[6] == (
-        "runs      10 of 6 steps: every rate on one seed, and the best of each method on 2 seeds more"
-    )
+    assert lines[6] == ("runs      10 of 6 steps: every rate on one seed, and the best of each method on 2 seeds more")
 
     with interrupted_at(2, record):
         stopped = command("compare", "c.yaml", *ASKED)
@@ -159,7 +157,10 @@ def test_a_method_in_one_text(text: str, name: str, method: dict[str, object]) -
 
 def asked(compare: object, **sections: object) -> list[tuple[str, dict[str, object], tuple[float, ...]]]:
     least = {"model": "builtin:base", "data": {"train": "builtin:docstrings", "validation_split": 0.5}}
-    return [(a.name, dict(a.method), a.rates) for a in from_config(from_dict({**least, "compare": compare, **sections})).arms]
+    return [
+        (a.name, dict(a.method), a.rates)
+        for a in from_config(from_dict({**least, "compare": compare, **sections})).arms
+    ]
 
 
 def test_commas_separate_methods_but_not_inside_brackets() -> None:

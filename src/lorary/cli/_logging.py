@@ -9,12 +9,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def logging_to_stderr(quiet: bool) -> Iterator[None]:
-    """lorary's log messages on stderr, without the time; only warnings and errors if it is to be quiet."""
+def logging_to_stderr(quiet: bool, name: str = "lorary") -> Iterator[None]:
+    """lorary's log messages on stderr, without the time.
+
+    Args:
+        quiet: warnings and errors only.
+        name: of the part of lorary whose messages are meant.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("lorary")
+    logger = logging.getLogger(name)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

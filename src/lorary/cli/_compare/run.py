@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,20 +45,27 @@ def show(folder: Path, reference: str | None, *, as_json: bool) -> None:
 
 def _run(asked: Asked, folder: Path, switches: Mapping[str, bool], *, as_json: bool, quiet: bool) -> None:
     dry_run, overwrite = (switches.get(name, False) for name in ("--dry-run", "--overwrite"))
-    with logging_to_stderr(quiet):
+    with logging_to_stderr(quiet=True):
         ready = prepare_comparison(asked.config, asked.arms, asked.settings, folder, overwrite=overwrite)
     if dry_run or not quiet:
         print_announcement(ready, stderr=not dry_run)
     if dry_run:
         return
     try:
-        with steps_bar(ready, quiet=quiet) as progress, logging_to_stderr(quiet):
+        with steps_bar(ready, quiet=quiet) as progress, _logging(quiet):
             done = run_comparison(ready, progress)
     except KeyboardInterrupt:  # between two runs
         _stopped(folder, signal.SIGINT)
     if done.signal:
         _stopped(folder, done.signal)
     print_results(done.comparison, folder, None, as_json=as_json)
+
+
+@contextmanager
+def _logging(quiet: bool) -> Iterator[None]:
+    """The messages of the comparison, and only the warnings of its runs."""
+    with logging_to_stderr(quiet=True), logging_to_stderr(quiet, "lorary.train.compare"):
+        yield
 
 
 def _stopped(folder: Path, number: int) -> NoReturn:

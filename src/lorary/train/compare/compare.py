@@ -25,16 +25,17 @@ import transformers
 
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
-from lorary.errors import ConfigError, not_a
+from lorary.errors import ConfigError, PlanError, not_a
 from lorary.files.home import expanded
 from lorary.train.compare.arms import fitted_arms
 from lorary.train.compare.asked import Asked, from_config
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.course import Course
 from lorary.train.compare.ledger import FILE, Ledger, check_folder
-from lorary.train.compare.request import HEADLINE, Request, make_request
+from lorary.train.compare.request import HEADLINE, Request, each_arm, make_request
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config
+from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.environment import environment
 
 
@@ -144,9 +145,23 @@ def prepare_comparison(
     start = time.time()
     asked = make_request(config, arms, settings, expanded(folder).absolute())
     check_folder(asked, overwrite)
-    run = Bench(asked).any_plan
+    run = _plan_of_first(asked)
     request = fitted_arms(dataclasses.replace(asked, steps=run.steps), run)
     return Ready(asked, request, Bench(request), overwrite, start)
+
+
+def _plan_of_first(request: Request) -> RunPlan:
+    """The plan of the first arm.
+
+    Raises:
+        ConfigError: it cannot be planned on this model, and nor can some of the others; all reasons.
+    """
+    bench = Bench(request)
+    try:
+        return bench.plan(request.arms[0])
+    except PlanError:
+        each_arm(request.arms, bench.plan)
+        raise
 
 
 def run_comparison(ready: Ready, progress: Callable[..., Any] = lambda **_: None) -> Done:

@@ -25,7 +25,7 @@ from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
 from lorary.train.compare.workers import Workers
 
-_log = logging.getLogger("lorary.train")
+_log = logging.getLogger("lorary.train.compare")
 
 
 class Course:

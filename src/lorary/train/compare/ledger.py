@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lorary.analysis.comparison import store
@@ -47,8 +48,7 @@ class Ledger:
         """
         path = request.folder
         check_folder(asked, overwrite)
-        path.mkdir(parents=True, exist_ok=True)
-        with RunFolder(path).locked():
+        with _new_only_if_it_fits(path), RunFolder(path).locked():
             check_folder(asked, overwrite)
             remove_stale(path)
             if overwrite:
@@ -74,6 +74,19 @@ class Ledger:
     def note_settings(self, **settings: Any) -> None:
         """Write the record with further settings."""
         self.note(settings={**self.comparison.settings, **settings})
+
+
+@contextmanager
+def _new_only_if_it_fits(path: Path) -> Iterator[None]:
+    """A context in which a folder exists; a new one is removed if the request turns out to be refused."""
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ConfigError:
+        if is_new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def identity(asked: Request) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Diagnostic, did_you_mean, nearest
+from lorary.errors import Diagnostic, did_you_mean, nearest, suggestion
 from lorary.train.config._other_tools import (
     CANONICAL,
     CANONICAL_AT_TOP,
@@ -119,7 +119,12 @@ class _Translation:
             self._option(key, value, place)
         else:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key))
+            self._problem(place, what, HINTS.get(key) or _right_section(key) or self._nearest(section, key))
+
+    def _nearest(self, section: str, key: str) -> str:
+        """A hint for a mistyped key, which may be a preset's option."""
+        known = {*SECTIONS["method"], *self.options} if section == "method" else set()
+        return suggestion(key, known) or _nearest_key(section, key)
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:

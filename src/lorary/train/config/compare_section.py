@@ -30,7 +30,8 @@ def rates(value: Any) -> Any:
         return None
     listed = [_rate(item) for item in _split(value)] if isinstance(value, str | list | tuple) else [_rate(value)]
     if len(listed) < LEAST_RATES:
-        raise _problem("is no search", f"list at least {LEAST_RATES} learning rates, such as 1e-4, 3e-4, 1e-3")
+        what = f"has {len(listed)} learning rate{'s' if len(listed) > 1 else ''}, which is no search"
+        raise _problem(what, f"list at least {LEAST_RATES}, such as 1e-4, 3e-4, 1e-3")
     if any(a >= b for a, b in zip(listed, listed[1:], strict=False)):
         raise _problem(f"are {', '.join(f'{rate:g}' for rate in listed)}", "let them rise, each once")
     return tuple(listed)
@@ -132,7 +133,9 @@ def _texts(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-_Rates = Annotated[tuple[float, ...] | None, BeforeValidator(rates, json_schema_input_type=str | tuple[float, ...] | None)]
+_Rates = Annotated[
+    tuple[float, ...] | None, BeforeValidator(rates, json_schema_input_type=str | tuple[float, ...] | None)
+]
 
 
 class ArmSection(Section):
@@ -154,9 +157,9 @@ class CompareSection(Section):
     methods: Annotated[_Several, BeforeValidator(_arms, json_schema_input_type=str | _Several)] = Field(
         default=(), description="such as lora, dora, lora+, or a list of {name: wide, method: {name: lora, r: 64}}"
     )
-    rates: Annotated[
-        _NumberOrRates, BeforeValidator(number_or_rates, json_schema_input_type=str | _NumberOrRates)
-    ] = Field(default=3, description="learning rates of each method: their number, around its own, or a list")
+    rates: Annotated[_NumberOrRates, BeforeValidator(number_or_rates, json_schema_input_type=str | _NumberOrRates)] = (
+        Field(default=3, description="learning rates of each method: their number, around its own, or a list")
+    )
     spacing: Annotated[Number, Field(ge=1.1, le=1000)] = Field(
         default=10**0.5, description="factor between two of them"
     )
