@@ -42,10 +42,8 @@ def _lines(ready: Ready) -> Iterator[str]:
     general = f", {len(rows.general):,} of general text" if rows.general else ""
     data = ", ".join(paths(request.config.data.train))
     yield f"base      {request.config.model.id}"
-    yield (
-        f"data      {data}: {ready.training_rows:,} rows to train on, {len(rows.validation.rows):,} to choose rates on, "
-        f"{len(rows.test):,} to judge methods on{general}"
-    )
+    held_out = f"{len(rows.validation.rows):,} to choose rates on, {len(rows.test):,} to judge methods on"
+    yield f"data      {data}: {ready.training_rows:,} rows to train on, {held_out}{general}"
     seeds = f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
     yield (
         f"runs      {ready.runs} of {request.steps:,} steps: every rate on one seed, and the best of each method on "

@@ -54,8 +54,8 @@ def compare(
         config: of all runs: model, data, training. Of its `method` only the targets count, for all arms that have none
             of their own. A `training.lr` moves the centre of every arm by the factor by which it differs from the
             default of that method.
-        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those of
-            the section `compare` of the configuration.
+        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
+            of the section `compare` of the configuration.
         settings: of the comparison; None: those of this section, or the defaults if there are arms.
         folder: of the comparison: a run folder for each run, and the record of those that have ended. Called again
             with the same request, the comparison goes on there, after a kill too.
@@ -140,7 +140,7 @@ def prepare_comparison(
     *,
     overwrite: bool = False,
 ) -> Ready:
-    """A comparison with its rows read and its methods planned; nothing is written. Arguments and errors of `compare`."""
+    """A comparison with its rows read and its methods planned; nothing is written. See `compare`."""
     transformers.logging.set_verbosity_error()
     start = time.time()
     asked = make_request(config, arms, settings, expanded(folder).absolute())
@@ -165,7 +165,7 @@ def _plan_of_first(request: Request) -> RunPlan:
 
 
 def run_comparison(ready: Ready, progress: Callable[..., Any] = lambda **_: None) -> Done:
-    """Run a comparison, or go on with it. Arguments and errors of `compare`."""
+    """Run a comparison, or go on with it. See `compare`."""
     with Ledger.opened(ready.request, ready.asked, _facts(ready.bench), ready.overwrite) as ledger:
         course = Course(ready.request, ready.bench, ledger, progress, ready.start)
         return Done(course.run(), course.signal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -32,7 +33,7 @@ def rates(value: Any) -> Any:
     if len(listed) < LEAST_RATES:
         what = f"has {len(listed)} learning rate{'s' if len(listed) > 1 else ''}, which is no search"
         raise _problem(what, f"list at least {LEAST_RATES}, such as 1e-4, 3e-4, 1e-3")
-    if any(a >= b for a, b in zip(listed, listed[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(listed)):
         raise _problem(f"are {', '.join(f'{rate:g}' for rate in listed)}", "let them rise, each once")
     return tuple(listed)
 
@@ -103,7 +104,7 @@ def _read_arm(text: str) -> dict[str, Any]:
 def _method_of(text: str, presets: str) -> dict[str, Any]:
     """The `name` of a method section, and `drop` for LoRA-drop."""
     names = [name.strip() for name in re.split(r"\+(?=[^+])", presets)]
-    for name, after in zip(names, names[1:], strict=False):
+    for name, after in pairwise(names):
         if f"{name}+" in PRESETS:
             fix = f"write {name}++{after} for {name}+ with {after}; {after} alone is {name} with {after}"
             raise _problem(f"is {text!r}, which may mean {name} with {after}, or {name}+ with {after}", fix)
@@ -133,9 +134,8 @@ def _texts(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-_Rates = Annotated[
-    tuple[float, ...] | None, BeforeValidator(rates, json_schema_input_type=str | tuple[float, ...] | None)
-]
+_Listed = tuple[float, ...]
+_Rates = Annotated[_Listed | None, BeforeValidator(rates, json_schema_input_type=str | _Listed | None)]
 
 
 class ArmSection(Section):
@@ -148,7 +148,7 @@ class ArmSection(Section):
 
 _OneArm = Annotated[ArmSection, BeforeValidator(one_arm, json_schema_input_type=str | ArmSection)]
 _Several = tuple[_OneArm, ...]
-_NumberOrRates = int | tuple[float, ...]
+_NumberOrRates = int | _Listed
 
 
 class CompareSection(Section):
