@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,10 @@ class Losses:
     def __init__(self, model: Any, loss: Loss | None = None) -> None:
         self.model, self.loss, self.head = model, loss, None
         kind = getattr(model, "loss_type", "")
-        if loss is None and kind in ("ForCausalLM", None) and hasattr(model, "get_output_embeddings"):
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if loss is None and kind in ("ForCausalLM", None) and output is not None:
             self.head = LabelledHead(model, ())
-            if isinstance(vars(model.get_output_embeddings()).get("forward"), RowsForward):
+            if isinstance(vars(output).get("forward"), RowsForward):
                 self.head.plain = False  # labelled tokens alone are not rows of a batch
             self.head.install()
         elif loss is None and kind == "ForSequenceClassification":
@@ -69,6 +70,13 @@ class Losses:
         parts = zip(counts, _split(output, counts), _rows(batch, counts), strict=True)
         return {name: self.loss(found, own) for name, found, own in parts}
 
+    def weights(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """The share of each micro-batch in a step's loss, which is a mean over all labels of the step."""
+        if self.head is None:
+            return [1 / len(micro_batches)] * len(micro_batches)
+        labels = [int((batch["labels"][:, 1:] != -100).sum()) if "labels" in batch else 0 for batch in micro_batches]
+        return [count / max(sum(labels), 1) for count in labels]
+
     def _of_tokens(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, Tensor]:
         if "labels" not in batch:
             raise DataError("invalid batches:", [Diagnostic("labels", "are missing: the loss is that of their tokens")])
@@ -88,15 +96,12 @@ class Losses:
 
 def alone(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
     """The loss of a model with one adapter, by the same definition."""
-    before = vars(model).get("forward")
     losses = Losses(model, loss)
     try:
         return losses(batch, {"": len(next(iter(batch.values())))})[""]
     finally:
         if losses.head is not None:
             losses.head.remove()
-        if before is not None:
-            vars(model)["forward"] = before
 
 
 def _rows(batch: Batch, counts: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:

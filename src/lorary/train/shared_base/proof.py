@@ -20,7 +20,7 @@ _SMALL = 1e-3  # a parameter whose gradient is this share of the whole is compar
 def check_gradients(
     name: str, model: nn.Module, parameters: Sequence[nn.Parameter], batch: Batch, loss: Loss | None
 ) -> None:
-    """Compare the gradients of an adapter with those that it has alone; they stay as they are.
+    """Compare the gradients of an adapter with those that it has alone; afterwards it has none.
 
     Args:
         name: of the adapter.
@@ -32,13 +32,13 @@ def check_gradients(
     Raises:
         TrainingError: they differ by more than rounding: rows have met, or the base computes other rows otherwise.
     """
-    together = [None if p.grad is None else p.grad.clone() for p in parameters]
+    together = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     alone(model, batch, loss).backward()  # type: ignore[no-untyped-call]
     by_itself = [p.grad for p in parameters]
-    for p, gradient in zip(parameters, together, strict=True):
-        p.grad = gradient
+    for p in parameters:
+        p.grad = None
     if not all(g is None or bool(g.isfinite().all()) for g in (*together, *by_itself)):
         return  # numbers that are not finite end the adapter's training
     pairs = zip(parameters, together, by_itself, strict=True)

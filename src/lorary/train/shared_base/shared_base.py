@@ -8,7 +8,7 @@ the adapter that they belong to. No row meets another one, so the gradients are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,28 +128,33 @@ class SharedBase:
         """
         return Adapter.of(self.model(name))
 
-    def losses(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    def losses(self, batches: Mapping[str, Batch], some: bool = False) -> dict[str, Tensor]:
         """The loss of every adapter on its own batch, by one forward pass; the sum's gradient is that of each.
 
         Args:
-            batches: adapter -> its batch, for all that have not left, as the model's forward takes it, with `labels`.
+            batches: adapter -> its batch, as the model's forward takes it, with `labels`.
+            some: whether adapters may be left out, which would otherwise be an error.
 
         Raises:
             DataError: the batches cannot stand below each other; there are no labels.
             TrainingError: other adapters than those that have not left; a layer's input has other rows than the batch.
         """
-        if wrong := sorted(set(map(str, batches)) ^ set(self.names)):
-            problems = [Diagnostic(name, "has a batch and is not here" if name in batches else "has no batch") for name in wrong]
+        problems = [Diagnostic(str(name), "has a batch and is not here") for name in batches if name not in self.names]
+        problems += [Diagnostic(name, "has no batch") for name in self.names if name not in batches and not some]
+        if problems or not batches:
             raise TrainingError("batches of other adapters:", problems)
-        order = [name for name in self._order if name in self._models]
+        order = [name for name in self._order if name in batches]
         pad = getattr(getattr(self._base, "config", None), "pad_token_id", None)
         batch, counts = joined({name: batches[name] for name in order}, pad or 0)
         self._rows.counts = {}
         self._losses.judge(batch)
-        # until the next forward pass: gradient checkpointing computes layers again in backward
-        self._rows.counts = counts
+        self._rows.counts = counts  # until the next forward pass: checkpointing computes layers again in backward
         found = self._losses(batch, counts)
         return {name: found[name] for name in batches}
+
+    def weights(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """The share of each micro-batch in the loss of a step: of the labels, or equal where the loss has no tokens."""
+        return self._losses.weights(micro_batches)
 
     def leave(self, name: str) -> Adapter:
         """Take an adapter out: the next forward pass is without its rows.

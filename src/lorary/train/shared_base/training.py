@@ -12,7 +12,7 @@ whose loss or gradients are not finite: they are in no sum with those of another
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,12 @@ class SharedTraining:
         """Optimizer steps done, of the adapters that are still in training."""
         return {name: member.done for name, member in self._members.items()}
 
-    def step(self, batches: Mapping[str, Batch]) -> dict[str, float]:
+    def step(self, batches: Mapping[str, Batch | Sequence[Batch]]) -> dict[str, float]:
         """One optimizer step of every adapter that is still in training.
 
         Args:
-            batches: as for `SharedBase.losses`.
+            batches: name -> its batch, or its micro-batches: the step's loss is then the mean over the labels of all
+                of them (over the micro-batches, where the loss is not that of tokens).
 
         Returns:
             name -> its loss before the step, penalties not included.
@@ -158,16 +159,28 @@ class SharedTraining:
             DataError, TrainingError: as `SharedBase.losses`; or, in the first step, the gradients of an adapter are not
                 those of training it alone.
         """
+        each = {name: [batch] if isinstance(batch, Mapping) else list(batch) for name, batch in batches.items()}
+        if not self._proved:
+            self._prove({name: micro[0] for name, micro in each.items() if micro})
+        weights = {name: self.shared.weights(micro) for name, micro in each.items()}
+        totals = dict.fromkeys(each, 0.0)
+        for i in range(max(map(len, each.values()), default=1)):
+            losses = self.shared.losses({name: micro[i] for name, micro in each.items() if i < len(micro)}, i > 0)
+            weighted = torch.stack([weights[name][i] * loss for name, loss in losses.items()])
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
+            for name, loss in zip(losses, weighted.tolist(), strict=True):
+                totals[name] += loss
+        for name, loss in totals.items():
+            self._finish_step(name, loss)
+        return totals
+
+    def _prove(self, batches: Mapping[str, Batch]) -> None:
+        """Compare the gradients of every adapter with those that it has alone."""
         losses = self.shared.losses(batches)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-        if not self._proved:
-            for name, member in self._members.items():
-                check_gradients(name, member.model, member.parameters, batches[name], self.shared.loss)
-            self._proved = True
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-        for name, loss in values.items():
-            self._finish_step(name, loss)
-        return values
+        for name, member in self._members.items():
+            check_gradients(name, member.model, member.parameters, batches[name], self.shared.loss)
+        self._proved = True
 
     def _finish_step(self, name: str, loss: float) -> None:
         member = self._members[name]
@@ -181,13 +194,13 @@ class SharedTraining:
 
     def run(
         self,
-        batches: Mapping[str, Iterator[Batch]],
+        batches: Mapping[str, Iterator[Batch | Sequence[Batch]]],
         after: Callable[[SharedTraining, Mapping[str, float]], None] = lambda training, losses: None,
     ) -> dict[str, Adapter]:
         """Train until every adapter has ended.
 
         Args:
-            batches: name -> its batches, as many as it has steps.
+            batches: name -> what `step` takes of it, as often as it has steps.
             after: called after every step with the losses; it may let adapters leave.
 
         Returns:
@@ -197,7 +210,7 @@ class SharedTraining:
             TrainingError: an adapter has fewer batches than steps; and as `step`.
         """
         while self._members:
-            found: dict[str, Batch] = {}
+            found: dict[str, Batch | Sequence[Batch]] = {}
             for name, member in self._members.items():
                 batch = next(batches[name], None) if name in batches else None
                 if batch is None:
