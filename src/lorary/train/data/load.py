@@ -46,12 +46,12 @@ class _Part:
     notes: list[str]
 
 
-def load(section: DataSection, task: str = "sft", seed: int = 42) -> Data:
+def load(section: DataSection, task: str | None = "sft", seed: int = 42) -> Data:
     """The data of a configuration's `data` section.
 
     Args:
         section: the section.
-        task: of the configuration; each takes rows of its own formats.
+        task: of the configuration; each takes rows of its own formats. None: rows of any format.
         seed: seed of the random held-out rows of `validation_split`, and of the rows that a weight draws.
 
     Raises:
