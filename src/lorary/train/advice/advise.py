@@ -11,7 +11,7 @@ from lorary.train.advice.facts import Facts, read
 from lorary.train.advice.fit import fit
 from lorary.train.advice.gradient import gradient_ranks
 from lorary.train.advice.machine import Machine
-from lorary.train.advice.rules import data_rules, method_rules, training_rules
+from lorary.train.advice.rules import DATA, data_rules, method_rules, training_rules
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 
@@ -31,15 +31,14 @@ def advise(config: Config, machine: Machine | None = None, *, ranks: str = "unif
     >>> print(advise(from_dict({"model": "builtin:base", "data": "builtin:docstrings"})))
     """
     subject = read(config)
-    draft, facts = Draft(subject.config), subject.facts
-    if not config.model_fields_set & {"task"}:
-        draft.given = config  # the task was found, and not set
-    draft.recommend("task", facts.task, f"rows of its kind ({facts.rows:,})", "the data")
+    draft, facts = Draft(config, subject.config), subject.facts
+    machine = machine or Machine.here()
+    draft.recommend("task", facts.task, f"it trains on rows such as these {facts.rows:,}", DATA)
     data_rules(draft, facts)
     method_rules(draft, facts)
     training_rules(draft, facts)
-    _precision(draft, facts, machine or Machine.here())
-    fit(draft, subject, machine or Machine.here())
+    _precision(draft, facts, machine)
+    fit(draft, subject, machine)
     if ranks == "gradient":
         gradient_ranks(draft, subject)
     final = Config.model_validate(draft.config.model_dump(exclude_unset=True)).with_notes(*config.notes)

@@ -12,7 +12,8 @@ class Draft:
     """The recommendations so far, over a configuration.
 
     Args:
-        config: as the user wrote it.
+        given: as the user wrote it.
+        read: with what the data say: the task and the labels.
 
     Attributes:
         config: with the recommendations so far.
@@ -20,8 +21,8 @@ class Draft:
         warnings: so far.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.given, self.config = config, config
+    def __init__(self, given: Config, read: Config) -> None:
+        self.given, self.config = given, read
         self.recommendations: list[Recommendation] = []
         self.warnings: list[str] = []
 

@@ -18,6 +18,7 @@ from lorary.train.config.config import Config
 from lorary.train.config.tasks import wrong_format
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import Data, load
+from lorary.train.data.row_formats import Text
 from lorary.train.data.tokenize import Row, Tokens, token_ids, tokenize
 from lorary.train.runner.memory_forecast import learned_positions
 from lorary.train.runner.task_base import base_of_task, new_modules, with_labels
@@ -129,7 +130,7 @@ def read(config: Config) -> Subject:
     held_out = tokenize(data.validation, tokenizer, whole, labels=labels) if data.validation else None
     found = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     found.refuse()
-    facts = _facts(config, model, planned(config), train, found)
+    facts = _facts(config, model, planned(config), data, train, found)
     notes = (*config.notes, *data.notes, *found.notes)
     return Subject(config, model, planned, train.rows, tokenizer.pad_token_id or 0, notes, facts)
 
@@ -171,7 +172,7 @@ def _data_and_task(config: Config) -> tuple[Data, Config]:
     return data, config.model_copy(update={"task": task})
 
 
-def _facts(config: Config, model: Any, planned: Plan, train: Tokens, found: Lint) -> Facts:
+def _facts(config: Config, model: Any, planned: Plan, data: Data, train: Tokens, found: Lint) -> Facts:
     text = model.config.get_text_config()
     ids = [tuple(token_ids(row)) for row in train.rows]
     saved = getattr(load_config(config.model), "dtype", None) or torch.float32
@@ -191,7 +192,7 @@ def _facts(config: Config, model: Any, planned: Plan, train: Tokens, found: Lint
         unique=len(set(ids)) + train.copies,
         lengths=train.lengths,
         answers=round(found.labelled * sum(map(len, ids))) if train.has_answers else 0,
-        plain=train.plain and train.has_answers,
+        plain=all(isinstance(example, Text) for example in data.train),
         held_out=found.held_out,
     )
 

@@ -12,6 +12,7 @@ from lorary.train.config.config import LORA_LR, default_lr
 
 REGRET = "Schulman et al. 2025, LoRA Without Regret"
 TINKER = "Tinker docs, LoRA primer"
+PRACTICE = "practice of Unsloth, Axolotl and LLaMA-Factory"
 REPEATS = "Muennighoff et al. 2023, arXiv:2305.16264"
 LONGLORA = "Chen et al. 2023, arXiv:2309.12307"
 DATA, MODEL = "the data", "the model"
@@ -31,8 +32,10 @@ def data_rules(draft: Draft, facts: Facts) -> None:
     length = _length(draft, facts)
     over = sum(n > length for n in facts.lengths)
     if over and not facts.plain:
-        reason = f"{over:,} of {facts.rows:,} rows are longer than {length:,} tokens, and a cut answer has no end"
-        draft.recommend("data.overlong", "drop", reason, DATA)
+        labelled = facts.task == "classification"
+        why = "the label holds for the beginning of a text too" if labelled else "a cut answer has no end"
+        reason = f"{over:,} of {facts.rows:,} rows are longer than {length:,} tokens; {why}"
+        draft.recommend("data.overlong", "truncate" if labelled else "drop", reason, DATA)
     _validation(draft, facts)
     _packing(draft, facts, length)
 
@@ -105,7 +108,7 @@ def _packing(draft: Draft, facts: Facts, length: int) -> None:
 
 def method_rules(draft: Draft, facts: Facts) -> None:
     """The method, its layers, rank and alpha."""
-    if not draft.value("method.name") == ("longlora",):
+    if draft.value("method.name") != ("longlora",):
         reason = "nine variants end within 1-2 % of LoRA once each has its own learning rate"
         draft.recommend("method.name", ("lora",), reason, "arXiv:2602.04998")
         reason = "attention alone learns less at equal parameters; the MLPs hold most weights"
@@ -118,8 +121,10 @@ def method_rules(draft: Draft, facts: Facts) -> None:
 
 def _rank(draft: Draft, facts: Facts) -> None:
     """A rank at which the adapter has a number for each token of the answers, if there is such a low rank."""
-    wanted, reason = RANK, f"the default of the sweep; more costs memory, and gains little ({facts.parameters:,} parameters)"
-    source = TINKER
+    wanted, source = RANK, TINKER
+    reason = f"{RANK * facts.per_rank:,} numbers for {facts.answers:,} tokens in the loss: more would gain little"
+    if not facts.answers:
+        reason = "more would cost memory, and gain little"
     if facts.answers > RANK * facts.per_rank:
         enough = 2 ** math.ceil(math.log2(facts.answers / facts.per_rank))
         wanted = min(enough, HIGHEST_RANK)
@@ -127,7 +132,7 @@ def _rank(draft: Draft, facts: Facts) -> None:
     largest = facts.weights // 2 // facts.per_rank
     if wanted > largest:
         wanted = 2 ** max(int(math.log2(max(largest, 1))), 0)
-        reason, source = f"at a higher rank the factors have more than half as many numbers as the weights", MODEL
+        reason, source = "at a higher rank the factors have more than half as many numbers as the weights", MODEL
     r = draft.recommend("method.r", wanted, reason, source)
     if hasattr(draft.config.method.build().scale, "alpha") and "rslora" not in draft.value("method.name"):
         reason = "a constant alpha keeps the best learning rate nearly independent of the rank"
@@ -144,17 +149,18 @@ def training_rules(draft: Draft, facts: Facts) -> None:
     rows = _rows(draft, facts)
     if draft.value("training.max_steps") is None:
         epochs = next((n for most, n in EPOCHS if rows < most), 1.0)
-        draft.recommend("training.epochs", epochs, f"{rows:,} rows: 1 to 3 passes, fewer over more rows", REGRET)
+        draft.recommend("training.epochs", epochs, f"{rows:,} rows: 1 to 3 passes, fewer over more rows", PRACTICE)
     batch = _batch(draft, facts, rows)
     steps = _steps(draft, rows, batch)
     _rate(draft, facts, batch, steps)
     warmup = 0.03 if steps >= 300 else 0.05
-    draft.recommend("training.warmup", warmup, f"a share of {steps:,} steps; short, as B starts at zero", REGRET)
+    draft.recommend("training.warmup", warmup, f"a share of {steps:,} steps; short, as B starts at zero", PRACTICE)
     if steps < rates.SHORT:
         draft.warnings.append(f"{steps:,} steps are few: fewer than {rates.SHORT} seldom reach the end of learning")
     passes = steps * batch / max(rows * facts.unique / facts.rows, 1)
     if passes > REPEATED:
-        draft.warnings.append(f"every different row is seen {passes:.1f} times: after about {REPEATED} it teaches little")
+        what = f"every different row is seen {passes:.1f} times"
+        draft.warnings.append(f"{what}: from about {REPEATED} times on it teaches little ({REPEATS})")
     if facts.unique < 0.99 * facts.rows:
         draft.warnings.append(f"{facts.rows - facts.unique:,} of {facts.rows:,} rows repeat another")
 
@@ -184,7 +190,8 @@ def _batch(draft: Draft, facts: Facts, rows: int) -> int:
     if wanted < BATCH:
         reason = f"fewer than 16, as {rows:,} rows would give too few steps"
     micro_given, steps_given = (draft.value(key) if draft.is_given(key) else None for key in keys)
-    micro = micro_given or max(min(MICRO_BATCH, wanted // (steps_given or 1)), 1)
+    least = 2 if facts.task == "kto" else 1  # KTO compares the answers of a batch
+    micro = micro_given or max(min(MICRO_BATCH, wanted // (steps_given or 1)), least)
     micro = draft.recommend(keys[0], micro, f"rows per forward pass, of {wanted} in a step; {reason}", REGRET)
     more = draft.recommend(keys[1], max(wanted // micro, 1), f"forward passes for {wanted} rows in a step", REGRET)
     return int(micro * more)
