@@ -179,7 +179,7 @@ BAD: list[tuple[Callable[[], Any], type[LoraryError], str]] = [
     (lambda: (*llama()[:1], {"input_ids": IDS}, llama()[1]), DataError, "batch: the model's output has no loss\n      hint: add labels"),
     (attached, PlanError, "model: has adapters attached\n      hint: detach them first"),
     (other_model, PlanError, "model.layers.0.self_attn.q_proj and 13 more: the model has no such module"),
-    (lambda: (*llama("vera")[:1], BATCH, llama("vera")[1]), PlanError, "VectorScaled has no pair of factors of any rank there\n      hint: plan lora, or a method with its factors"),
+    (lambda: (*llama("vera")[:1], BATCH, llama("vera")[1]), PlanError, "SharedProjectionDelta has no pair of factors of any rank there\n      hint: plan lora, or a method with its factors"),
     (lambda: (*llama("bitfit")[:1], BATCH, llama("bitfit")[1]), PlanError, "plan: adapts no layer\n      hint: plan lora"),
     (not_finite, TrainingError, "batch: the loss is nan\n      hint: has the batch a label in every row?"),
     (empty, StateError, "model: is on the meta device and has no values\n      hint: load its weights first"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from lorary.analysis.memory.gpu_fit import GB, gigabytes
@@ -36,7 +36,7 @@ class Machine:
             return cls(True, int(gigabytes * GB))
         if torch.cuda.is_available():
             return cls(True, int(torch.cuda.get_device_properties(0).total_memory))
-        return cls(False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return cls(False, int(psutil.virtual_memory().total))
 
     def need(self, forecast: Forecast) -> int:
         """The bytes that a run takes on this kind of device."""
