@@ -119,11 +119,12 @@ def test_the_model_is_as_before() -> None:
     ranks_from_gradients(model, BATCH, lorary.plan(model, lorary.method("lora", r=2)))
     for name, p in model.named_parameters():
         assert (p.requires_grad, p.equal(before[name][1])) == (before[name][0], True)
-        assert p._post_accumulate_grad_hooks in (None, {})  # type: ignore[attr-defined]
     assert others[0].grad is kept
     assert all(p.grad is None for p in others[1:])
     assert model.training
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
+    model(**BATCH).loss.backward()
+    assert all(p.grad is not None for p in others)  # no hook is left that would free them
 
 
 def test_the_shares_are_those_of_the_singular_values() -> None:
