@@ -29,7 +29,6 @@ EIGHT_BILLION = Facts(
     lengths=(400,) * 20_000,
     answers=4_000_000,
     plain=False,
-    held_out=0,
 )
 
 
@@ -210,5 +209,5 @@ def test_what_is_set_is_kept_and_the_rest_follows() -> None:
 
 def test_few_held_out_rows_are_a_warning() -> None:
     assert "only 5 rows can be held out: their loss is noisy" in draft(rows(50)).warnings
-    assert "only 7 rows are held out: their loss is noisy" in draft(rows(50, held_out=7)).warnings
+    assert "only 7 rows are held out: their loss is noisy" in draft(rows(50, held_out_lengths=(400,) * 7)).warnings
     assert "there is a single row: nothing can be held out" in draft(rows(1)).warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lorary.model.loading.from_pretrained import load_config, load_dtype, load_t
 from lorary.model.loading.model_class import check_task
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
+from lorary.train.config.sources import as_source
 from lorary.train.config.tasks import wrong_format
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import Data, load
@@ -46,9 +48,9 @@ class Facts:
         rows: training rows, before they are cut.
         unique: how many of them are different.
         lengths: their tokens, in their order.
+        held_out_lengths: the tokens of the held-out rows.
         answers: tokens in the loss; 0 for a task without answers.
         plain: whether the rows are plain text, which is split and not cut.
-        held_out: held-out rows.
     """
 
     task: str
@@ -66,22 +68,31 @@ class Facts:
     lengths: tuple[int, ...] = field(repr=False)
     answers: int
     plain: bool
-    held_out: int
+    held_out_lengths: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def held_out(self) -> int:
+        """The number of held-out rows."""
+        return len(self.held_out_lengths)
+
+    @cached_property
+    def ordered(self) -> list[int]:
+        """The lengths of all rows, those held out included, which `max_length` must hold as well."""
+        return sorted((*self.lengths, *self.held_out_lengths))
 
     def percentile(self, percent: int) -> int:
-        """The smallest length that at least so many percent of the rows do not exceed."""
-        ordered = sorted(self.lengths)
-        return ordered[max(-(-percent * len(ordered) // 100) - 1, 0)]
+        """The smallest length that at least so many percent of all rows do not exceed."""
+        return self.ordered[max(-(-percent * len(self.ordered) // 100) - 1, 0)]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(self.lengths)
+        return self.ordered[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts in JSON types; of the lengths, percentiles."""
-        found = {key: value for key, value in dataclasses.asdict(self).items() if key != "lengths"}
-        return found | {"tokens_per_row": {str(p): self.percentile(p) for p in (50, 90, 99, 100)}}
+        found = {key: value for key, value in dataclasses.asdict(self).items() if not key.endswith("lengths")}
+        return found | {"held_out": self.held_out} | {"tokens_per_row": {str(p): self.percentile(p) for p in (50, 90, 99, 100)}}
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def read(config: Config) -> Subject:
         LoraryError: the model or the data cannot be used, with every reason.
     """
     _refuse(config)
-    data, config = _data_and_task(config)
+    data, config = _data_and_task(_with_own_validation(config))
     check_task(config.model, load_config(config.model), config.task)
     tokenizer = load_tokenizer(config.model)
     config, labels = with_labels(config, data)
@@ -131,6 +142,7 @@ def read(config: Config) -> Subject:
     found = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     found.refuse()
     facts = _facts(config, model, planned(config), data, train, found)
+    facts = dataclasses.replace(facts, held_out_lengths=held_out.lengths if held_out else ())
     notes = (*config.notes, *data.notes, *found.notes)
     return Subject(config, model, planned, train.rows, tokenizer.pad_token_id or 0, notes, facts)
 
@@ -153,6 +165,15 @@ def _refuse(config: Config) -> None:
         problems.append(Diagnostic("task", what, f"advice is for {', '.join(TASKS)}"))
     if problems:
         raise ConfigError(_HEADLINE, problems)
+
+
+def _with_own_validation(config: Config) -> Config:
+    """The configuration with the held-out half of built-in sets, if it names no held-out rows."""
+    paths = [as_source(source).path.partition("#")[0] for source in config.data.train]
+    if config.data.validation or config.data.validation_split or not all(p.startswith("builtin:") for p in paths):
+        return config
+    own = {"validation": tuple(dict.fromkeys(paths))}
+    return config.model_copy(update={"data": config.data.model_copy(update=own)})
 
 
 def _data_and_task(config: Config) -> tuple[Data, Config]:
@@ -193,7 +214,6 @@ def _facts(config: Config, model: Any, planned: Plan, data: Data, train: Tokens,
         lengths=train.lengths,
         answers=round(found.labelled * sum(map(len, ids))) if train.has_answers else 0,
         plain=all(isinstance(example, Text) for example in data.train),
-        held_out=found.held_out,
     )
 
 

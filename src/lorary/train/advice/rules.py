@@ -30,11 +30,11 @@ FEW_HELD_OUT = 20
 def data_rules(draft: Draft, facts: Facts) -> None:
     """The length of a row, and what becomes of longer ones; LongLoRA where the context is too short; validation."""
     length = _length(draft, facts)
-    over = sum(n > length for n in facts.lengths)
+    over = sum(n > length for n in facts.ordered)
     if over and not facts.plain:
         labelled = facts.task == "classification"
         why = "the label holds for the beginning of a text too" if labelled else "a cut answer has no end"
-        reason = f"{over:,} of {facts.rows:,} rows are longer than {length:,} tokens; {why}"
+        reason = f"{over:,} of {len(facts.ordered):,} rows are longer than {length:,} tokens; {why}"
         draft.recommend("data.overlong", "truncate" if labelled else "drop", reason, DATA)
     _validation(draft, facts)
     _packing(draft, facts, length)
@@ -66,15 +66,12 @@ def _length(draft: Draft, facts: Facts) -> int:
 def _validation(draft: Draft, facts: Facts) -> None:
     """Held-out rows: the data's own, or a share of at most a tenth."""
     if facts.held_out:
+        if not draft.is_given("data.validation") and (own := draft.value("data.validation")):
+            draft.recommend("data.validation", own, "the built-in data have held-out files of their own", DATA)
         if facts.held_out < FEW_HELD_OUT:
             draft.warnings.append(f"only {facts.held_out} rows are held out: their loss is noisy")
         return
     if draft.is_given("data.validation_split"):
-        return
-    builtin = [str(source) for source in draft.config.data.train if _path(source).startswith("builtin:")]
-    if len(builtin) == len(draft.config.data.train):
-        names = tuple(dict.fromkeys(_path(source) for source in draft.config.data.train))
-        draft.recommend("data.validation", names, "the built-in data have held-out files of their own", DATA)
         return
     if facts.rows < 2:
         draft.warnings.append("there is a single row: nothing can be held out")
@@ -86,10 +83,6 @@ def _validation(draft: Draft, facts: Facts) -> None:
     draft.recommend("data.validation_split", share, reason, DATA)
     if wanted < FEW_HELD_OUT:
         draft.warnings.append(f"only {wanted} rows can be held out: their loss is noisy")
-
-
-def _path(source: object) -> str:
-    return str(getattr(source, "path", source)).partition("#")[0]
 
 
 def _packing(draft: Draft, facts: Facts, length: int) -> None:
