@@ -89,7 +89,9 @@ def loaded(name: str, arguments: argparse.Namespace) -> nn.Module:
     return model.to(arguments.device, getattr(torch, arguments.dtype)).requires_grad_(False)
 
 
-def measured(base: Any, methods: list[Any], shape: tuple[int, int, int], arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    base: Any, methods: list[Any], shape: tuple[int, int, int], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """The times of both ways, and the bytes of both."""
     count, rows, length = shape
     plans = {f"{i}": lorary.plan(base, methods[i % len(methods)]) for i in range(count)}
@@ -150,13 +152,30 @@ def main() -> None:
         count, rows, length = shape
         row = measured(bases[base], METHODS[method], (count, rows, length), arguments)
         found.append({"base": base, "method": method, "adapters": count, "rows": rows, "length": length, **row})
-    table = new_table("one step of all adapters", "base", "adapters", "tokens each", "in turn, ms", "together, ms", "faster", "peak, MiB")
+    table = new_table(
+        "one step of all adapters",
+        "base",
+        "adapters",
+        "tokens each",
+        "in turn, ms",
+        "together, ms",
+        "faster",
+        "peak, MiB",
+    )
     for row in found:
         low, middle, high = row["in_turn_over_together"]
         peaks = " / ".join(f"{row['peak_bytes'][name] / MiB:.0f}" for name in ("in turn", "together"))
         times = (f"{row['ms'][name]:.0f}" for name in ("in turn", "together"))
         shape = f"{row['rows']} x {row['length']}"
-        table.add_row(row["method"], row["base"], f"{row['adapters']}", shape, *times, f"{middle:.2f} ({low:.2f}-{high:.2f})", peaks)
+        table.add_row(
+            row["method"],
+            row["base"],
+            f"{row['adapters']}",
+            shape,
+            *times,
+            f"{middle:.2f} ({low:.2f}-{high:.2f})",
+            peaks,
+        )
     Console(width=140).print(table)
     if not arguments.quick:
         out = arguments.out or Path(__file__).parent / "results" / "shared_base.json"

@@ -33,7 +33,9 @@ def path(tmp_path: Path) -> Path:
         comparison(rows=9, seeds=1),
         replace(comparison(rows=9), trials=(), costs={}, left_out={}, base_test=None, base_general=None),
         Comparison({}, "sft", ()),
-        Comparison({"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/ß", {"r": 8, "targets": ["q"]}, (1e-4,)),)),
+        Comparison(
+            {"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/ß", {"r": 8, "targets": ["q"]}, (1e-4,)),)
+        ),
     ],
 )
 def test_round_trip(record: Comparison, path: Path) -> None:

@@ -161,7 +161,7 @@ def test_test_rows_are_never_used_in_choosing(whole: Comparison, words: dict[str
         is_test = any(ids[: len(text)] == text for ids in tokens)
         planted.append({**row, "completion": " the the the"} if is_test else row)
     assert sum(a != json.loads(b) for a, b in zip(planted, lines, strict=True)) == len(tokens)
-    general = (tmp_path / "general.jsonl")
+    general = tmp_path / "general.jsonl"
     general.write_text(json.dumps({"text": "hello world"}) + "\n")
     path = rows_file(tmp_path, planted)
     other = compared(words | {"data": words["data"] | {"train": path}}, tmp_path, LORA, BAD)
@@ -197,9 +197,7 @@ def test_a_rate_that_is_much_too_high_diverges_and_is_not_chosen(
     assert found.costs == {}
 
 
-def test_a_budget_is_kept_and_what_it_leaves_out_is_said(
-    words: dict[str, Any], place: Path, tmp_path: Path
-) -> None:
+def test_a_budget_is_kept_and_what_it_leaves_out_is_said(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
     """Planned seconds are the machine's: a budget of an hour holds everything, one of a second nothing."""
     request = from_dict(words), (LORA,), quick(place, budget=3600.0), tmp_path / "comparison"
     found = compare(*request)

@@ -63,9 +63,7 @@ def refused(words: dict[str, Any], arms: Any, place: Path, folder: Path, **setti
         ),
     ],
 )
-def test_arms_that_are_none(
-    words: dict[str, Any], place: Path, tmp_path: Path, arms: Any, sentence: str
-) -> None:
+def test_arms_that_are_none(words: dict[str, Any], place: Path, tmp_path: Path, arms: Any, sentence: str) -> None:
     assert refused(words, arms, place, tmp_path / "new") == sentence
 
 
@@ -228,9 +226,7 @@ def test_another_comparison_in_the_folder_is_named_by_what_differs(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"trials": 1}'])
-def test_a_damaged_record_is_refused_and_kept(
-    words: dict[str, Any], place: Path, tmp_path: Path, text: str
-) -> None:
+def test_a_damaged_record_is_refused_and_kept(words: dict[str, Any], place: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(LoraryError) as error:
         compare(from_dict(words), (LORA,), quick(place), tmp_path)
@@ -247,6 +243,5 @@ def test_a_name_is_no_path(words: dict[str, Any], place: Path, tmp_path: Path) -
     request = make_request(from_dict(words), arms, quick(place), tmp_path)
     found = [run_name(request, name, 1e-3, 7) for name in names]
     assert found == [
-        f"runs/{number}/lr-0.001-seed-7"
-        for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
+        f"runs/{number}/lr-0.001-seed-7" for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
     ]

@@ -97,7 +97,9 @@ def _sections(found: Findings) -> Iterator[Section]:
     for view, about in views(found):
         yield Section(view.title, [Paragraph(about), _table(view)])
     if found.comparison.trials:
-        each = [Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)]
+        each = [
+            Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)
+        ]
         yield Section("Learning rates", [Paragraph(_RATES), Pictures(each)])
         yield Section("Loss over the steps", [Picture(pictures.curves_svg(found), _CURVES)])
     if found.comparison.left_out:

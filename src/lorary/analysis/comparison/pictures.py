@@ -160,7 +160,9 @@ def _difference(axes: Axes, y: int, d: Difference, scale: float, ends: tuple[flo
     else:
         beyond, sign = (right, 1) if value > right else (left, -1)
         width = right - left
-        axes.plot([beyond - sign * 0.01 * width], [y], color=look["color"], marker=">" if sign > 0 else "<", markersize=6)
+        axes.plot(
+            [beyond - sign * 0.01 * width], [y], color=look["color"], marker=">" if sign > 0 else "<", markersize=6
+        )
         position = {"ha": "right" if sign > 0 else "left", "va": "center_baseline", "fontsize": 9}
         axes.text(beyond - sign * 0.03 * width, y, signed(value, 1 if scale > 1 else 3), **position)
     axes.annotate(d.verdict, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=9)

@@ -88,6 +88,7 @@ class Course:
             for arm in self.request.arms
             if arm.name not in known
         ]
+
         def take(job: TimingJob, timing: Timing | Failure) -> None:
             if isinstance(timing, Failure):
                 self._fail(timing)
@@ -208,8 +209,7 @@ class Course:
         for trial in trials:
             rates.setdefault(trial.arm, set()).add(trial.lr)
         arms = tuple(
-            dataclasses.replace(arm, rates=tuple(sorted(rates.get(arm.name, ()))))
-            for arm in self.bench.request.arms
+            dataclasses.replace(arm, rates=tuple(sorted(rates.get(arm.name, ())))) for arm in self.bench.request.arms
         )
         self.ledger.note(arms=arms, **changes)
 

@@ -1,8 +1,8 @@
 """The loss of every adapter on its own rows of one forward pass: the mean over its own labels.
 
-    causal language models    -log softmax(head(h))[label], of labelled tokens only (`lorary.model.labelled_head`)
-    sequence classifiers      Transformers' loss for the configuration's `problem_type`
-    other models              a function of the caller: (output of these rows, batch) -> loss
+causal language models    -log softmax(head(h))[label], of labelled tokens only (`lorary.model.labelled_head`)
+sequence classifiers      Transformers' loss for the configuration's `problem_type`
+other models              a function of the caller: (output of these rows, batch) -> loss
 """
 
 from __future__ import annotations

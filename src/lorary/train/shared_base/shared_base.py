@@ -173,5 +173,3 @@ class SharedBase:
 
     def __repr__(self) -> str:
         return f"SharedBase({', '.join(self.names)})"
-
-
