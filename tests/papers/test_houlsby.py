@@ -193,7 +193,9 @@ NEEDS_A_WEIGHT: dict[str, Any] = {
     "the weight of one layer": lambda model, adapter, folder: next(iter(adapted_layers(model).values())).merged(),
     "the low-rank form": lambda model, adapter, folder: adapter.low_rank(tiny.seeded("LlamaForCausalLM")),
     "a row of a mixed batch": lambda model, adapter, folder: serving_form(adapter, tiny.seeded("LlamaForCausalLM")),
-    "a plain LoRA for PEFT": lambda model, adapter, folder: export_peft(adapter, folder),
+    "a plain LoRA for PEFT": lambda model, adapter, folder: export_peft(
+        adapter, folder, model=tiny.seeded("LlamaForCausalLM")
+    ),
     "the command": by_the_command,
     "the merged checkpoint": lambda model, adapter, folder: export_merged(adapter, "no/base", folder),
     "a mixture": lambda model, adapter, folder: lorary.mix(
@@ -225,18 +227,19 @@ def test_no_rank_can_be_changed() -> None:
 
 # --- where it cannot go, and files that are not its own --------------------------------------------------------------
 
+LINEAR = "a bottleneck adapter transforms the output of a linear layer, and this is of kind"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "an embedding": (
         tiny.llama,
         "embedding",
         {},
-        "model.embed_tokens: a bottleneck adapter transforms the output of a linear layer, and this is of kind embedding",
+        f"model.embed_tokens: {LINEAR} embedding",
     ),
     "a convolution": (
         lambda: nn.Sequential(nn.Conv1d(4, 4, 3)),
         "0",
         {},
-        "0: a bottleneck adapter transforms the output of a linear layer, and this is of kind conv1d",
+        f"0: {LINEAR} conv1d",
     ),
     "projections": (
         lambda: tiny.model("GPT2LMHeadModel"),
