@@ -206,9 +206,7 @@ BAD: dict[str, tuple[Any, str]] = {
         "model.layers.0.self_attn.k_proj.lora_A.weight: belongs to LoRA, which the configuration does not name",
     ),
     "a module that the model lacks": (
-        lambda f: rewrite(
-            f, lambda t: t.update({"base_model.model.model.layers.7.mlp.down_proj.ia3_l": t[DOWN].clone()})
-        ),
+        lambda f: rewrite(f, lambda t: t.update({DOWN.replace("s.0.", "s.7."): t[DOWN].clone()})),
         "model.layers.7.mlp.down_proj.ia3_l: adapts a module that the model does not have",
     ),
     "a file that ends too early": (
