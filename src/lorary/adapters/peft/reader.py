@@ -57,7 +57,7 @@ def read_peft(folder: Path, base: Base | None, findings: Findings) -> Adapter:
         if config is None or findings.fatal:  # problems that follow from a wrong configuration would mislead
             raise FileError("")
         if config.peft_type in FIELDS:
-            return read_virtual_tokens(config, None if base is None else base.model, findings, file)
+            return read_virtual_tokens(config, base, findings, file)
         return _Reader(config, base, findings, file).adapter()
 
 
