@@ -259,7 +259,10 @@ def without(record: Comparison, arm: str, *rates: float) -> Comparison:
         (without(comparison(), "lora", RATES[2]), "its best rate, 0.0003, is the highest that was tried"),
         (without(comparison(), "lora", RATES[0], RATES[2]), "0.0003 is the only rate that was tried"),
         (without(comparison(), "lora", *RATES), "it was not run"),
-        (at_rate(comparison(), "lora", RATES[2], ending="budget"), "its best rate, 0.0003, is the highest that was tried"),
+        (
+            at_rate(comparison(), "lora", RATES[2], ending="budget"),
+            "its best rate, 0.0003, is the highest that was tried",
+        ),
         (at_rate(comparison(), "lora", RATES[2], ending="diverged"), ""),  # too large a rate is an answer
         (at_rate(comparison(), "lora", RATES[0], ending="hopeless"), ""),
     ],
@@ -310,7 +313,9 @@ def test_rows_that_cannot_be_paired(rows: Mapping[str, int]) -> None:
         findings(record)
     assert len(caught.value.problems) == 2  # both seeds
     total = sum(scores.tokens)
-    assert f"was scored on {count} rows with {total} tokens of {field} text, and the base on 120 rows" in str(caught.value)
+    assert f"was scored on {count} rows with {total} tokens of {field} text, and the base on 120 rows" in str(
+        caught.value
+    )
 
 
 def test_an_unknown_reference() -> None:
