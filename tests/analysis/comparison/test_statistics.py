@@ -25,8 +25,8 @@ def measured(
     seeds: int,
     effects: tuple[float, ...],
     *,
-    rows: int = 100,
-    row_noise: float = 0.05,
+    rows: int = 40,
+    row_noise: float = 0.03,
     seed_noises: tuple[float, ...] = (),
 ) -> Measured:
     """Losses with planted noise of rows, of seeds, and of both."""
@@ -36,7 +36,7 @@ def measured(
     for i, effect in enumerate(effects):
         means = common + effect + generator.normal(0, row_noise, rows)
         by_seed = generator.normal(0, seed_noises[i] if seed_noises else SEED_NOISE, (seeds, 1))
-        sums[str(i)] = (means + by_seed + generator.normal(0, 0.03, (seeds, rows))) * tokens
+        sums[str(i)] = (means + by_seed + generator.normal(0, 0.02, (seeds, rows))) * tokens
     return Measured(sums, tokens)
 
 
@@ -48,44 +48,39 @@ def held(found: Measured, pairs: list[tuple[str, str]], factor: float = 1.0) -> 
 @pytest.mark.parametrize("seeds", [2, 3])
 @pytest.mark.parametrize("arms", [2, 6])
 def test_intervals_keep_their_level(seeds: int, arms: int) -> None:
-    """Of a pair, of all differences from one arm, and of all pairs, at 95 %, with planted noise of rows and seeds."""
+    """Of a pair, and of all pairs together, at 95 %, with planted noise of rows and seeds."""
     generator = np.random.default_rng(seeds * 10 + arms)
-    star = [("0", str(i)) for i in range(1, arms)]
     every = [*combinations(map(str, range(arms)), 2)]
-    times = 250
-    pair = from_one = all_pairs = 0
+    times = 150 if arms == 2 else 80
+    pair = all_pairs = 0
     for _ in range(times):
         found = measured(generator, seeds, (0.0,) * arms)
-        pair += held(found, star[:1])
-        from_one += held(found, star, found.joint_factor(star))
+        pair += held(found, every[:1])
         all_pairs += held(found, every, found.joint_factor(every))
     assert pair / times >= 0.93
-    assert from_one / times >= 0.93
     assert all_pairs / times >= 0.93
 
 
-def test_rows_alone_or_seeds_alone_are_not_enough() -> None:
-    """The level would be lost with either source of chance left out: the simulation can fail."""
+def test_the_simulation_can_fail() -> None:
+    """With either source of chance left out the level is lost."""
     generator = np.random.default_rng(3)
-    rows_only = seeds_only = 0
-    for _ in range(150):
-        found = measured(generator, 3, (0.0, 0.0))
-        difference = abs(found.value("0", "1"))
-        by_seed = {arm: values.var(ddof=1) for arm, values in found.seeds.items()}
-        seeds_only += difference <= 1.96 * math.sqrt(sum(by_seed.values()) / 3)
-        no_seeds = {arm: np.repeat(values.mean(), 3) for arm, values in found.seeds.items()}
-        assert scatters(no_seeds, dict.fromkeys(no_seeds, 0.0))["0"].variance == 0
-        quiet = measured(generator, 3, (0.0, 0.0), seed_noises=(0.0, 0.0))
-        rows_only += difference <= quiet.half_width("0", "1")
-    assert rows_only / 150 < 0.9
-    assert seeds_only / 150 < 0.9
+    rows_alone = seeds_alone = 0
+    for _ in range(50):
+        found = measured(generator, 3, (0.0, 0.0), seed_noises=(0.02, 0.02))
+        without_seeds = measured(generator, 3, (0.0, 0.0), seed_noises=(0.0, 0.0)).half_width("0", "1")
+        rows_alone += abs(found.value("0", "1")) <= without_seeds
+        found = measured(generator, 3, (0.0, 0.0), row_noise=0.1)
+        without_rows = 1.96 * math.sqrt(2 / 3 * found.scatter["0"].variance)
+        seeds_alone += abs(found.value("0", "1")) <= without_rows
+    assert rows_alone < 40
+    assert seeds_alone < 40
 
 
 def test_three_seeds_find_three_standard_deviations_of_a_seed() -> None:
     generator = np.random.default_rng(4)
-    times = 120
+    times = 60
     found = sum(
-        not held(measured(generator, 3, (0.0, 3 * SEED_NOISE, 0.0, 0.0), row_noise=0.02), [("0", "1")])
+        not held(measured(generator, 3, (0.0, 3 * SEED_NOISE, 0.0, 0.0), row_noise=0.01), [("0", "1")])
         for _ in range(times)
     )
     assert found / times > 0.75
@@ -129,7 +124,7 @@ def test_the_width_is_that_of_students_t() -> None:
 
 
 def test_the_joint_width_is_tukeys() -> None:
-    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom at 95 % is 4.529 (any table)."""
+    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom is 4.529 (any table)."""
     spread = np.array([-1.0, 0.0, 1.0])[:, None]
     found = Measured({str(i): np.ones((3, 50)) + 0.01 * spread for i in range(4)}, np.ones(50))
     joint = found.joint_factor([*combinations("0123", 2)]) * found.half_width("0", "1")
@@ -166,7 +161,7 @@ def test_verdicts(found: Findings) -> None:
         "ia3": "worse",
     }
     assert {d.verdict for d in found.against_best.values()} == {"worse"}
-    assert [s.arm for s in found.standings][0] == "pissa"
+    assert found.standings[0].arm == "pissa"
     assert [s.arm for s in found.standings][-2:] == ["vera", "ia3"]
 
 
@@ -178,6 +173,19 @@ def test_the_joint_interval_is_the_wider_one_around_the_same_value(found: Findin
 
 def test_the_same_record_gives_the_same_numbers(found: Findings) -> None:
     assert findings(comparison()) == found
+
+
+def test_the_verdict_on_a_pair_is_one_whichever_is_the_reference() -> None:
+    effects = {f"m{i}": 0.015 * i for i in range(8)}
+    for name in ("m0", "m3"):
+        found = findings(comparison(effects), name)
+        turned = {"better": "worse", "worse": "better"}
+        for arm, difference in found.against_reference.items():
+            again = findings(comparison(effects), arm).against_reference[name]
+            assert turned.get(again.verdict, again.verdict) == difference.verdict
+        if name != found.best:
+            ahead = found.against_reference[found.best]
+            assert turned.get(ahead.verdict, ahead.verdict) == found.against_best[name].verdict
 
 
 def test_another_reference_turns_the_sign(found: Findings) -> None:
@@ -322,7 +330,8 @@ def test_an_unknown_reference() -> None:
     with pytest.raises(DataError) as caught:
         findings(comparison(), "lorra")
     assert str(caught.value) == (
-        "cannot compare:\n  - reference: there is no method 'lorra'\n      hint: did you mean `lora` or `lora+`?"
+        "cannot compare:\n  - reference: there is no method 'lorra'\n"
+        "      hint: did you mean `lora` or `lora+` or `dora`?"
     )
 
 
