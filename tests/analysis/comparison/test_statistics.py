@@ -124,7 +124,7 @@ def test_the_width_is_that_of_students_t() -> None:
 
 
 def test_the_joint_width_is_tukeys() -> None:
-    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom at 95 % is 4.529 (any table)."""
+    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom is 4.529 (any table)."""
     spread = np.array([-1.0, 0.0, 1.0])[:, None]
     found = Measured({str(i): np.ones((3, 50)) + 0.01 * spread for i in range(4)}, np.ones(50))
     joint = found.joint_factor([*combinations("0123", 2)]) * found.half_width("0", "1")
@@ -161,7 +161,7 @@ def test_verdicts(found: Findings) -> None:
         "ia3": "worse",
     }
     assert {d.verdict for d in found.against_best.values()} == {"worse"}
-    assert [s.arm for s in found.standings][0] == "pissa"
+    assert found.standings[0].arm == "pissa"
     assert [s.arm for s in found.standings][-2:] == ["vera", "ia3"]
 
 
@@ -330,7 +330,8 @@ def test_an_unknown_reference() -> None:
     with pytest.raises(DataError) as caught:
         findings(comparison(), "lorra")
     assert str(caught.value) == (
-        "cannot compare:\n  - reference: there is no method 'lorra'\n      hint: did you mean `lora` or `lora+` or `dora`?"
+        "cannot compare:\n  - reference: there is no method 'lorra'\n"
+        "      hint: did you mean `lora` or `lora+` or `dora`?"
     )
 
 

@@ -19,8 +19,8 @@ from lorary.train.compare.bench import Bench
 from lorary.train.compare.budget import TIMED, TURNS, Forecast, fitted
 from lorary.train.compare.costs import cost
 from lorary.train.compare.ledger import Ledger
-from lorary.train.compare.request import Request
 from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.request import Request
 from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
 from lorary.train.compare.workers import Workers
@@ -105,7 +105,7 @@ class Course:
         scored = (len(rows.test) + len(rows.general)) / len(rows.validation.rows)
         self.forecast = Forecast(known, self.request.steps, scored, self.request.settings.workers)
         self.request, left_out = fitted(self.request, self.forecast)
-        timings = {name: dataclasses.asdict(timing) for name, timing in known.items()}
+        timings = {name: {**dataclasses.asdict(one), "steps": list(one.steps)} for name, one in known.items()}
         planned = self.forecast.whole(self.request)
         for what, why in left_out.items():
             _log.info("left out: %s (%s)", what, why)
