@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -73,7 +74,8 @@ def test_verdict(record: Comparison, sentence: str) -> None:
 def test_a_better_classifier_is_ahead_by_points() -> None:
     found = findings(comparison({"lora": 0.4, "good": 0.0}, classifier=True, rows=400))
     assert re.fullmatch(
-        r"good is better than lora: \d\d\.\d % of the test rows right, \d\d\.\d points \[\d\d\.\d, \d\d\.\d\] above lora\.",
+        r"good is better than lora: \d\d\.\d % of the test rows right, "
+        r"\d\d\.\d points \[\d\d\.\d, \d\d\.\d\] above lora\.",
         verdict(found),
     )
 
@@ -264,7 +266,7 @@ def test_what_is_smaller_and_better_is_the_front(found: Findings) -> None:
 def test_names_of_points_do_not_touch() -> None:
     places = pictures.spread([0.1, 0.1, 0.1, 0.98, 0.99, 1.0], 0.1)
     assert places == sorted(places)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(places))
     assert places[-1] <= 1
 
 

@@ -203,7 +203,7 @@ def test_truncated_anywhere(path: Path) -> None:
 
 
 def test_places_that_are_no_file(tmp_path: Path, path: Path) -> None:
-    with pytest.raises(FileError, match="comparison.json: is missing"):
+    with pytest.raises(FileError, match=r"comparison\.json: is missing"):
         read(path)
     with pytest.raises(FileError, match="the path cannot be followed"):
         read(tmp_path / "nowhere" / "comparison.json")
