@@ -70,7 +70,7 @@ error: invalid configuration c.yaml:
 Bad('unknown options of methods', ('c.yaml', '-m', 'lora:rr=8,vera:save_projection=false'), 2, """\
 error: invalid configuration c.yaml:
   - --methods: lora:rr=8: unknown key `rr` in `method`
-      hint: did you mean `r`?
+      hint: known: after, alpha, alphas, also, drop, dropout, exclude, head, layers, name, options, r, ranks, targets, train_in_full
   - --methods: vera:save_projection=false: unknown key `save_projection` in `method`
       hint: did you mean `save_projections`?
 """),

@@ -197,8 +197,10 @@ def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnost
 
 def _arm_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnostic]:
     """Errors of the methods of a comparison, each with the name of its method."""
+    if valid.config is None:
+        return []
     problems = []
-    for i, arm in enumerate(valid.config.compare.methods if valid.config is not None else ()):
+    for i, arm in enumerate(valid.config.compare.methods):
         try:
             read_method(arm.method, valid.config.data.max_length)
         except ConfigError as error:
