@@ -91,7 +91,8 @@ class AdaptedSite:
     @property
     def stored(self) -> Shapes:
         """role -> shape of every tensor that a file holds for this site, the start of a residual init included."""
-        return self.shapes | {start_name(role): shape for role, shape in self.starts.items()}
+        starts = self.starts
+        return self.shapes | {start_name(role): shape for role, shape in starts.items()} if starts else self.shapes
 
     @property
     def starts(self) -> Shapes:
