@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.statistics import Findings, Interval
-from lorary.analysis.comparison.tables import TextTable, costs, quality, runs, settings, views
+from lorary.analysis.comparison.tables import TextTable, costs, limits, quality, runs, settings, views
 from lorary.analysis.comparison.words import level, remarks, verdict
 from lorary.analysis.html_report import (
     Block,
@@ -23,17 +23,13 @@ from lorary.analysis.html_report import (
 
 _FOREST = (
     "Each method minus {reference}, on the same test rows. Thick: the 95 % interval of this pair. Thin: the 95 % "
-    "interval that holds together with all others; it gives the verdict. Arrows: beyond the axis."
+    "interval that holds together with those of all other pairs; it gives the verdict. Arrows: beyond the axis."
 )
 _QUALITY = (
     "Means over the seeds, with 95 % intervals. Those of the loss are wide, as some rows are harder than others; the "
-    "difference between two methods on the same rows is known more precisely, and decides. {joint} "
-    "Forgotten is the loss on general text minus that of the base."
-)
-_JOINT = (
-    "Intervals of differences hold together in 95 % of comparisons, however many methods there are: those from the "
-    "reference with each other, and those from the best as differences between all pairs, because the best one is "
-    "chosen by the same rows."
+    "difference between two methods on the same rows is known more precisely, and decides. The intervals of all "
+    "differences between two methods hold together in 95 % of comparisons, however many methods there are. Forgotten "
+    "is the loss on general text minus that of the base; sd is the standard deviation over the seeds."
 )
 _COST = (
     "At the best rate. Peak memory is counted for a training step. Seconds per step are medians with quartiles; the "
@@ -49,11 +45,12 @@ _CHANCE = (
     "Two sources of chance count in every interval. The test rows could have been others: they are resampled with "
     "replacement, the same ones for all methods, and the loss is counted by tokens (the paired bootstrap; Efron & "
     "Tibshirani 1993). And the seeds could have been others: they set the initialisation and the order of the data. "
-    "Two or three seeds are too few to resample, so the variance within the methods is pooled over all of them, and its "
-    "own error is counted by Student's t. A method that scatters clearly more than the others stands on its own "
+    "Two or three seeds are too few to resample, so the variance within the methods is pooled over all of them, and "
+    "its own error is counted by Student's t. A method that scatters clearly more than the others stands on its own "
     "variance. Differences of single rows between seeds count in both parts: the intervals are rather too wide than "
     "too narrow."
 )
+_FEW = 12  # characters that stay on one line
 _CLASSES = "Classifiers are judged by their accuracy; it is never taken to be known better than to three rows."
 
 
@@ -81,11 +78,9 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
         yield KeyFigure(label, pictures.short(found.best), f"{what} {level(value, found.measure)}")
     if found.base is not None:
         yield KeyFigure("Without adapter", f"{found.base:.3f}", "held-out loss of the base")
-    judged = sum(s.loss is not None for s in found.standings)
-    yield KeyFigure("Methods", str(len(comparison.arms)), f"{judged} judged")
     seeds = sorted({s.seeds for s in found.standings if s.seeds})
-    note = f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} judged for each method" if seeds else ""
-    yield KeyFigure("Runs", str(len(comparison.trials)), note)
+    judged = f", {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds judged of each" if seeds else ""
+    yield KeyFigure("Methods", str(len(comparison.arms)), f"{len(comparison.trials)} runs{judged}")
     if test := next((run.test for run in comparison.trials if run.test), None):
         tokens = f"{sum(test.tokens):,} tokens" if comparison.task == "sft" else "one label each"
         yield KeyFigure("Test rows", f"{len(test.tokens):,}", f"{tokens}, the same for all")
@@ -93,13 +88,16 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
 
 def _sections(found: Findings) -> Iterator[Section]:
     yield Section("Verdict", [*map(Paragraph, remarks(found)), *_forests(found)])
-    yield Section("Quality", [_table(quality(found)), Paragraph(_QUALITY.format(joint=_JOINT))])
+    yield Section("Quality", [_table(quality(found)), Paragraph(_QUALITY)])
     if found.comparison.costs:
-        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *_trade_offs(found)])
+        reasons = [_table(table)] if (table := limits(found)).rows else []
+        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *reasons, *_trade_offs(found)])
     for view, about in views(found):
         yield Section(view.title, [Paragraph(about), _table(view)])
     if found.comparison.trials:
-        each = [Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)]
+        each = [
+            Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)
+        ]
         yield Section("Learning rates", [Paragraph(_RATES), Pictures(each)])
         yield Section("Loss over the steps", [Picture(pictures.curves_svg(found), _CURVES)])
     if found.comparison.left_out:
@@ -153,5 +151,7 @@ def _table(table: TextTable) -> Table:
 
 
 def _unbroken(cell: str) -> str:
-    """A cell whose interval stays on one line."""
-    return cell.replace(", ", ",\N{NO-BREAK SPACE}") if cell.endswith("]") else cell
+    """A cell whose interval, or whose few words, stay on one line."""
+    if cell.endswith("]"):
+        return cell.replace(", ", ",\N{NO-BREAK SPACE}")
+    return cell.replace(" ", "\N{NO-BREAK SPACE}") if len(cell) <= _FEW else cell
