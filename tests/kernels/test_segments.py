@@ -71,7 +71,7 @@ def test_a_frozen_factor_gets_no_gradient_and_the_input_is_not_kept_for_it() -> 
         y = add_segments(F.linear(x.detach(), W), x.detach(), segments)
     y.sum().backward()
     assert all(one.A.grad is None and one.B.grad is not None for one in segments)
-    assert all(t.shape[-1] != 7 or t.dim() == 2 and t.shape[0] <= 3 for t in saved)
+    assert all(t.shape[-1] != 7 or (t.dim() == 2 and t.shape[0] <= 3) for t in saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +81,9 @@ def test_factors_are_cast_to_the_precision_of_the_output(dtype: torch.dtype) -> 
     assert y.dtype is dtype
     y.float().sum().backward()
     assert all(one.A.grad is not None and one.A.grad.dtype is torch.float32 for one in segments)
-    torch.testing.assert_close(y.float(), _apart(x, W, segments), rtol=0.05, atol=0.3 if dtype is torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        y.float(), _apart(x, W, segments), rtol=0.05, atol=0.3 if dtype is torch.bfloat16 else 1e-5
+    )
 
 
 def test_without_gradients_nothing_is_recorded() -> None:

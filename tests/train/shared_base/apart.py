@@ -16,7 +16,6 @@ from lorary.train.shared_base.training import Settings
 from ... import tiny
 
 STEPS = 20
-DROPOUTS = {"GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 
 METHODS: dict[str, lorary.Method] = {
     "lora": lorary.method("lora", r=4, alpha=8.0),
@@ -89,12 +88,11 @@ def movement(base: Any, plan: lorary.Plan, adapter: lorary.Adapter, seed: int = 
     """How far an adapter has moved from its start."""
     model = copy.deepcopy(base)
     start = lorary.Adapter.of(lorary.attach(model, plan, seed=seed))
-    by_shape = {site: roles for site, roles in start.tensors.items()}
     moved = [
-        float((t - by_shape[site][role]).abs().max())
+        float((t - start.tensors[site][role]).abs().max())
         for site, roles in adapter.tensors.items()
         for role, t in roles.items()
-        if t.shape == by_shape[site][role].shape and t.numel()
+        if t.shape == start.tensors[site][role].shape and t.numel()
     ]
     moved += [float((t - start.full[name]).abs().max()) for name, t in adapter.full.items()]
     return max(moved)

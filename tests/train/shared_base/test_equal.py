@@ -138,7 +138,7 @@ def test_a_classifier_with_a_new_head() -> None:
 
 def test_gradient_checkpointing() -> None:
     base = llama()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
     _assert_equal(base, {name: lorary.plan(base, METHODS[name]) for name in ("lora", "vera", "dora")})
 
 
@@ -175,7 +175,7 @@ def test_a_model_of_ones_own_takes_a_loss() -> None:
         assert distance(found[name], lorary.Adapter.of(model)) < CLOSE
 
 
-# --- ends and resumes ---------------------------------------------------------------------------------------------------
+# --- ends and resumes -------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_are_not_finite_end_one_adapter_alone() -> None:

@@ -274,7 +274,9 @@ def test_the_state_of_another_adapter(tmp_path: Any) -> None:
     plans = {"a": _plan(base), "b": _plan(base, "dora")}
     training = SharedTraining(SharedBase(base, plans), Settings(1e-3, 3))
     training.save("a", tmp_path / "a")
-    _refused(lambda: training.resume("b", tmp_path / "a"), "the checkpoint holds another adapter", error=lorary.FileError)
+    _refused(
+        lambda: training.resume("b", tmp_path / "a"), "the checkpoint holds another adapter", error=lorary.FileError
+    )
     (tmp_path / "a" / "state.safetensors").write_bytes(b"x")
     _refused(lambda: training.resume("a", tmp_path / "a"), "state.safetensors", error=lorary.FileError)
     _refused(lambda: training.resume("a", tmp_path / "nowhere"), "nowhere", error=lorary.FileError)
@@ -289,7 +291,7 @@ def test_rows_of_another_adapter_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rows_module.RowsForward, "_grouped", lambda self, names: grouped(self, names[::-1]))
     training = SharedTraining(_two(), Settings(1e-3, 3))
     first, second = batches(0, count=1), batches(1, count=1)
-    with pytest.raises(TrainingError, match="off that of training alone.*its rows meet those of other adapters"):
+    with pytest.raises(TrainingError, match=r"off that of training alone.*its rows meet those of other adapters"):
         training.step({"a": first[0], "b": second[0]})
 
 
@@ -337,4 +339,6 @@ def test_a_model_whose_rows_meet_is_refused_in_the_first_step() -> None:
 
 def test_a_layer_that_gets_other_rows_is_refused() -> None:
     torch.manual_seed(0)
-    _refused(lambda: _stepped(Choosing()), "expert: gets an input of 7 rows, which are not those of 8 rows of the batch")
+    _refused(
+        lambda: _stepped(Choosing()), "expert: gets an input of 7 rows, which are not those of 8 rows of the batch"
+    )

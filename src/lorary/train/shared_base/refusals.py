@@ -93,7 +93,10 @@ def _plan_problems(scanned: Scan, plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"{name} changes how the whole model reads, and with it the rows of the other adapters", ALONE
     if any(not scanned.is_quantised(path) for path in plan.quantized):
         storage = type(plan.method.storage).__name__
-        yield f"{storage} would quantise a base of its own for this adapter", "quantise the model first: lorary.quantize"
+        yield (
+            f"{storage} would quantise a base of its own for this adapter",
+            "quantise the model first: lorary.quantize",
+        )
     if dropped := sorted({s.method.dropout for s in plan.sites if s.method.dropout}):
         what = f"a dropout of {', '.join(f'{p:g}' for p in dropped)} draws its masks from one stream of random numbers"
         yield f"{what}, and together they would be others than alone", "set dropout=0"

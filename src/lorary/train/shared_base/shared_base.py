@@ -9,7 +9,6 @@ the adapter that they belong to. No row meets another one, so the gradients are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,5 +172,3 @@ class SharedBase:
 
     def __repr__(self) -> str:
         return f"SharedBase({', '.join(self.names)})"
-
-

@@ -82,27 +82,30 @@ class _Member:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def take_step(self) -> None:
-        """From complete gradients of the loss to the next step's zero ones."""
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def take_step(self, loss: float) -> bool:
+        """From complete gradients of the loss to the next step's zero ones; False: they are not finite, and no step."""
+        norm = torch.nn.utils.get_total_norm(self.gradients)
+        # a sum of squares may overflow although no gradient did
+        if not math.isfinite(loss) or not (norm.isfinite() or all(g.isfinite().all() for g in self.gradients)):
+            return False
         penalty = self.rules.penalty()
         if isinstance(penalty, Tensor) and penalty.requires_grad:
-            penalty.backward()  # type: ignore[no-untyped-call]
+            penalty.backward()
         self.rules.after_backward()
         if self.settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+            if self.rules.rules:  # which may have changed them
+                norm = torch.nn.utils.get_total_norm(self.gradients)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         self.rules.after_step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.done += 1
-
-    def is_finite(self, loss: float) -> bool:
-        """Whether its loss and all of its gradients are finite."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None and p.grad.numel()]
-        if not math.isfinite(loss) or not gradients:
-            return math.isfinite(loss)
-        # the largest entry, since a sum of squares could overflow although no gradient did
-        return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
+        return True
 
 
 class SharedTraining:
@@ -167,7 +170,7 @@ class SharedTraining:
         for i in range(max(map(len, each.values()), default=1)):
             losses = self.shared.losses({name: micro[i] for name, micro in each.items() if i < len(micro)}, i > 0)
             weighted = torch.stack([weights[name][i] * loss for name, loss in losses.items()])
-            weighted.sum().backward()  # type: ignore[no-untyped-call]
+            weighted.sum().backward()
             for name, loss in zip(losses, weighted.tolist(), strict=True):
                 totals[name] += loss
         for name, loss in totals.items():
@@ -177,19 +180,17 @@ class SharedTraining:
     def _prove(self, batches: Mapping[str, Batch]) -> None:
         """Compare the gradients of every adapter with those that it has alone."""
         losses = self.shared.losses(batches)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()
         for name, member in self._members.items():
             check_gradients(name, member.model, member.parameters, batches[name], self.shared.loss)
         self._proved = True
 
     def _finish_step(self, name: str, loss: float) -> None:
         member = self._members[name]
-        if not member.is_finite(loss):
+        if not member.take_step(loss):
             self.diverged[name] = member.done
             self.leave(name)
-            return
-        member.take_step()
-        if member.done == member.settings.steps:
+        elif member.done == member.settings.steps:
             self.finished[name] = self.leave(name)
 
     def run(
