@@ -33,6 +33,8 @@ METHODS: dict[str, lorary.Method] = {
     "delta-lora": lorary.method("delta-lora", r=2, start=5),
     "o-lora": lorary.method("o-lora", r=2, norms=0.01),
     "bitfit": lorary.method("bitfit"),
+    "ia3": lorary.method("ia3"),
+    "houlsby": lorary.method("houlsby"),
     "norms": lorary.method("lora", r=2).replace(full=("*norm*",)),
 }
 
@@ -78,6 +80,7 @@ def train_alone(
 def distance(one: lorary.Adapter, other: lorary.Adapter) -> float:
     """The largest difference of two adapters' numbers."""
     assert one.sites == other.sites
+    assert one.base == other.base
     pairs = [(t, other.tensors[site][role]) for site, roles in one.tensors.items() for role, t in roles.items()]
     pairs += [(t, other.full[name]) for name, t in one.full.items()]
     assert pairs

@@ -37,11 +37,8 @@ class Sweep:
 
     def __init__(self) -> None:
         self.base = llama()
-        targets = {"rslora": "attention", "dora": ["q_proj", "down_proj"], "vera": "mlp"}
-        self.plans = {
-            name: lorary.plan(self.base, method, None if name == "bitfit" else targets.get(name, "all-linear"))
-            for name, method in METHODS.items()
-        }
+        targets: dict[str, Any] = {"rslora": "attention", "dora": ["q_proj", "down_proj"], "vera": "mlp"}
+        self.plans = {name: lorary.plan(self.base, method, targets.get(name)) for name, method in METHODS.items()}
         self.settings = {name: settings_of(i, STEPS - (name == "lora-fa") * 7) for i, name in enumerate(METHODS)}
         self.seeds = {name: i % 3 for i, name in enumerate(METHODS)}
         self.rows = {name: batches(i % 4, rows=1 + i % 3) for i, name in enumerate(METHODS)}

@@ -87,10 +87,18 @@ def test_dropout_of_the_model(changes: dict[str, Any], where: str) -> None:
     _refused(lambda: SharedBase(gpt2, {"a": _plan(gpt2)}), "transformer.drop: drops with probability 0.1")
 
 
-def test_another_context() -> None:
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (lorary.method("longlora", length=64), "LongContext"),
+        (lorary.method("prefix-tuning", tokens=3), "PrefixContext"),
+        (lorary.method("prompt-tuning", tokens=3), "PromptContext"),
+    ],
+)
+def test_another_context(method: lorary.Method, name: str) -> None:
     base = llama()
-    plan = lorary.plan(base, lorary.method("longlora", length=64))
-    what = "changes how the whole model reads, and with it the rows of the other adapters"
+    plan = lorary.plan(base, method)
+    what = f"a: {name} changes how the whole model reads, and with it the rows of the other adapters"
     _refused(lambda: SharedBase(base, {"a": plan}), what, "train this adapter by itself")
 
 
