@@ -1,6 +1,6 @@
 """A training step of several adapters at once on one base beside the same steps in turn, in one process.
 
-    python benchmarks/shared_base.py                     # on the CPU, one thread: ten minutes
+    python benchmarks/shared_base.py                     # on the CPU, one thread: five minutes
     python benchmarks/shared_base.py --device cuda --dtype bfloat16
     python benchmarks/shared_base.py --quick             # to check the script
 
@@ -40,13 +40,13 @@ METHODS = {
     "VeRA": [lorary.method("vera", r=64)],
     "mixed": [lorary.method(name, r=8) for name in ("lora", "dora", "multilora", "olora")],
 }
-# base, adapters, rows of a batch, tokens of a row
-SHAPES = [
-    *(("builtin", 8, rows, length) for rows, length in ((1, 16), (1, 32), (2, 64), (4, 128))),
-    *(("wide", 8, rows, length) for rows, length in ((1, 16), (1, 32), (2, 64))),
-    *(("builtin", count, 1, 32) for count in (2, 4, 16)),
+# method, base, adapters, rows of a batch, tokens of a row
+CASES = [
+    *(("LoRA", "builtin", 8, rows, length) for rows, length in ((1, 16), (1, 32), (2, 64), (4, 128))),
+    *(("LoRA", "builtin", count, 1, 32) for count in (2, 4, 16)),
+    *(("LoRA", "wide", 8, rows, length) for rows, length in ((1, 16), (2, 64))),
+    *((name, "builtin", 8, rows, length) for name in METHODS for rows, length in ((1, 32), (2, 64)) if name != "LoRA"),
 ]
-QUICK = [("builtin", 2, 1, 16)]
 STEPS = 10**6  # of the runs that the optimizers are told of
 
 
@@ -141,19 +141,16 @@ def _now(arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     made = parser(__doc__, "methods", "shared_base.json")
-    made.set_defaults(hidden=768, layers=4, repeats=7)
-    made.add_argument("--quick", action="store_true", help="one shape and few repeats, to check the script")
+    made.set_defaults(hidden=512, layers=4, repeats=7)
+    made.add_argument("--quick", action="store_true", help="one case and few repeats, to check the script")
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
     only = [name.strip() for name in arguments.only.split(";") if name.strip()]
-    shapes = QUICK if arguments.quick else SHAPES
     arguments.repeats = 2 if arguments.quick else arguments.repeats
-    cases = [(method, shape) for shape in shapes for method in METHODS if not only or method in only]
-    cases = [(method, shape) for method, shape in cases if shape[1] == 8 or method == "LoRA"]
-    bases = {name: loaded(name, arguments) for name in {shape[0] for shape in shapes}}
+    cases = [case for case in CASES[: 1 if arguments.quick else None] if not only or case[0] in only]
+    bases = {name: loaded(name, arguments) for name in {case[1] for case in cases}}
     found = []
-    for method, (base, *shape) in track(cases, "shared base"):
-        count, rows, length = shape
+    for method, base, count, rows, length in track(cases, "shared base"):
         row = measured(bases[base], METHODS[method], (count, rows, length), arguments)
         found.append({"base": base, "method": method, "adapters": count, "rows": rows, "length": length, **row})
     table = new_table(

@@ -12,6 +12,7 @@ whose loss or gradients are not finite: they are in no sum with those of another
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from lorary.adapters.attached import load_into
 from lorary.errors import Diagnostic, TrainingError
 from lorary.model.optim.optimizer import optimizer
 from lorary.model.optim.rules import Rules, rules
+from lorary.train.config.optimization import SCHEDULES
 from lorary.train.shared_base.batches import Batch
 from lorary.train.shared_base.proof import check_gradients
 from lorary.train.shared_base.rows import HEADLINE
@@ -64,7 +66,17 @@ class Settings:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 found.append(f"{field} is {value!r}; it takes a finite number of at least 0")
+        if self.schedule not in SCHEDULES or self.schedule == "reduce_lr_on_plateau":
+            known = ", ".join(name for name in SCHEDULES if name != "reduce_lr_on_plateau")
+            found.append(f"schedule is {self.schedule!r}; it takes {known}")
         return found
+
+    def scheduler(self, over: torch.optim.Optimizer) -> Any:
+        """Transformers' schedule of this name over an optimizer."""
+        warmup = math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+        # Transformers' plain `constant` has no warmup
+        name = "constant_with_warmup" if self.schedule == "constant" and warmup else self.schedule
+        return get_scheduler(name, over, warmup, self.steps)
 
 
 class _Member:
@@ -73,9 +85,7 @@ class _Member:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings, self.done = model, settings, 0
         self.optimizer = optimizer(model, settings.lr, weight_decay=settings.weight_decay, cls=settings.optimizer)
-        share = settings.warmup < 1
-        warmup = math.ceil(settings.warmup * settings.steps) if share else int(settings.warmup)
-        self.scheduler: Any = get_scheduler(settings.schedule, self.optimizer, warmup, settings.steps)
+        self.scheduler = settings.scheduler(self.optimizer)
         self.rules: Rules = rules(model, settings.steps, self.optimizer)
 
     @property
@@ -231,7 +241,7 @@ class SharedTraining:
         del self._members[name]
         return adapter
 
-    def save(self, name: str, path: Path) -> None:
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """Write the training state of an adapter: a checkpoint folder of `lorary.train.trainer.checkpoint`.
 
         Raises:
@@ -240,28 +250,29 @@ class SharedTraining:
         model, member = self.shared.model(name), self._members[name]
         state = {
             "optimizer": optimizer_state.capture(member.optimizer, model),
-            "schedule": member.scheduler.last_epoch,
             "rules": member.rules.state_dict(),
             "step": member.done,
         }
         facts = {"step": member.done, "lorary": lorary.__version__}
-        checkpoint.write(path, Adapter.of(model), state, facts, lambda folder: None, model)
+        checkpoint.write(Path(path), Adapter.of(model), state, facts, lambda folder: None, model)
 
-    def resume(self, name: str, path: Path) -> int:
+    def resume(self, name: str, path: str | os.PathLike[str]) -> int:
         """Go on with an adapter from the state that `save` has written, bit for bit.
 
         Returns:
             The optimizer steps done.
 
         Raises:
-            TrainingError, FileError: the folder is not complete, or belongs to another adapter or optimizer.
+            TrainingError, FileError: the folder is not complete, or belongs to another adapter, optimizer or run.
         """
         model, member = self.shared.model(name), self._members[name]
-        state = checkpoint.read(path)
-        load_into(model, read_adapter(path))
+        state, adapter = checkpoint.read(Path(path)), read_adapter(Path(path))
+        if not 0 <= state["step"] < member.settings.steps:
+            what = f"has done {state['step']} steps, and this run has {member.settings.steps}"
+            raise TrainingError("cannot go on with this adapter:", [Diagnostic(name, what)])
+        load_into(model, adapter)
         optimizer_state.restore(member.optimizer, model, state["optimizer"])
-        member.scheduler.last_epoch = state["schedule"]
+        member.scheduler.last_epoch = member.done = state["step"]
         optimizer_state.follow_schedule(member.optimizer, member.scheduler)
         member.rules.load_state_dict(state["rules"])
-        member.done = state["step"]
         return member.done
