@@ -1,13 +1,14 @@
 """A training step of several adapters at once on one base beside the same steps in turn, in one process.
 
-    python benchmarks/shared_base.py                     # on the CPU, one thread: ten minutes
+    python benchmarks/shared_base.py                     # on the CPU, one thread: five minutes
     python benchmarks/shared_base.py --device cuda --dtype bfloat16
     python benchmarks/shared_base.py --quick             # to check the script
 
 A repeat is one step of all adapters together and one of each by itself, in an order that turns; what is reported is
-the median over the repeats of the ratio of their times within a repeat, with its quartiles. Both start from equal
-values and see the same batches, so their losses must agree, or the script stops. The memory is that of tensors alive
-in a step, beyond what is alive between steps.
+the median over the repeats of the ratio of their times within a repeat, with its quartiles. Times are those of the
+processor, which other programs on the machine change little; of a GPU those of a clock. Both start from equal values
+and see the same batches, so their losses must agree, or the script stops. The memory is that of tensors alive in a
+step, beyond what is alive between steps.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ METHODS = {
     "VeRA": [lorary.method("vera", r=64)],
     "mixed": [lorary.method(name, r=8) for name in ("lora", "dora", "multilora", "olora")],
 }
-# base, adapters, rows of a batch, tokens of a row
-SHAPES = [
-    *((base, 8, rows, length) for base in ("builtin", "wide") for rows, length in ((1, 32), (2, 64), (4, 128))),
-    *(("builtin", count, 2, 64) for count in (2, 4, 16)),
+# method, base, adapters, rows of a batch, tokens of a row
+CASES = [
+    *(("LoRA", "builtin", 8, rows, length) for rows, length in ((1, 16), (1, 32), (2, 64), (4, 128))),
+    *(("LoRA", "builtin", count, 1, 32) for count in (2, 4, 16)),
+    *(("LoRA", "wide", 8, rows, length) for rows, length in ((1, 16), (2, 64))),
+    *((name, "builtin", 8, rows, length) for name in METHODS for rows, length in ((1, 32), (2, 64)) if name != "LoRA"),
 ]
-QUICK = [("builtin", 2, 1, 32)]
 STEPS = 10**6  # of the runs that the optimizers are told of
 
 
@@ -73,7 +75,7 @@ class InTurn:
         loss.backward()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
-        value = float(loss)
+        value = loss.item()
         optimizer.step()
         optimizer.zero_grad()
         return value
@@ -111,11 +113,9 @@ def measured(
                     losses[name] = runners[name].step(batches)
                 peaks[name] = live.peak
                 continue
-            _synchronise(arguments)
-            start = time.perf_counter()
+            start = _now(arguments)
             losses[name] = runners[name].step(batches)
-            _synchronise(arguments)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_now(arguments) - start)
         _same_work(losses["together"], losses["in turn"], arguments)
     times = {name: wall[1:] for name, wall in times.items()}
     return {
@@ -131,25 +131,26 @@ def _same_work(one: dict[str, float], other: dict[str, float], arguments: argpar
         raise SystemExit(f"the losses of {', '.join(wrong)} differ, so the two did not do the same work")
 
 
-def _synchronise(arguments: argparse.Namespace) -> None:
-    if arguments.device.type == "cuda":
-        torch.cuda.synchronize()
+def _now(arguments: argparse.Namespace) -> float:
+    """Seconds."""
+    if arguments.device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
     made = parser(__doc__, "methods", "shared_base.json")
-    made.set_defaults(hidden=768, layers=4, repeats=7)
-    made.add_argument("--quick", action="store_true", help="one shape and few repeats, to check the script")
+    made.set_defaults(hidden=512, layers=4, repeats=7)
+    made.add_argument("--quick", action="store_true", help="one case and few repeats, to check the script")
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
     only = [name.strip() for name in arguments.only.split(";") if name.strip()]
-    shapes = QUICK if arguments.quick else SHAPES
     arguments.repeats = 2 if arguments.quick else arguments.repeats
-    cases = [(method, shape) for shape in shapes for method in METHODS if not only or method in only]
-    bases = {name: loaded(name, arguments) for name in {shape[0] for shape in shapes}}
+    cases = [case for case in CASES[: 1 if arguments.quick else None] if not only or case[0] in only]
+    bases = {name: loaded(name, arguments) for name in {case[1] for case in cases}}
     found = []
-    for method, (base, *shape) in track(cases, "shared base"):
-        count, rows, length = shape
+    for method, base, count, rows, length in track(cases, "shared base"):
         row = measured(bases[base], METHODS[method], (count, rows, length), arguments)
         found.append({"base": base, "method": method, "adapters": count, "rows": rows, "length": length, **row})
     table = new_table(

@@ -71,7 +71,7 @@ def test_a_frozen_factor_gets_no_gradient_and_the_input_is_not_kept_for_it() -> 
         y = add_segments(F.linear(x.detach(), W), x.detach(), segments)
     y.sum().backward()
     assert all(one.A.grad is None and one.B.grad is not None for one in segments)
-    assert all(t.shape[-1] != 7 or t.dim() == 2 and t.shape[0] <= 3 for t in saved)
+    assert all(t.shape[-1] != 7 or (t.dim() == 2 and t.shape[0] <= 3) for t in saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

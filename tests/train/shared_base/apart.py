@@ -16,7 +16,6 @@ from lorary.train.shared_base.training import Settings
 from ... import tiny
 
 STEPS = 20
-DROPOUTS = {"GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 
 METHODS: dict[str, lorary.Method] = {
     "lora": lorary.method("lora", r=4, alpha=8.0),
@@ -34,6 +33,8 @@ METHODS: dict[str, lorary.Method] = {
     "delta-lora": lorary.method("delta-lora", r=2, start=5),
     "o-lora": lorary.method("o-lora", r=2, norms=0.01),
     "bitfit": lorary.method("bitfit"),
+    "ia3": lorary.method("ia3"),
+    "houlsby": lorary.method("houlsby"),
     "norms": lorary.method("lora", r=2).replace(full=("*norm*",)),
 }
 
@@ -79,6 +80,7 @@ def train_alone(
 def distance(one: lorary.Adapter, other: lorary.Adapter) -> float:
     """The largest difference of two adapters' numbers."""
     assert one.sites == other.sites
+    assert one.base == other.base
     pairs = [(t, other.tensors[site][role]) for site, roles in one.tensors.items() for role, t in roles.items()]
     pairs += [(t, other.full[name]) for name, t in one.full.items()]
     assert pairs
@@ -89,12 +91,11 @@ def movement(base: Any, plan: lorary.Plan, adapter: lorary.Adapter, seed: int = 
     """How far an adapter has moved from its start."""
     model = copy.deepcopy(base)
     start = lorary.Adapter.of(lorary.attach(model, plan, seed=seed))
-    by_shape = {site: roles for site, roles in start.tensors.items()}
     moved = [
-        float((t - by_shape[site][role]).abs().max())
+        float((t - start.tensors[site][role]).abs().max())
         for site, roles in adapter.tensors.items()
         for role, t in roles.items()
-        if t.shape == by_shape[site][role].shape and t.numel()
+        if t.shape == start.tensors[site][role].shape and t.numel()
     ]
     moved += [float((t - start.full[name]).abs().max()) for name, t in adapter.full.items()]
     return max(moved)

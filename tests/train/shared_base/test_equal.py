@@ -37,11 +37,8 @@ class Sweep:
 
     def __init__(self) -> None:
         self.base = llama()
-        targets = {"rslora": "attention", "dora": ["q_proj", "down_proj"], "vera": "mlp"}
-        self.plans = {
-            name: lorary.plan(self.base, method, None if name == "bitfit" else targets.get(name, "all-linear"))
-            for name, method in METHODS.items()
-        }
+        targets: dict[str, Any] = {"rslora": "attention", "dora": ["q_proj", "down_proj"], "vera": "mlp"}
+        self.plans = {name: lorary.plan(self.base, method, targets.get(name)) for name, method in METHODS.items()}
         self.settings = {name: settings_of(i, STEPS - (name == "lora-fa") * 7) for i, name in enumerate(METHODS)}
         self.seeds = {name: i % 3 for i, name in enumerate(METHODS)}
         self.rows = {name: batches(i % 4, rows=1 + i % 3) for i, name in enumerate(METHODS)}
@@ -138,7 +135,7 @@ def test_a_classifier_with_a_new_head() -> None:
 
 def test_gradient_checkpointing() -> None:
     base = llama()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
     _assert_equal(base, {name: lorary.plan(base, METHODS[name]) for name in ("lora", "vera", "dora")})
 
 
@@ -175,7 +172,7 @@ def test_a_model_of_ones_own_takes_a_loss() -> None:
         assert distance(found[name], lorary.Adapter.of(model)) < CLOSE
 
 
-# --- ends and resumes ---------------------------------------------------------------------------------------------------
+# --- ends and resumes -------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_are_not_finite_end_one_adapter_alone() -> None:

@@ -45,6 +45,20 @@ def test_what_is_no_model() -> None:
     _refused(lambda: SharedBase("base", {"a": plan}), "model: is a str, not a torch.nn.Module")  # type: ignore[arg-type]
 
 
+def test_a_model_that_others_have_wrapped() -> None:
+    """One that DDP wraps, which would not see the adapters."""
+
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    base = llama()
+    plan = _plan(base)
+    what = "model: is wrapped in DistributedDataParallel"
+    _refused(lambda: SharedBase(Wrapped(base), {"a": plan}), what, "train together first, and wrap")
+
+
 def test_a_model_without_values() -> None:
     base = tiny.model("LlamaForCausalLM", device="meta")
     _refused(lambda: SharedBase(base, {"a": _plan(base)}), "is on the meta device and has no values")
@@ -87,10 +101,18 @@ def test_dropout_of_the_model(changes: dict[str, Any], where: str) -> None:
     _refused(lambda: SharedBase(gpt2, {"a": _plan(gpt2)}), "transformer.drop: drops with probability 0.1")
 
 
-def test_another_context() -> None:
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (lorary.method("longlora", length=64), "LongContext"),
+        (lorary.method("prefix-tuning", tokens=3), "PrefixContext"),
+        (lorary.method("prompt-tuning", tokens=3), "PromptContext"),
+    ],
+)
+def test_another_context(method: lorary.Method, name: str) -> None:
     base = llama()
-    plan = lorary.plan(base, lorary.method("longlora", length=64))
-    what = "changes how the whole model reads, and with it the rows of the other adapters"
+    plan = lorary.plan(base, method)
+    what = f"a: {name} changes how the whole model reads, and with it the rows of the other adapters"
     _refused(lambda: SharedBase(base, {"a": plan}), what, "train this adapter by itself")
 
 
@@ -251,6 +273,8 @@ def test_unknown_names_and_those_that_have_left() -> None:
         (Settings(1e-3, 2.5), "a: steps is 2.5; it takes 1 or more"),  # type: ignore[arg-type]
         (Settings(1e-3, 2, max_grad_norm=-1.0), "a: max_grad_norm is -1.0; it takes a finite number of at least 0"),
         (Settings(1e-3, 2, warmup=float("nan")), "a: warmup is nan; it takes a finite number of at least 0"),
+        (Settings(1e-3, 2, schedule="sine"), "a: schedule is 'sine'; it takes cosine, linear, constant"),
+        (Settings(1e-3, 2, schedule="reduce_lr_on_plateau"), "a: schedule is 'reduce_lr_on_plateau'; it takes cosine"),
         ({"a": Settings(1e-3, 2)}, "b: has no settings"),
         ({"a": Settings(1e-3, 2), "b": Settings(1e-3, 2), "c": Settings(1e-3, 2)}, "c: has settings and is not here"),
     ],
@@ -277,6 +301,12 @@ def test_the_state_of_another_adapter(tmp_path: Any) -> None:
     _refused(
         lambda: training.resume("b", tmp_path / "a"), "the checkpoint holds another adapter", error=lorary.FileError
     )
+    (batch,) = batches(0, count=1)
+    training.step({"a": batch, "b": batch})
+    training.save("a", tmp_path / "further")
+    shorter = SharedTraining(SharedBase(base, {"a": plans["a"]}), Settings(1e-3, 1))
+    sentence = "a: has done 1 steps, and this run has 1"
+    _refused(lambda: shorter.resume("a", tmp_path / "further"), "cannot go on with this adapter:", sentence)
     (tmp_path / "a" / "state.safetensors").write_bytes(b"x")
     _refused(lambda: training.resume("a", tmp_path / "a"), "state.safetensors", error=lorary.FileError)
     _refused(lambda: training.resume("a", tmp_path / "nowhere"), "nowhere", error=lorary.FileError)
@@ -291,7 +321,7 @@ def test_rows_of_another_adapter_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rows_module.RowsForward, "_grouped", lambda self, names: grouped(self, names[::-1]))
     training = SharedTraining(_two(), Settings(1e-3, 3))
     first, second = batches(0, count=1), batches(1, count=1)
-    with pytest.raises(TrainingError, match="off that of training alone.*its rows meet those of other adapters"):
+    with pytest.raises(TrainingError, match=r"off that of training alone.*its rows meet those of other adapters"):
         training.step({"a": first[0], "b": second[0]})
 
 

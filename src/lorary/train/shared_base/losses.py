@@ -48,7 +48,13 @@ class Losses:
             raise TrainingError(HEADLINE, [Diagnostic("loss", what, "pass loss=, a function of (output, batch)")])
 
     def judge(self, batch: Batch) -> None:
-        """Find out, once and on the base alone, how the head's output becomes logits."""
+        """Find out, once and on the base alone, how the head's output becomes logits.
+
+        Raises:
+            DataError: there are no labels.
+        """
+        if "labels" not in batch and (self.head is not None or self.loss == self._classified):
+            raise DataError("invalid batches:", [Diagnostic("labels", "are missing, and the loss is that of labels")])
         if self.head is not None and self.head.plain is None:
             with torch.no_grad():
                 row = {key: t[:1, :16] for key, t in batch.items() if key in ("input_ids", "labels")}
@@ -60,9 +66,6 @@ class Losses:
         Args:
             batch: the rows of all.
             counts: adapter -> its rows, in order.
-
-        Raises:
-            DataError: there are no labels.
         """
         if self.loss is None:
             return self._of_tokens(batch, counts)
@@ -78,8 +81,6 @@ class Losses:
         return [count / max(sum(labels), 1) for count in labels]
 
     def _of_tokens(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, Tensor]:
-        if "labels" not in batch:
-            raise DataError("invalid batches:", [Diagnostic("labels", "are missing: the loss is that of their tokens")])
         found = self.model(**batch, fused_lm_head=True)
         rows = list(counts.values())
         parts = zip(counts, found.log_probs.split(rows), found.label_mask.split(rows), strict=True)
@@ -88,8 +89,6 @@ class Losses:
     def _classified(self, output: Any, batch: Batch) -> Tensor:
         from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-        if "labels" not in batch:
-            raise DataError("invalid batches:", [Diagnostic("labels", "are missing: the loss is that of the classes")])
         loss: Tensor = ForSequenceClassificationLoss(batch["labels"], output.logits, self.model.config)
         return loss
 

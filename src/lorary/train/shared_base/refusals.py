@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lorary.errors import Diagnostic, TrainingError
+from lorary.errors import Diagnostic, StateError, TrainingError
 from lorary.layers.wrappers import submodule
-from lorary.model.checks import not_a_module
+from lorary.model.checks import changeable
 from lorary.model.plan import Plan
 from lorary.model.scan import Scan, scan
 from lorary.model.state import state_of
@@ -26,7 +26,10 @@ def check(model: Any, plans: Any, seeds: Any) -> None:
     Raises:
         TrainingError: every reason.
     """
-    problems = not_a_module(model) or _model_problems(model)
+    try:
+        problems = _model_problems(changeable(model, "train together", trains=True))
+    except StateError as error:
+        problems = list(error.problems)
     if not isinstance(plans, Mapping) or not plans:
         what = "are empty" if isinstance(plans, Mapping) else f"are a {type(plans).__name__}"
         problems.append(Diagnostic("plans", what, "pass a mapping: {name: lorary.plan(model, method)}"))

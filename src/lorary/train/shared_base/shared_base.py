@@ -9,7 +9,6 @@ the adapter that they belong to. No row meets another one, so the gradients are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.errors import Diagnostic, TrainingError, did_you_mean
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.wrappers import named_modules, submodule, unwrapped
+from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach
 from lorary.model.buffers import freeze_statistics
 from lorary.model.plan import Plan
@@ -53,6 +53,7 @@ class SharedBase:
         >>> sum(losses.values()).backward()  # each adapter has its own gradient
     """
 
+    @mode_independent
     def __init__(
         self,
         model: nn.Module,

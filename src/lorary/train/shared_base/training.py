@@ -12,6 +12,7 @@ whose loss or gradients are not finite: they are in no sum with those of another
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from lorary.adapters.attached import load_into
 from lorary.errors import Diagnostic, TrainingError
 from lorary.model.optim.optimizer import optimizer
 from lorary.model.optim.rules import Rules, rules
+from lorary.train.config.optimization import SCHEDULES
 from lorary.train.shared_base.batches import Batch
 from lorary.train.shared_base.proof import check_gradients
 from lorary.train.shared_base.rows import HEADLINE
@@ -64,7 +66,17 @@ class Settings:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 found.append(f"{field} is {value!r}; it takes a finite number of at least 0")
+        if self.schedule not in SCHEDULES or self.schedule == "reduce_lr_on_plateau":
+            known = ", ".join(name for name in SCHEDULES if name != "reduce_lr_on_plateau")
+            found.append(f"schedule is {self.schedule!r}; it takes {known}")
         return found
+
+    def scheduler(self, over: torch.optim.Optimizer) -> Any:
+        """Transformers' schedule of this name over an optimizer."""
+        warmup = math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+        # Transformers' plain `constant` has no warmup
+        name = "constant_with_warmup" if self.schedule == "constant" and warmup else self.schedule
+        return get_scheduler(name, over, warmup, self.steps)
 
 
 class _Member:
@@ -73,36 +85,37 @@ class _Member:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings, self.done = model, settings, 0
         self.optimizer = optimizer(model, settings.lr, weight_decay=settings.weight_decay, cls=settings.optimizer)
-        share = settings.warmup < 1
-        warmup = math.ceil(settings.warmup * settings.steps) if share else int(settings.warmup)
-        self.scheduler: Any = get_scheduler(settings.schedule, self.optimizer, warmup, settings.steps)
+        self.scheduler = settings.scheduler(self.optimizer)
         self.rules: Rules = rules(model, settings.steps, self.optimizer)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def take_step(self) -> None:
-        """From complete gradients of the loss to the next step's zero ones."""
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def take_step(self, loss: float) -> bool:
+        """From complete gradients of the loss to the next step's zero ones; False: they are not finite, and no step."""
+        norm = torch.nn.utils.get_total_norm(self.gradients)
+        # a sum of squares may overflow although no gradient did
+        if not math.isfinite(loss) or not (norm.isfinite() or all(g.isfinite().all() for g in self.gradients)):
+            return False
         penalty = self.rules.penalty()
         if isinstance(penalty, Tensor) and penalty.requires_grad:
-            penalty.backward()  # type: ignore[no-untyped-call]
+            penalty.backward()
         self.rules.after_backward()
         if self.settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+            if self.rules.rules:  # which may have changed them
+                norm = torch.nn.utils.get_total_norm(self.gradients)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         self.rules.after_step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.done += 1
-
-    def is_finite(self, loss: float) -> bool:
-        """Whether its loss and all of its gradients are finite."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None and p.grad.numel()]
-        if not math.isfinite(loss) or not gradients:
-            return math.isfinite(loss)
-        # the largest entry, since a sum of squares could overflow although no gradient did
-        return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
+        return True
 
 
 class SharedTraining:
@@ -167,7 +180,7 @@ class SharedTraining:
         for i in range(max(map(len, each.values()), default=1)):
             losses = self.shared.losses({name: micro[i] for name, micro in each.items() if i < len(micro)}, i > 0)
             weighted = torch.stack([weights[name][i] * loss for name, loss in losses.items()])
-            weighted.sum().backward()  # type: ignore[no-untyped-call]
+            weighted.sum().backward()
             for name, loss in zip(losses, weighted.tolist(), strict=True):
                 totals[name] += loss
         for name, loss in totals.items():
@@ -177,19 +190,17 @@ class SharedTraining:
     def _prove(self, batches: Mapping[str, Batch]) -> None:
         """Compare the gradients of every adapter with those that it has alone."""
         losses = self.shared.losses(batches)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()
         for name, member in self._members.items():
             check_gradients(name, member.model, member.parameters, batches[name], self.shared.loss)
         self._proved = True
 
     def _finish_step(self, name: str, loss: float) -> None:
         member = self._members[name]
-        if not member.is_finite(loss):
+        if not member.take_step(loss):
             self.diverged[name] = member.done
             self.leave(name)
-            return
-        member.take_step()
-        if member.done == member.settings.steps:
+        elif member.done == member.settings.steps:
             self.finished[name] = self.leave(name)
 
     def run(
@@ -230,7 +241,7 @@ class SharedTraining:
         del self._members[name]
         return adapter
 
-    def save(self, name: str, path: Path) -> None:
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
         """Write the training state of an adapter: a checkpoint folder of `lorary.train.trainer.checkpoint`.
 
         Raises:
@@ -239,28 +250,29 @@ class SharedTraining:
         model, member = self.shared.model(name), self._members[name]
         state = {
             "optimizer": optimizer_state.capture(member.optimizer, model),
-            "schedule": member.scheduler.last_epoch,
             "rules": member.rules.state_dict(),
             "step": member.done,
         }
         facts = {"step": member.done, "lorary": lorary.__version__}
-        checkpoint.write(path, Adapter.of(model), state, facts, lambda folder: None, model)
+        checkpoint.write(Path(path), Adapter.of(model), state, facts, lambda folder: None, model)
 
-    def resume(self, name: str, path: Path) -> int:
+    def resume(self, name: str, path: str | os.PathLike[str]) -> int:
         """Go on with an adapter from the state that `save` has written, bit for bit.
 
         Returns:
             The optimizer steps done.
 
         Raises:
-            TrainingError, FileError: the folder is not complete, or belongs to another adapter or optimizer.
+            TrainingError, FileError: the folder is not complete, or belongs to another adapter, optimizer or run.
         """
         model, member = self.shared.model(name), self._members[name]
-        state = checkpoint.read(path)
-        load_into(model, read_adapter(path))
+        state, adapter = checkpoint.read(Path(path)), read_adapter(Path(path))
+        if not 0 <= state["step"] < member.settings.steps:
+            what = f"has done {state['step']} steps, and this run has {member.settings.steps}"
+            raise TrainingError("cannot go on with this adapter:", [Diagnostic(name, what)])
+        load_into(model, adapter)
         optimizer_state.restore(member.optimizer, model, state["optimizer"])
-        member.scheduler.last_epoch = state["schedule"]
+        member.scheduler.last_epoch = member.done = state["step"]
         optimizer_state.follow_schedule(member.optimizer, member.scheduler)
         member.rules.load_state_dict(state["rules"])
-        member.done = state["step"]
         return member.done
