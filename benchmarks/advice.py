@@ -43,13 +43,13 @@ from lorary.train.runner.prepare import RunPlan, prepare
 
 TASKS: dict[str, dict[str, Any]] = {
     "docstrings": {
-        "train": [{"path": "builtin:docstrings", "limit": 300}],
-        "validation": [{"path": "builtin:docstrings", "limit": 150}],
+        "train": [{"path": "builtin:docstrings", "limit": 100}],
+        "validation": [{"path": "builtin:docstrings", "limit": 80}],
     },
     "topics": {
-        "train": [{"path": "builtin:topics", "limit": 6}],
-        "validation": [{"path": "builtin:topics", "limit": 4}],
-        "max_length": 128,
+        "train": [{"path": "builtin:topics", "limit": 3}],
+        "validation": [{"path": "builtin:topics", "limit": 2}],
+        "max_length": 64,
     },
 }
 RATES, RANKS, TARGETS = (3e-4, 1e-3, 3e-3, 1e-2), (4, 16, 64), ("attention", "all-linear")
@@ -120,9 +120,8 @@ class Ledger:
         """A run, from the file or made now."""
         key = tuple(wanted.values())
         if key not in self.runs:
-            print(" ".join(map(str, key)), end=" ", flush=True)
-            self.runs[key] = run(wanted, self.steps)
-            print(f"{self.runs[key]['loss']:.4f}, {self.runs[key]['cpu_seconds']} s", flush=True)
+            self.runs[key] = found = run(wanted, self.steps)
+            print(*key, f"loss {found['loss']:.4f}, {found['cpu_seconds']} s", flush=True)
             self.write()
         return self.runs[key]
 

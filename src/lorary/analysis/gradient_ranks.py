@@ -139,7 +139,7 @@ def _backward(model: Any, batch: Mapping[str, Any]) -> None:
         if not isinstance(loss, Tensor):
             raise DataError(_HEADLINE, [Diagnostic("batch", "the model's output has no loss", "add labels")])
         if not bool(torch.isfinite(loss)):
-            what = f"the loss is {float(loss):g}"
+            what = f"the loss is {float(loss.detach()):g}"
             raise TrainingError(_HEADLINE, [Diagnostic("batch", what, "has the batch a label in every row?")])
         loss.backward()
 

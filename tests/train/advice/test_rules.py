@@ -153,7 +153,7 @@ def test_epochs_and_batch_by_the_rows(count: int, epochs: float, batch: int, ste
 def test_repeated_rows_are_counted() -> None:
     made = draft(rows(1000, unique=250))
     assert "750 of 1,000 rows repeat another" in made.warnings
-    assert any(w.startswith("every different row is seen 8.") for w in made.warnings)
+    assert any(w.startswith("every different row is seen 12.") for w in made.warnings)
     assert not any("is seen" in w for w in draft(rows(1000)).warnings)
     many = draft(rows(1000), training={"epochs": 6})
     assert any(w.startswith("every different row is seen 6.") for w in many.warnings)

@@ -182,7 +182,8 @@ def _batch(draft: Draft, facts: Facts, rows: int) -> int:
     wanted, reason = BATCH, "16 to 32 sequences; larger batches learn less from the same rows"
     if rows >= MANY_ROWS:
         wanted = LARGE_BATCH
-    while wanted > LEAST_BATCH and _steps(draft, rows, wanted) < rates.SHORT:
+    fixed = draft.value("training.max_steps") is not None
+    while wanted > LEAST_BATCH and not fixed and _steps(draft, rows, wanted) < rates.SHORT:
         wanted //= 2
     if wanted < BATCH:
         reason = f"fewer than 16, as {rows:,} rows would give too few steps"
