@@ -90,6 +90,7 @@ _HOMES = {
     "switch": "adapters.switch",
     "unmerge": "model.merge",
     "verify": "analysis.verify.verify",
+    "with_prompt_text": "methods.prompt_tuning",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -144,6 +145,7 @@ if TYPE_CHECKING:
     from lorary.errors import TrainingError as TrainingError
     from lorary.layers.adapted import Adapted as Adapted
     from lorary.layers.nf4 import NF4 as NF4
+    from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.methods.lora_drop import Importance as Importance
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach

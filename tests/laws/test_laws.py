@@ -16,6 +16,7 @@ import lorary
 from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.glora import GLoRAJoin
+from lorary.methods.houlsby import Bottleneck
 from lorary.methods.lora import Kaiming
 from lorary.methods.melora import BlockDiagonal
 
@@ -93,6 +94,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k.name) for k in KINDS}
         if not method.storage.writable:  # linear layers alone are packed
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
+        if isinstance(method.join, Bottleneck) or name == "ia3 of inputs":  # outputs, or inputs, of linear layers
+            expected |= {(name, k.name) for k in KINDS if k.adapted or k.name.startswith(("conv", "embedding"))}
         if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected

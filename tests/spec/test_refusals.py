@@ -37,7 +37,7 @@ CHOICE = {
     "scale": "the scale",
     "join": "how the update joins the weight",
     "storage": "how the weight is stored",
-    "context": "the context length",
+    "context": "the context",
 }
 ONE_OF_TWO = "\n      hint: use one of the two"
 NEEDLESS = "\n      hint: leave it out: it would change nothing"

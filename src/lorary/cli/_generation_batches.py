@@ -11,9 +11,8 @@ import torch
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import load, switch
 from lorary.cli._generation import Answer, Printer, Sampling, room
-from lorary.layers.rope import max_context, text_config
 from lorary.model.cached import cached
-from lorary.model.state import state_of
+from lorary.model.state import max_text, state_of
 from lorary.serve.engine.in_flight import end_tokens
 
 
@@ -38,7 +37,7 @@ class PlainWriter:
 
     @property
     def context(self) -> int | None:
-        return max_context(text_config(self._model))
+        return max_text(self._model)
 
     def use(self, name: str | None) -> None:
         if name is not None and state_of(self._model) is None:

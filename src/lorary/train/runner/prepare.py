@@ -15,6 +15,7 @@ from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
+from lorary.methods.prompt_tuning import with_prompt_text
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
@@ -162,9 +163,15 @@ def _planned(
     if start is not None:
         plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ())
     else:
-        plan = config.plan(model, past, new_modules(config, base, model))
+        plan = _with_prompt_text(config.plan(model, past, new_modules(config, base, model)), tokenizer)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
+
+
+def _with_prompt_text(plan: Plan, tokenizer: Any) -> Plan:
+    """The plan with the token ids of a text that a prompt starts at."""
+    sites = tuple(dataclasses.replace(p, method=with_prompt_text(p.method, tokenizer)) for p in plan.sites)
+    return dataclasses.replace(plan, method=with_prompt_text(plan.method, tokenizer), sites=sites)
 
 
 def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
@@ -218,7 +225,8 @@ def _longest(config: Config, report: Lint) -> int:
 
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:
     """Notes on rows that are longer than the model's context, or too short to train an extended one."""
-    length, known = plan.method.context.length if plan.method.context else None, max_context(model_config)
+    context, known = plan.method.context, max_context(model_config)
+    length, known = (None, known) if context is None else (context.length, known and known - context.taken)
     if length is None and known is not None and longest > known and rope_parameters(model_config) is not None:
         return (f"rows have up to {longest:,} tokens, and the model knows {known:,} positions: longlora extends them",)
     if length is not None and longest < length:
