@@ -25,8 +25,8 @@ def measured(
     seeds: int,
     effects: tuple[float, ...],
     *,
-    rows: int = 100,
-    row_noise: float = 0.05,
+    rows: int = 40,
+    row_noise: float = 0.03,
     seed_noises: tuple[float, ...] = (),
 ) -> Measured:
     """Losses with planted noise of rows, of seeds, and of both."""
@@ -36,7 +36,7 @@ def measured(
     for i, effect in enumerate(effects):
         means = common + effect + generator.normal(0, row_noise, rows)
         by_seed = generator.normal(0, seed_noises[i] if seed_noises else SEED_NOISE, (seeds, 1))
-        sums[str(i)] = (means + by_seed + generator.normal(0, 0.03, (seeds, rows))) * tokens
+        sums[str(i)] = (means + by_seed + generator.normal(0, 0.02, (seeds, rows))) * tokens
     return Measured(sums, tokens)
 
 
@@ -52,7 +52,7 @@ def test_intervals_keep_their_level(seeds: int, arms: int) -> None:
     generator = np.random.default_rng(seeds * 10 + arms)
     star = [("0", str(i)) for i in range(1, arms)]
     every = [*combinations(map(str, range(arms)), 2)]
-    times = 250
+    times = 150 if arms == 2 else 80
     pair = from_one = all_pairs = 0
     for _ in range(times):
         found = measured(generator, seeds, (0.0,) * arms)
@@ -64,28 +64,26 @@ def test_intervals_keep_their_level(seeds: int, arms: int) -> None:
     assert all_pairs / times >= 0.93
 
 
-def test_rows_alone_or_seeds_alone_are_not_enough() -> None:
-    """The level would be lost with either source of chance left out: the simulation can fail."""
+def test_the_simulation_can_fail() -> None:
+    """With either source of chance left out the level is lost."""
     generator = np.random.default_rng(3)
-    rows_only = seeds_only = 0
-    for _ in range(150):
-        found = measured(generator, 3, (0.0, 0.0))
-        difference = abs(found.value("0", "1"))
-        by_seed = {arm: values.var(ddof=1) for arm, values in found.seeds.items()}
-        seeds_only += difference <= 1.96 * math.sqrt(sum(by_seed.values()) / 3)
-        no_seeds = {arm: np.repeat(values.mean(), 3) for arm, values in found.seeds.items()}
-        assert scatters(no_seeds, dict.fromkeys(no_seeds, 0.0))["0"].variance == 0
-        quiet = measured(generator, 3, (0.0, 0.0), seed_noises=(0.0, 0.0))
-        rows_only += difference <= quiet.half_width("0", "1")
-    assert rows_only / 150 < 0.9
-    assert seeds_only / 150 < 0.9
+    rows_alone = seeds_alone = 0
+    for _ in range(50):
+        found = measured(generator, 3, (0.0, 0.0), seed_noises=(0.02, 0.02))
+        without_seeds = measured(generator, 3, (0.0, 0.0), seed_noises=(0.0, 0.0)).half_width("0", "1")
+        rows_alone += abs(found.value("0", "1")) <= without_seeds
+        found = measured(generator, 3, (0.0, 0.0), row_noise=0.1)
+        without_rows = 1.96 * math.sqrt(2 / 3 * found.scatter["0"].variance)
+        seeds_alone += abs(found.value("0", "1")) <= without_rows
+    assert rows_alone < 40
+    assert seeds_alone < 40
 
 
 def test_three_seeds_find_three_standard_deviations_of_a_seed() -> None:
     generator = np.random.default_rng(4)
-    times = 120
+    times = 60
     found = sum(
-        not held(measured(generator, 3, (0.0, 3 * SEED_NOISE, 0.0, 0.0), row_noise=0.02), [("0", "1")])
+        not held(measured(generator, 3, (0.0, 3 * SEED_NOISE, 0.0, 0.0), row_noise=0.01), [("0", "1")])
         for _ in range(times)
     )
     assert found / times > 0.75
@@ -317,7 +315,7 @@ def test_an_unknown_reference() -> None:
     with pytest.raises(DataError) as caught:
         findings(comparison(), "lorra")
     assert str(caught.value) == (
-        "cannot compare:\n  - reference: there is no method 'lorra'\n      hint: did you mean `lora` or `lora+`?"
+        "cannot compare:\n  - reference: there is no method 'lorra'\n      hint: did you mean `lora` or `lora+` or `dora`?"
     )
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-DRAWS = 5000
+DRAWS = 20_000
 LEVEL = 0.95
 BASE = ""  # the name of the base among the arms: it has rows, and no seeds
 _STANDS_OUT = 0.99  # quantile of F
@@ -132,11 +133,15 @@ def _stands_out(arm: str, several: Mapping[str, tuple[float, int]], at_least: fl
     if not others:
         return False
     typical = max(at_least, float(np.median([v for v, _ in others])))
-    if variance <= typical:
-        return False
+    return variance > typical * _largest_ratio(freedom, sum(d for _, d in others))
+
+
+@cache
+def _largest_ratio(freedom: int, of_others: int) -> float:
+    """The 99 % point of F."""
     generator = np.random.default_rng(0)
-    above, below = (generator.chisquare(d, 20_000) / d for d in (freedom, sum(d for _, d in others)))
-    return bool((above * typical < variance * below).mean() > _STANDS_OUT)
+    above, below = (generator.chisquare(d, DRAWS) / d for d in (freedom, of_others))
+    return float(np.quantile(above / below, _STANDS_OUT))
 
 
 def _row_errors(sums: Mapping[str, Floats], tokens: Floats, generator: np.random.Generator) -> dict[str, Floats]:

@@ -230,7 +230,7 @@ def _interval(
 def _measured(scores: Mapping[str, list[Scores | None]], base: Scores | None, measure: Measure) -> Measured:
     tables = {arm: [s for s in of if s is not None] for arm, of in scores.items()}
     tokens = next(iter(tables.values()))[0].tokens
-    tables |= {BASE: [base]} if base is not None and base.tokens == tokens else {}
+    tables |= {BASE: [base]} if base is not None and _finite(base) else {}
     field = "right" if measure == "accuracy" else "nats"
     sums = {arm: np.array([getattr(s, field) for s in of], dtype=np.float64) for arm, of in tables.items()}
     return Measured(sums, np.array(tokens, dtype=np.float64))
@@ -239,7 +239,7 @@ def _measured(scores: Mapping[str, list[Scores | None]], base: Scores | None, me
 def _general(comparison: Comparison, judged: Mapping[str, list[Trial]]) -> Measured | None:
     scores = {arm: [run.general for run in runs if run.general is not None] for arm, runs in judged.items()}
     scores = {arm: found for arm, of in scores.items() if (found := [s for s in of if _finite(s)])}
-    if not scores or comparison.base_general is None:
+    if not scores or comparison.base_general is None or not _finite(comparison.base_general):
         return None
     return _measured({arm: [*of] for arm, of in scores.items()}, comparison.base_general, "loss")
 
