@@ -365,7 +365,9 @@ _TREE = """this model's layers:
         model.layers.{0-1}.mlp.up_proj  Linear 24x16  x2
         model.layers.{0-1}.mlp.down_proj  Linear 16x24  x2
         lm_head  Linear 40x16"""
-_KNOWN = "presets: all-linear, attention, attention-qv, mlp, embedding, conv"
+_KNOWN = (
+    "presets: all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv"
+)
 
 
 def test_nothing_said_is_what_the_method_says() -> None:

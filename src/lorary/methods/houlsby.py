@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorary.errors import Diagnostic, MethodError
 from lorary.methods.lora import ConstantScale
-from lorary.spec.fields import COUNT, one_of
+from lorary.spec.fields import COUNT, FLAG, one_of
 from lorary.spec.interfaces import Join, Layer, Shapes, component
 from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.presets import preset
@@ -61,7 +62,7 @@ class Bottleneck(Join):
 
     @property
     def targets(self) -> tuple[str, ...]:  # type: ignore[override]
-        return _POSITIONS[self.position]
+        return _POSITIONS.get(self.position, ())
 
     def shapes(self, site: Site) -> Shapes:
         out, m = site.out_features, self.m
@@ -69,7 +70,7 @@ class Bottleneck(Join):
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         for role in ("W1", "W2"):
-            drawn = torch.empty(layer.params[role].shape)  # on the CPU: the same numbers on every machine
+            drawn = torch.empty(layer.params[role].shape, device="cpu")  # the same numbers on every machine
             nn.init.trunc_normal_(drawn, std=_STD, a=-2 * _STD, b=2 * _STD, generator=generator)
             layer.params[role].copy_(drawn)
 
@@ -101,6 +102,9 @@ def houlsby(m: int = 64, activation: str = "gelu", position: str = "both", norms
         position: both, after attention and the feed-forward block; or feed-forward, after the latter alone (Pfeiffer).
         norms: train the normalisations in full.
     """
+    if not FLAG["check"](norms):
+        what = f"is {norms!r}; it takes {FLAG['expects']}"
+        raise MethodError("invalid method:", [Diagnostic("norms", what)])
     return {
         "delta": NoUpdate(),
         "init": NoInit(),

@@ -13,7 +13,7 @@ Scaling the outputs scales the bias too, as in PEFT; T5, which the paper is abou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -104,7 +104,7 @@ class Rescaling(Join):
     lr=3e-3,
     when="For few examples and very many tasks: the fewest numbers of all, and nothing is left of them after merging.",
 )
-def ia3(feed_forward: tuple[str, ...] | None = None) -> dict[str, Any]:
+def ia3(feed_forward: str | Sequence[str] | None = None) -> dict[str, Any]:
     """y = l * (W x + b) at k and v; y = W (l * x) + b at the end of the feed-forward block
 
     Args:
@@ -115,5 +115,5 @@ def ia3(feed_forward: tuple[str, ...] | None = None) -> dict[str, Any]:
         "delta": NoUpdate(),
         "init": NoInit(),
         "scale": ConstantScale(1.0),
-        "join": Rescaling(None if names is None else tuple(names)),
+        "join": Rescaling(tuple(names) if isinstance(names, Sequence) else names),
     }

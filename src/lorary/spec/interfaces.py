@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Fused(Protocol):
 
 def has_rank(delta: Delta | None) -> bool:
     """Whether a delta has a rank; `NoUpdate` has none."""
-    return delta is not None and delta.r > 0
+    return delta is not None and any(field.name == "r" for field in dataclasses.fields(cast(Any, delta)))
 
 
 @functools.cache

@@ -206,9 +206,8 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
     cls = COMPONENTS.get(name) if isinstance(name, str) else None
     if cls is None:
         shown = value if name is None else name
-        problems.append(
-            Diagnostic(where, f"{shown!r} is not a known component", did_you_mean(str(shown), list(COMPONENTS)))
-        )
+        hint = did_you_mean(name if isinstance(name, str) else "", list(COMPONENTS))
+        problems.append(Diagnostic(where, f"{shown!r} is not a known component", hint))
         return None
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "component"}
     known = {f.name for f in dataclasses.fields(cls)}

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
-from lorary.adapters.peft.fields import EXCLUDE, NAMES_OR_PATTERN, SHARED, field
+from lorary.adapters.peft.fields import EXCLUDE, NAMES_OR_PATTERN, SHARED, Field, field
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
-from lorary.files.bounded_regex import Pattern
+from lorary.files.bounded_regex import Budget, Pattern
 from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import ConstantScale
 from lorary.spec.fields import FLAG
@@ -31,7 +31,14 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 _LEAF = "ia3_l"
+_SILENT = "{}: nothing says at which layers the inputs are scaled, and at which the outputs"
 _SHARED = ("target_modules", "modules_to_save", "fan_in_fan_out", "base_model_name_or_path")
+
+
+def _inputs(value: Any, budget: Budget) -> Any:
+    if value is None:
+        raise ValueError(_SILENT.format("is null"))
+    return NAMES_OR_PATTERN.read(value, budget)
 
 
 class Ia3(PeftType):
@@ -42,15 +49,15 @@ class Ia3(PeftType):
     fields = {  # noqa: RUF012 (never written)
         **{key: SHARED[key] for key in _SHARED},
         "exclude_modules": EXCLUDE,
-        "feedforward_modules": NAMES_OR_PATTERN,
+        "feedforward_modules": Field(_inputs),
         "init_ia3_weights": field(FLAG, True),
     }
     leaves = {_LEAF: "l"}  # noqa: RUF012
     kinds = ("linear", "transposed", "conv2d", "conv3d")
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
-        named = config["feedforward_modules"]
-        names = () if named is None or isinstance(named, Pattern) else named
+        named = config["feedforward_modules"] or ()
+        names = () if isinstance(named, Pattern) else named
         join = Rescaling(names)
         if site and join.scales_input(site) != _scales_input(named, site):  # PEFT compares ends of names by letters
             join = Rescaling(() if join.scales_input(site) else (site.rpartition(".")[2],))
@@ -58,8 +65,7 @@ class Ia3(PeftType):
 
     def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
         if config["feedforward_modules"] is None:
-            what = "is missing: nothing says at which layers the inputs are scaled, and at which the outputs"
-            return [("feedforward_modules", what)]
+            return [("feedforward_modules", _SILENT.format("is missing"))]
         return []
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
