@@ -255,3 +255,10 @@ def test_two_that_stand_before_the_text() -> None:
 def test_it_is_never_merged() -> None:
     with pytest.raises(StateError, match="Prompt stands before the text, which no weight and bias can"):
         lorary.merge(prompted())
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma2ForCausalLM"])
+def test_a_sliding_window_would_lose_sight_of_it(name: str) -> None:
+    with pytest.raises(PlanError, match=r"layers of \w+ use a sliding window of 4,096 tokens, which would lose sight of them"):
+        lorary.plan(tiny.model(name, "meta"), lorary.method("prompt-tuning"))
+    lorary.plan(tiny.model(name, "meta", sliding_window=None), lorary.method("prompt-tuning"))

@@ -71,12 +71,13 @@ def token_embedding(model: nn.Module) -> str:
     return next(name for name, module in named_modules(model) if module is tokens)
 
 
-def support_problems(model: nn.Module, length: int) -> list[tuple[str, str]]:
+def support_problems(model: nn.Module, length: int, *, by_position: bool) -> list[tuple[str, str]]:
     """(reason, fix): why keys and values cannot stand before the text of a model.
 
     Args:
         model: also on the meta device.
         length: how many there are.
+        by_position: whether they are those of tokens, which a sliding window sees from nearby only.
     """
     name, config, inner = type(model).__name__, text_config(model), text_model(model)
     if config is None:
@@ -99,7 +100,7 @@ def support_problems(model: nn.Module, length: int) -> list[tuple[str, str]]:
     if getattr(config, "reorder_and_upcast_attn", False):
         problems.append(("its attention has a path of its own (reorder_and_upcast_attn)", "set it to False"))
     known = max_context(config)
-    window, windowed, _ = sliding_windows(config, known or sys.maxsize)
+    window, windowed, _ = sliding_windows(config, known or sys.maxsize) if by_position else (0, 0, 0)
     if windowed:
         what = f"{windowed} layers of {name} use a sliding window of {window:,} tokens, which would lose sight of them"
         problems.append((what, ""))

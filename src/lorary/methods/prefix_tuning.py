@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
@@ -29,6 +30,7 @@ from lorary.layers.block_names import projects_to
 from lorary.layers.fused_qkv import FUSED
 from lorary.layers.prepended import PrependedKeysValues, Source, attention_layers, support_problems
 from lorary.layers.rope import max_context, text_config
+from lorary.layers.shifted_attention import sliding_windows
 from lorary.methods.lora import ConstantScale
 from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
@@ -103,7 +105,8 @@ class Prefix(Join):
         """`k` and `v`, as far as a site projects them -> [tokens, d_kv]."""
         if hidden is None:
             return {name: params[f"P_{name}"] for name in projections(site)}
-        return {name: F.linear(hidden, params[f"W_{name}"], params[f"b_{name}"]) for name in projections(site)}
+        here = hidden.to(next(iter(params.values())).device)  # the embedding may be on another one
+        return {name: F.linear(here, params[f"W_{name}"], params[f"b_{name}"]) for name in projections(site)}
 
     def problems(self, site: Site) -> list[str]:
         if site.kind == "embedding" and self.mlp:
@@ -140,7 +143,7 @@ class PrefixContext(Context):
         return self.tokens
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
-        return support_problems(model, self.tokens)
+        return support_problems(model, self.tokens, by_position=False)
 
     def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
         own = [s for s in sites if isinstance(s.join, Prefix)]
@@ -151,7 +154,9 @@ class PrefixContext(Context):
         return problems + token_problems(self.tokens, own)
 
     def notes(self, model: nn.Module) -> list[str]:
-        return context_notes(model, self.tokens)
+        window, windowed, _ = sliding_windows(text_config(model), max_context(text_config(model)) or sys.maxsize)
+        note = f"{windowed} layers with a sliding window of {window:,} tokens see the prefix at any distance"
+        return context_notes(model, self.tokens) + ([note] if windowed else [])
 
     def apply(self, model: nn.Module) -> ContextPatch:
         return PrependedKeysValues(model, self.tokens, _source)
@@ -164,25 +169,26 @@ def without_network(
     kept, values = [], dict(tensors)
     networks = {s.site.name: s.join for s in sites if isinstance(s.join, Prefix) and s.join.mlp}
     hidden = {name: join.hidden(tensors[name]) for name, join in networks.items() if "E" in tensors[name]}
+    if not hidden:
+        return tuple(sites), values
     for s in sites:
-        join = networks.get(s.site.name)
-        if join is None:
-            kept.append(s)
-        elif s.site.name in hidden:  # it is of the network only
+        if s.site.name in hidden:  # it is of the network only
             del values[s.site.name]
-        else:
+            continue
+        if (join := networks.get(s.site.name)) is not None:
             found = join.keys_values(s.site, tensors[s.site.name], next(iter(hidden.values())))
             values[s.site.name] = {f"P_{name}": P for name, P in found.items()}
-            kept.append(dataclasses.replace(s, method=deployed_method(s.method)))
+        kept.append(dataclasses.replace(s, method=deployed_method(s.method)) if networks else s)
     return tuple(kept), values
 
 
 def deployed_method(method: Method) -> Method:
-    """The method of a prefix without the network that computes it in training; any other one as it is."""
-    join = method.join
-    if not isinstance(join, Prefix) or not join.mlp:
+    """A method without the network that computes a prefix in training; any other one as it is."""
+    join, context = method.join, method.context
+    if not isinstance(context, PrefixContext) or not context.network:
         return method
-    return method.replace(join=dataclasses.replace(join, mlp=0), context=PrefixContext(join.tokens))
+    join = dataclasses.replace(join, mlp=0) if isinstance(join, Prefix) else join
+    return method.replace(join=join, context=PrefixContext(context.tokens))
 
 
 def context_notes(model: nn.Module, tokens: int) -> list[str]:

@@ -122,7 +122,7 @@ class PromptContext(Context):
         return self.tokens
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
-        return support_problems(model, self.tokens)
+        return support_problems(model, self.tokens, by_position=True)
 
     def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
         own, path = [s for s in sites if isinstance(s.join, Prompt)], token_embedding(model)

@@ -117,7 +117,7 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
 
 def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
     """PEFT's own files of a method without a rank; None for other methods, and for those that PEFT does not have."""
-    if has_virtual_tokens(adapter):
+    if has_virtual_tokens(adapter.sites):
         _refuse(folder, [*virtual_token_problems(adapter), *_would_lose(folder)])
         files = LoraFiles(*virtual_token_files(adapter, model), {})
         _refuse(folder, unwritable(files.tensors))

@@ -9,7 +9,7 @@ as it does when it trains; so none is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,34 +82,54 @@ def read_virtual_tokens(config: PeftConfig, model: nn.Module | None, findings: F
     assert model is not None
     prefix = config.peft_type == "PREFIX_TUNING"
     method = Method(**(prefix_tuning if prefix else prompt_tuning)(tokens))
-    if method.context is not None:
-        findings.fatal += [Diagnostic("", *why) for why in method.context.problems(model)]
+    assert method.context is not None
+    findings.fatal += [Diagnostic("", *why) for why in method.context.problems(model)]
     findings.raise_refused()
     sites = tuple(AdaptedSite(s, method) for s in (_prefix_sites(model) if prefix else [_prompt_site(model)]))
-    width = sum(shape[1] for adapted in sites for shape in adapted.shapes.values())
-    names = {name: name for name in file.header.tensors}
-    explain = "is not a tensor of virtual tokens"
-    values = read_tensors(file, names, {TENSOR: (tokens, width)}, findings, lambda _: explain, {TENSOR}, ())
-    findings.raise_refused()
-    tensors = _divided(sites, values[TENSOR])
+    tensors = virtual_tokens(sites, file, findings)
     fingerprint = Fingerprint(name=base_name(config["base_model_name_or_path"]))
     return Adapter(method, sites, tensors, {}, fingerprint, findings.conclude())
 
 
+def virtual_tokens(sites: Sequence[AdaptedSite], file: TensorFile, findings: Findings) -> dict[str, dict[str, Tensor]]:
+    """site -> role -> tensor, from the one tensor of a file.
+
+    Raises:
+        FileError: every reason why the file is not that of these sites.
+    """
+    columns = _columns(sites)
+    tokens = next(iter(sites[0].shapes.values()))[0]
+    shape = tokens, sum(width for _, _, width in columns)
+    names = {name: name for name in file.header.tensors}
+    explain = "is not a tensor of virtual tokens"
+    values = read_tensors(file, names, {TENSOR: shape}, findings, lambda _: explain, {TENSOR}, ())
+    findings.raise_refused()
+    found: dict[str, dict[str, Tensor]] = {adapted.site.name: {} for adapted in sites}
+    parts = values[TENSOR].split([width for _, _, width in columns], dim=1)
+    for (name, role, _), part in zip(columns, parts, strict=True):
+        found[name][role] = part.contiguous()
+    return found
+
+
+def _columns(sites: Sequence[AdaptedSite]) -> list[tuple[str, str, int]]:
+    """(site, role, width) of the columns of the tensor: layer by layer, keys before values."""
+    layers: dict[str, list[tuple[str, str, int]]] = {}
+    for adapted in sites:
+        name = adapted.site.name
+        own = [(role, name, shape[1]) for role, shape in adapted.shapes.items()]
+        layers.setdefault(name.rpartition(".")[0], []).extend(own)
+    return [(name, role, width) for columns in layers.values() for role, name, width in sorted(columns)]
+
+
 def _prefix_sites(model: nn.Module) -> list[Site]:
-    """The projections of keys and values of a model, layer by layer, keys before values."""
-    modules, found = unwrapped_modules(model), []
-    config, projects = getattr(modules[""], "config", None), {name: projects_to(name) for name in "kv"}
-    for path in attention_layers(model):
-        layers = {name: m for name, m in modules.items() if name.rpartition(".")[0] == path}
-        for name, layer in layers.items():
-            if name.rpartition(".")[2] in FUSED:
-                parts = fused_parts(name, layer, config)
-                found.append(site(name, layer, (parts["k"], parts["v"])))
-        separate = [
-            name for part in "kv" for name in layers if name.rpartition(".")[2] not in FUSED and projects[part](name)
-        ]
-        found += [site(name, layers[name]) for name in separate]
+    """The projections of keys and values of a language model."""
+    modules, layers, projects = unwrapped_modules(model), set(attention_layers(model)), projects_to("kv")
+    config, found = getattr(modules[""], "config", None), []
+    for name, layer in modules.items():
+        parent, _, last = name.rpartition(".")
+        if parent in layers and projects(name):
+            parts = fused_parts(name, layer, config) if last in FUSED else {}
+            found.append(site(name, layer, (parts["k"], parts["v"]) if parts else ()))
     return found
 
 
@@ -118,22 +138,23 @@ def _prompt_site(model: nn.Module) -> Site:
     return site(path, unwrapped_modules(model)[path])
 
 
-def _divided(sites: Sequence[AdaptedSite], P: Tensor) -> dict[str, dict[str, Tensor]]:
-    """site -> role -> its columns of `prompt_embeddings`."""
-    roles = [(adapted.site.name, role, shape[1]) for adapted in sites for role, shape in adapted.shapes.items()]
-    columns = P.split([width for _, _, width in roles], dim=1)
-    tensors: dict[str, dict[str, Tensor]] = {adapted.site.name: {} for adapted in sites}
-    for (name, role, _), values in zip(roles, columns, strict=True):
-        tensors[name][role] = values.contiguous()
-    return tensors
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def has_virtual_tokens(adapter: Adapter) -> bool:
-    """Whether some of an adapter's sites have a prefix or a prompt."""
-    return any(isinstance(adapted.join, Prefix | Prompt) for adapted in adapter.sites)
+def has_virtual_tokens(sites: Iterable[AdaptedSite]) -> bool:
+    """Whether some of these sites have a prefix or a prompt."""
+    return any(isinstance(adapted.join, Prefix | Prompt) for adapted in sites)
+
+
+def are_virtual_tokens(sites: Sequence[AdaptedSite]) -> bool:
+    """Whether these sites hold a prefix or a prompt, and nothing else: neither other methods nor a network."""
+    joins = list({adapted.join for adapted in sites})
+    return len(joins) == 1 and isinstance(joins[0], Prefix | Prompt) and not getattr(joins[0], "mlp", 0)
+
+
+def is_exact(adapter: Adapter) -> bool:
+    """Whether PEFT has an adapter of exactly these tensors."""
+    return are_virtual_tokens(adapter.sites) and not virtual_token_problems(adapter)
 
 
 def virtual_token_problems(adapter: Adapter) -> list[Diagnostic]:
@@ -145,7 +166,7 @@ def virtual_token_problems(adapter: Adapter) -> list[Diagnostic]:
     if adapter.full:
         what = f"{', '.join(sorted(adapter.full)[:3])} train in full, and PEFT saves no base parameters beside a prompt"
         problems.append(Diagnostic("full", what))
-    widths = {t.shape for roles in adapter.compact().tensors.values() for t in roles.values()}
+    widths = {shape for adapted in adapter.compact().sites for shape in adapted.shapes.values()}
     if not problems and len(widths) > 1:
         problems.append(Diagnostic("sites", "PEFT's prefix has one width in all layers, and this one has several"))
     return problems
@@ -154,16 +175,8 @@ def virtual_token_problems(adapter: Adapter) -> list[Diagnostic]:
 def virtual_token_files(adapter: Adapter, model: nn.Module | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of a prefix or a prompt; a prefix without the network that computed it in training."""
     adapter = adapter.compact()
-    return _config(adapter, model), {TENSOR: _united(adapter)}
-
-
-def _united(adapter: Adapter) -> Tensor:
-    """`prompt_embeddings`: the columns of every layer, its keys before its values."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for adapted in adapter.sites:
-        name = adapted.site.name
-        layers.setdefault(name.rpartition(".")[0], {}).update(adapter.tensors[name])
-    return torch.cat([roles[role] for roles in layers.values() for role in sorted(roles)], 1)
+    united = torch.cat([adapter.tensors[name][role] for name, role, _ in _columns(adapter.sites)], 1)
+    return _config(adapter, model), {TENSOR: united}
 
 
 def _config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from lorary.train.data.load import Data, load, load_validation
 from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.memory_forecast import learned_positions, workload
 from lorary.train.runner.step_forecast import optimizer_of
 from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
 from lorary.train.runner.trackers import require_trackers
@@ -103,6 +103,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
         reward.check(set(train.rows[0]) - {"prompt", "prompt_ids"} if train.rows else set())
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
+    _refuse_rows_beyond_positions(model, plan, _longest(config, report))
     memory = _memory(config, model, plan, report)
     notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += tuple(label_notes(planned.labels)) if planned.labels else ()
@@ -221,6 +222,19 @@ def _longest(config: Config, report: Lint) -> int:
     """Tokens of the longest row."""
     whole = config.data.packing or config.data.streaming
     return config.data.max_length if whole else min(config.data.max_length, max(report.lengths.values()))
+
+
+def _refuse_rows_beyond_positions(model: Any, plan: Plan, longest: int) -> None:
+    """Refuse rows that do not fit into a table of positions beside what stands before the text.
+
+    Raises:
+        DataError: the longest row does not.
+    """
+    taken, room = plan.method.context.taken if plan.method.context else 0, learned_positions(model)
+    if taken and room is not None and longest + taken > room:
+        what = f"rows have up to {longest:,} tokens, and {room - taken:,} of {room:,} positions are left for the text"
+        problem = Diagnostic("data.max_length", what, f"set data.max_length: {room - taken}")
+        raise DataError("the rows are too long:", [problem])
 
 
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:
