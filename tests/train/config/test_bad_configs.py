@@ -512,7 +512,7 @@ model: builtin:base
 data: {train: a.jsonl, validation: b.jsonl, seed: 7}
 """, """\
 invalid configuration train.yaml:
-  - train.yaml:2:51: `data.seed`: has no effect: no rows are drawn, neither by `validation_split` nor by a weight
+  - train.yaml:2:45: `data.seed`: has no effect: no rows are drawn, neither by `validation_split` nor by a weight
       hint: remove it"""),
 Bad('the root as output', """\
 model: builtin:base

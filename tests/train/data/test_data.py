@@ -183,6 +183,8 @@ def test_rows_are_held_out_by_the_seed_alone() -> None:
     assert set(one.train).isdisjoint(one.validation)
     assert one == again
     assert one.validation != other.validation
+    own = section.model_copy(update={"seed": 2})
+    assert load.load(own, seed=1) == load.load(own, seed=3) == other
 
 
 def test_content_in_parts_is_joined_and_empty_fields_of_tables_are_dropped() -> None:

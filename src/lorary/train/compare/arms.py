@@ -12,6 +12,7 @@ from lorary.errors import ConfigError, Diagnostic, LoraryError, PlanError
 from lorary.model.loading.from_pretrained import skeleton
 from lorary.model.plan import Plan
 from lorary.train.compare.request import HEADLINE, Request, each_arm, has_common_targets
+from lorary.train.config.conflicts import contradictions
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.runner.task_base import new_modules
 
@@ -32,6 +33,8 @@ def fitted_arms(request: Request, run: RunPlan) -> Request:
 
     def planned(arm: Arm) -> Plan:
         config = request.config_of(arm)
+        if problems := contradictions(config.resolve()):
+            raise ConfigError(HEADLINE, problems)
         return config.plan(model, None, new_modules(config, run.base, model))
 
     plans = dict(zip((arm.name for arm in request.arms), each_arm(request.arms, planned), strict=True))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
+
 from lorary.adapters.resolve import load_base
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import load as put_on
@@ -131,9 +133,9 @@ class Bench:
             "pad": self.any_plan.tokenizer.pad_token_id or 0,
         }
         if config.task == "classification":
-            test = score_labels(self.trained(folder), rows.test, **options) if folder else None
+            test = score_labels(_on_device(self.trained(folder)), rows.test, **options) if folder else None
             return test, None
-        model = self.trained(folder) if folder else load_model(config.model)
+        model = _on_device(self.trained(folder) if folder else load_model(config.model))
         general = score_rows(model, rows.general, **options) if rows.general else None
         return score_rows(model, rows.test, **options), general
 
@@ -157,6 +159,11 @@ def run_name(request: Request, arm: str, lr: float, seed: int) -> str:
     number = [one.name for one in request.arms].index(arm) + 1
     word = re.sub(r"[^A-Za-z0-9+_-]+", "-", arm).strip("-")[:40]
     return f"runs/{number:02d}-{word}/lr-{lr:g}-seed-{seed}"
+
+
+def _on_device(model: Any) -> Any:
+    """The model on the GPU, if there is one."""
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def _halves(tokens: Tokens) -> list[Tokens]:

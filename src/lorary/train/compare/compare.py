@@ -64,7 +64,7 @@ def compare(
     Raises:
         ConfigError: the request contradicts itself or does not fit into its budget; or the folder is not free.
         DataError: the data cannot be read, or has too few held-out rows.
-        LoraryError: a run has failed for another reason than its rate.
+        LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
     transformers.logging.set_verbosity_error()
     start = time.time()

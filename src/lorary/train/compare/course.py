@@ -20,7 +20,7 @@ from lorary.train.compare.budget import TIMED, TURNS, Forecast, fitted
 from lorary.train.compare.costs import cost
 from lorary.train.compare.ledger import Ledger
 from lorary.train.compare.request import Request
-from lorary.train.compare.stopped import Stopped
+from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
 from lorary.train.compare.workers import Workers
@@ -50,6 +50,7 @@ class Course:
         budget = request.settings.budget
         self.deadline = math.inf if budget is None else start + budget - self.before
         self._progress, self._completed, self._lock = progress, 0, threading.Lock()
+        self._failed: set[str] = set()
 
     def run(self) -> Comparison:
         """The comparison."""
@@ -85,8 +86,18 @@ class Course:
             for arm in self.request.arms
             if arm.name not in known
         ]
+        def take(job: TimingJob, timing: Timing | Failure) -> None:
+            if isinstance(timing, Failure):
+                self._fail(timing)
+            else:
+                known[job.arm] = timing
+
         self._describe("the first steps")
-        self.workers.run(jobs, lambda job, timing: known.update({job.arm: timing}))
+        self.workers.run(jobs, take)
+        arms = tuple(arm for arm in self.request.arms if arm.name in known)
+        self.request = dataclasses.replace(self.request, arms=arms)
+        if not arms:
+            return
         rows = self.bench.held_out
         scored = (len(rows.test) + len(rows.general)) / len(rows.validation.rows)
         self.forecast = Forecast(known, self.request.steps, scored, self.request.settings.workers)
@@ -96,7 +107,7 @@ class Course:
         for what, why in left_out.items():
             _log.info("left out: %s (%s)", what, why)
         _log.info("the rest takes about %.0f s", planned)
-        self._note(left_out=left_out)
+        self._note(left_out={**self.ledger.comparison.left_out, **left_out})
         self.ledger.note_settings(timings=timings, planned_seconds=planned)
 
     def _base(self) -> None:
@@ -142,6 +153,8 @@ class Course:
         jobs = []
         for arm in self.request.arms:
             best = search.best_trial(self._tried(arm))
+            if arm.name in self._failed:
+                continue
             if best is None:
                 self._leave_out(arm.name, "every rate has diverged")
                 continue
@@ -151,33 +164,39 @@ class Course:
 
     def _costs(self) -> None:
         """The costs of the arms that were judged; their steps are timed in turns, with nothing beside them."""
-        trials = {t.arm: t for t in reversed(self.ledger.comparison.trials) if t.test is not None}
-        missing = [trials[a.name] for a in self.request.arms if a.name in trials]
-        if not [trial for trial in missing if trial.arm not in self.ledger.comparison.costs]:
+        judged = {t.arm: t for t in reversed(self.ledger.comparison.trials) if t.test is not None}
+        trials = [judged[arm.name] for arm in self.request.arms if arm.name in judged]
+        if all(trial.arm in self.ledger.comparison.costs for trial in trials):
             return
-        turns: dict[str, list[Timing]] = {trial.arm: [] for trial in missing}
+        turns: dict[str, list[Timing]] = {trial.arm: [] for trial in trials}
         for turn in range(TURNS):
             self._describe(f"seconds per step, turn {turn + 1} of {TURNS}")
-            for trial in missing:
+            for trial in trials:
                 if time.time() > self.deadline:
                     raise Stopped("the budget is used up")
-                turns[trial.arm].append(TimingJob(trial.arm, trial.lr, trial.seed, TIMED).run(self.bench, self.tell))
-        self.ledger.note(costs={trial.arm: cost(self.bench, trial, turns[trial.arm]) for trial in missing})
+                timing = TimingJob(trial.arm, trial.lr, trial.seed, TIMED).run(self.bench, self.tell)
+                if isinstance(timing, Timing):
+                    turns[trial.arm].append(timing)
+        self.ledger.note(costs={t.arm: cost(self.bench, t, turns[t.arm]) for t in trials if turns[t.arm]})
 
     # --- the runs -------------------------------------------------------------------------------------------------
 
     def _do(self, jobs: Sequence[TrialJob]) -> None:
         """Do the runs that are not recorded yet, and record each as soon as it has ended."""
-        jobs = list({(job.arm, job.lr, job.seed): job for job in jobs if self._trial(job) is None}.values())
+        open_jobs = [job for job in jobs if job.arm not in self._failed and self._trial(job) is None]
+        jobs = list({(job.arm, job.lr, job.seed): job for job in open_jobs}.values())
         if not jobs:
             return
         self._progress(total=self._completed + len(jobs) * self.request.steps)
         self._describe(", ".join(dict.fromkeys(job.arm for job in jobs)))
         timed = [dataclasses.replace(job, deadline=self.deadline) for job in jobs]
-        self.workers.run(timed, lambda job, trial: self._record(trial))
+        self.workers.run(timed, lambda job, result: self._record(result))
 
-    def _record(self, trial: Trial) -> None:
-        self._note(trials=(*self.ledger.comparison.trials, trial))
+    def _record(self, result: Trial | Failure) -> None:
+        if isinstance(result, Failure):
+            self._fail(result)
+        else:
+            self._note(trials=(*self.ledger.comparison.trials, result))
         self._save()
 
     def _note(self, **changes: Any) -> None:
@@ -204,6 +223,10 @@ class Course:
         """The runs of the search for an arm's rate, those at some rates or all."""
         found = [trial for trial in self.ledger.comparison.of(arm.name) if trial.seed == self.seed]
         return [trial for trial in found if rates is None or trial.lr in rates]
+
+    def _fail(self, failure: Failure) -> None:
+        self._failed.add(failure.arm)
+        self._leave_out(failure.arm, failure.why)
 
     def _leave_out(self, what: str, why: str) -> None:
         self.ledger.note(left_out={**self.ledger.comparison.left_out, what: why})

@@ -78,7 +78,7 @@ class Ledger:
 
 def identity(asked: Request) -> dict[str, Any]:
     """What makes two requests the same comparison, as plain data."""
-    config = asked.config.model_dump(mode="json", exclude={"output"})
+    config = asked.config.model_dump(mode="json", exclude={"output", "compare"})
     settings = dataclasses.asdict(asked.settings)
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
     arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}

@@ -12,7 +12,7 @@ from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
 from lorary.model.planning import default_targets
 from lorary.spec.method import Method
-from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder
+from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder, third
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config, default_lr
 from lorary.train.config.load import from_dict
@@ -52,8 +52,8 @@ class Request:
         training: dict[str, Any] = {"report_to": ["none"]}
         if self.steps:
             every = evaluation_steps(self.steps)
-            training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": every}
-        tree = self.config.model_dump(mode="json", exclude_unset=True)
+            training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
+        tree = self.config.model_dump(mode="json", exclude_unset=True, exclude={"compare"})
         tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
         tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}
         found, shared = from_dict(tree), self.config.method.targets
@@ -72,7 +72,7 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
     if problems:
         raise ConfigError(HEADLINE, problems)
     data = config.data
-    if data.validation_split and data.seed is None:  # the same rows for every seed of a run
+    if data.draws_rows and data.seed is None:  # the same rows for every seed of a run
         config = config.model_copy(update={"data": data.model_copy(update={"seed": config.training.seed})})
     request = Request(config.with_absolute_paths(), tuple(arms), settings, folder)
     configs = each_arm(request.arms, request.config_of)

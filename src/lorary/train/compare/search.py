@@ -5,8 +5,9 @@ started again decides as it did before, and as one that is never killed.
 
     rates       the centre, then the others around it; while the best is the lowest or highest, one more outwards
     diverged    a loss that is not finite; or, from a third of the steps on, more than 1.1 times the loss at step 0
-    hopeless    at a third of the steps less than half of the progress of the best earlier rate of the same method,
-                counted from the loss at step 0: such a rate stops there. The best of a method never does.
+    hopeless    at a third of the steps less than half of the progress that the best earlier rate of the same method had
+                made there and still had at its end, counted from the loss at step 0: such a rate stops there. The
+                best of a method never does.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def why_ended(curve: Curve, steps: int, rival: Curve = ()) -> Ending | None:
 def _is_hopeless(progress: float, rival: dict[int, float], when: int) -> bool:
     if 0 not in rival or when not in rival:
         return False
-    best = rival[0] - rival[when]
+    best = rival[0] - max(rival[when], rival[max(rival)])  # what was lost again counts for nothing
     return best > 0 and progress < HOPELESS * best
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench
+from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.step_memory import CountMemory
 
@@ -61,8 +63,14 @@ class TimingJob:
     def __str__(self) -> str:
         return f"the first steps of {self.arm}"
 
-    def run(self, bench: Bench, tell: Callable[[int], None]) -> Timing:
+    def run(self, bench: Bench, tell: Callable[[int], None]) -> Timing | Failure:
         """Train for a few steps."""
+        try:
+            return self._timing(bench)
+        except LoraryError as error:
+            return Failure(self.arm, f"{self}: {error}")
+
+    def _timing(self, bench: Bench) -> Timing:
         start = time.monotonic()
         with TemporaryDirectory() as folder:
             length: dict[str, Any] = {"max_steps": self.steps + _UNTIMED, "epochs": None}
@@ -72,6 +80,8 @@ class TimingJob:
             counters = [counter] if plan.config.task == "classification" else []  # a run counts those of the others
             plan = plan if self.evaluates else replace(plan, held_out=None)
             done = run_prepared(plan, quiet=True, callbacks=[clock, *counters], report=False)
+            if done.interrupted:
+                raise Stopped(f"signal {done.interrupted}", done.interrupted)
         counted = done.step_memory.counted if done.step_memory else counter.counted
         spent = sum(clock.steps) + sum(clock.evaluations)
         return Timing(

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorary.analysis.comparison.record import Ending, Scores, Trial
+from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench, run_name
 from lorary.train.compare.search import Curve, is_finite, why_ended
-from lorary.train.compare.stopped import Stopped
+from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.nan_guard import NotFiniteError
@@ -45,13 +46,18 @@ class TrialJob:
     def __str__(self) -> str:
         return f"{self.arm} at {self.lr:g}, seed {self.seed}"
 
-    def run(self, bench: Bench, tell: Tell) -> Trial:
+    def run(self, bench: Bench, tell: Tell) -> Trial | Failure:
         """Train, or go on with what is in the folder.
 
         Raises:
             Stopped: a signal, or the deadline.
-            LoraryError: it cannot be trained; numbers that are not finite are no error.
         """
+        try:
+            return self._trial(bench, tell)
+        except LoraryError as error:
+            return Failure(self.arm, f"{self}: {error}")
+
+    def _trial(self, bench: Bench, tell: Tell) -> Trial:
         name = run_name(bench.request, self.arm, self.lr, self.seed)
         plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, name)
         watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)

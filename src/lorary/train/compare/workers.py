@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 from lorary.errors import Diagnostic, TrainingError
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.request import Request
-from lorary.train.compare.stopped import Stopped
+from lorary.train.compare.outcomes import Stopped
 from lorary.train.compare.worker import FAILURE, STEPS, send
 from lorary.train.trainer.signals import StopSignal
 
@@ -44,9 +45,10 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.stdin.close()  # type: ignore[union-attr]  # a pipe
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # the process is gone
+                    pipe.close()  # type: ignore[union-attr]  # it has pipes
             process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
 
     def run(self, jobs: Sequence[Any], done: Callable[[Any, Any], None]) -> None:
         """Do the jobs; `done` takes each with its result, one after the other.
@@ -103,7 +105,8 @@ class Workers:
             what = f"has ended in {job}"
             fix = "look at its messages above; if memory ran out, use fewer workers"
             raise TrainingError("a process of the comparison has ended:", [Diagnostic("workers", what, fix)]) from None
-        self._idle.put(process)
+        finally:
+            self._idle.put(process)
         kind, value = message
         if kind == FAILURE:
             raise value

@@ -25,8 +25,7 @@ def _unused(c: Config) -> Iterator[Diagnostic]:
     """Fields without effect."""
     if c.data.validation is not None and c.data.validation_split > 0:
         yield Diagnostic("data.validation_split", "has no effect beside `data.validation`", "keep one of the two")
-    weighted = any(isinstance(source, Source) and source.weight != 1 for source in c.data.train)
-    if c.data.seed is not None and not c.data.validation_split and not weighted:
+    if c.data.seed is not None and not c.data.draws_rows:
         what = "has no effect: no rows are drawn, neither by `validation_split` nor by a weight"
         yield Diagnostic("data.seed", what, "remove it")
     for key in ("eval_steps", "early_stopping_patience", "keep_best"):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lorary.model.loading.source import Section
 from lorary.train.config._fields import Fraction, Integer, SomeNames
-from lorary.train.config.sources import RowFormatName, Sources
+from lorary.train.config.sources import RowFormatName, Source, Sources
 
 
 class DataSection(Section):
@@ -55,3 +55,9 @@ class DataSection(Section):
     streaming: bool = Field(
         default=False, description="read the training rows while training, for data beyond memory; needs max_steps"
     )
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether rows are drawn at random: those that are held out, or those of a source with a weight."""
+        weighted = any(isinstance(source, Source) and source.weight != 1 for source in self.train)
+        return self.validation_split > 0 or weighted

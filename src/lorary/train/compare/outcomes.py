@@ -1,6 +1,8 @@
-"""The end of a comparison before its last run."""
+"""The outcomes of a job that has no result: it has stopped, or failed."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
@@ -14,3 +16,16 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     def __init__(self, why: str, signal: int = 0) -> None:
         super().__init__(why, signal)
         self.why, self.signal = why, signal
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run has failed, for another reason than its rate.
+
+    Args:
+        arm: name of its arm.
+        why: the error.
+    """
+
+    arm: str
+    why: str
