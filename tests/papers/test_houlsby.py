@@ -17,6 +17,7 @@ import lorary
 from lorary.adapters import export_peft
 from lorary.adapters.export.merged import export_merged
 from lorary.analysis.merge_check import MergeCheck
+from lorary.cli.merge import merge as merge_command
 from lorary.errors import FileError, LoraryError, MethodError, PlanError, StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.serve.forms.form import serving_form
@@ -180,11 +181,18 @@ def test_no_merge_says_why() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def by_the_command(model: Any, adapter: lorary.Adapter, folder: Path) -> None:
+    """`lorary merge`, which would otherwise load a base first."""
+    lorary.save_adapter(adapter, folder.parent / "adapter")
+    merge_command(str(folder.parent / "adapter"), folder)
+
+
 NEEDS_A_WEIGHT: dict[str, Any] = {
     "the weight of one layer": lambda model, adapter, folder: next(iter(adapted_layers(model).values())).merged(),
     "the low-rank form": lambda model, adapter, folder: adapter.low_rank(tiny.seeded("LlamaForCausalLM")),
     "a row of a mixed batch": lambda model, adapter, folder: serving_form(adapter, tiny.seeded("LlamaForCausalLM")),
     "a plain LoRA for PEFT": lambda model, adapter, folder: export_peft(adapter, folder),
+    "the command": by_the_command,
     "the merged checkpoint": lambda model, adapter, folder: export_merged(adapter, "no/base", folder),
     "a mixture": lambda model, adapter, folder: lorary.mix(
         [adapter, adapter], base=tiny.seeded("LlamaForCausalLM"), approximate=True
@@ -195,6 +203,7 @@ NEEDS_A_WEIGHT: dict[str, Any] = {
         adapter, tiny.seeded("LlamaForCausalLM")
     ),
     "the rounding error of a merge": lambda model, adapter, folder: MergeCheck.of(model).sites(model, None),
+    "the first gradients": lambda model, adapter, folder: lorary.first_gradients(model, lambda: None),
     "an earlier task": lambda model, adapter, folder: lorary.plan(
         tiny.seeded("LlamaForCausalLM"), lorary.method("o-lora", r=2), after=[adapter]
     ),
