@@ -112,8 +112,8 @@ class Comparison:
         settings: what is needed to repeat it: base, data, targets, steps, batch, seeds, budget, command, versions,
             machine, hashes of base and data.
         task: "sft", or "classification", where accuracy is reported beside the loss.
-        arms: the methods, in the order in which they were asked for.
-        trials: the runs, in the order in which they ended.
+        arms: the methods, in the order in which they were asked for, with the rates that were tried.
+        trials: the runs that have ended, by arm, seed and rate.
         base_test: the base's scores on the test rows, without an adapter; None for a classifier, whose head is new.
         base_general: its scores on general text.
         costs: name of an arm -> its cost.
