@@ -44,12 +44,32 @@ ASKED = {
         "LoRA of about equally many numbers at different layers: at fewer layers the rank is higher.",
     ),
     "ranks": ("Which rank", "LoRA at all linear layers, with alpha = 2 r, at five ranks."),
+    "claims": (
+        "Members of the family",
+        "Methods whose papers claim to be better than LoRA, faster, or as good for less.",
+    ),
 }
+CLAIMS = """
+## What papers claim
+
+The same question in another way: `benchmarks/claims` follows the loss in training and takes more seeds, so that it can
+tell how many steps a method takes to a loss, and what a second task does to the first. Verdicts are by the joint
+intervals; how the runs were made stands in `benchmarks/README.md`.
+
+"""
 
 
 def compared_page() -> str:
     """The page of all comparisons that are stored."""
-    return HEAD + "".join(_section(name) for name in ASKED if (RECORDS / f"{name}.json").exists())
+    sections = [_section(name) for name in ASKED if (RECORDS / f"{name}.json").exists()]
+    return "".join([HEAD, *sections, CLAIMS, _claims()])
+
+
+def _claims() -> str:
+    """The table of the claims benchmark, which its own page has from the stored runs."""
+    page = (RECORDS.parents[1] / "README.md").read_text(encoding="utf-8")
+    between = page.partition("<!-- claims: written by benchmarks/claims -->")[2]
+    return between.strip().partition("\n\n")[0] + "\n"
 
 
 def _section(name: str) -> str:

@@ -15,6 +15,7 @@ from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
 from lorary.errors import PlanError
+from lorary.layers.block_names import TARGETS as AT
 from lorary.model.plan import Plan
 
 HEAD = """# Memory and parameter counts
@@ -148,11 +149,10 @@ RANKS = (4, 8, 16, 32, 64)
 def _layers() -> str:
     rows = []
     for name in SIZES:
-        model = llama(name)
-        total = sum(p.numel() for p in model.parameters())
+        plan = lorary.plan(llama(name), lorary.method("lora", r=1))
         for words, targets in TARGETS.items():
-            one = lorary.plan(model, lorary.method("lora", r=1), targets).trainable
-            rows.append([name, words, *(f"{one * r:,}" for r in RANKS), f"{16 * one / total:.2%}"])
+            one = sum(site.trainable for site in plan.sites if AT[targets](site.site.name))
+            rows.append([name, words, *(f"{one * r:,}" for r in RANKS), f"{16 * one / plan.total:.2%}"])
     return f"""## Parameters by layers and rank
 
 LoRA trains r (in + out) numbers for each linear layer, so the count is proportional to the rank:
@@ -170,9 +170,9 @@ def _quoted_counts() -> str:
     total = sum(p.numel() for p in model.parameters())
     gpt_3 = 96 * 2 * 2 * 12288  # q and v of 96 layers of width 12,288, r = 1
     return (
-        f'"10,000 times fewer" is GPT-3 at r = 4 on q and v: {175e9 / (4 * gpt_3):,.0f} times. Llama-2-7B at r = 8 on q '
-        f"and v trains {eight:,}, {total / eight:,.0f} times fewer; the 4.7 million that are quoted for it are GPT-3's at "
-        f"r = 1, {gpt_3:,}."
+        f'"10,000 times fewer" is GPT-3 at r = 4 on q and v: {175e9 / (4 * gpt_3):,.0f} times. Llama-2-7B at r = 8 '
+        f"on q and v trains {eight:,}, {total / eight:,.0f} times fewer; the 4.7 million that are quoted for it are "
+        f"GPT-3's at r = 1, {gpt_3:,}."
     )
 
 
@@ -201,16 +201,16 @@ def _baselines() -> str:
             except PlanError as error:
                 reasons.append(f"{name} on {of}: {error.problems[0].what}.")
         rows.append([name, *_counts(plans, models), *_afterwards(preset, plans, models)])
-    head = ["", *(f"{name}: trained, share" for name in models), "products more, unmerged", "merges", "context taken"]
+    head = ["", *(f"{name}: trained, share" for name in models), "extra multiplications", "merges", "context taken"]
     refused = " ".join(reasons)
     return f"""## LoRA and what came before it
 
 {table([*head, "starts at"], rows)}
 
-"Products more" are the multiplications of numbers that one more token costs beyond those of the linear layers of
-Llama-2-7B (GPT-2 medium for BitFit); what merges costs none after merging. They are no measure of time: a bottleneck's
-two products wait for the layer before and hold up the one after it, in every block, while those of a prefix are part
-of attention. [Comparisons](compared.md) has measured times. Refused: {refused}
+"Extra multiplications" are those for one token, before merging, in percent of those in the linear layers of Llama-2-7B.
+What merges costs none after merging. They do not measure time: the two products of a bottleneck wait for the layer
+before and hold up the one after it, in every block, which its page [has measured](methods/houlsby.md). Refused:
+{refused}
 
 That prefix tuning costs no latency, as some tables have it, is not so: every token attends to the prefix, whose keys
 and values stay in the cache of every sequence, and its tokens are taken from the context.
@@ -222,14 +222,14 @@ def _counts(plans: dict[str, Plan], models: dict[str, Any]) -> list[str]:
 
 
 def _share(share: float) -> str:
-    return f"{share:.2g}" if share == 1 else f"{100 * share:.2g} %"
+    return f"{100 * share:.3g} %" if share == 1 else f"{100 * share:.2g} %"
 
 
 def _afterwards(preset: str, plans: dict[str, Plan], models: dict[str, Any]) -> list[str]:
     """What stays of a method after training, and where it starts."""
     of, plan = [*plans.items()][-1]
     if not plan.sites:
-        return ["none", "it is the weights", "", "the base"]
+        return ["none", "is in the weights", "", "the base"]
     config = models[of].config
     linear = sum(m.in_features * m.out_features for m in models[of].modules() if isinstance(m, nn.Linear))
     tokens = plan.method.context.taken if plan.method.context else 0

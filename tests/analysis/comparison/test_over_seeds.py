@@ -14,7 +14,9 @@ from lorary.errors import DataError
 T_4, T_8, T_4_OF_4 = 2.776, 2.306, 4.315
 
 
-def figures(generator: np.random.Generator, arms: int = 5, seeds: int = 5, shift: float = 0.0) -> dict[str, list[float]]:
+def figures(
+    generator: np.random.Generator, arms: int = 5, seeds: int = 5, shift: float = 0.0
+) -> dict[str, list[float]]:
     """Figures without a difference between the arms, but for the last one's shift."""
     found = {f"arm {i}": list(generator.normal(10, 1, seeds)) for i in range(arms)}
     found[f"arm {arms - 1}"] = [value + shift for value in found[f"arm {arms - 1}"]]

@@ -45,7 +45,9 @@ def differences_over_seeds(
     measured = _measured(figures)
     factor = measured.joint_factor(pairs)
     return {
-        pair: judged(pair, interval(measured, *pair), interval(measured, *pair, factor), measured.why_no_interval(*pair))
+        pair: judged(
+            pair, interval(measured, *pair), interval(measured, *pair, factor), measured.why_no_interval(*pair)
+        )
         for pair in pairs
     }
 

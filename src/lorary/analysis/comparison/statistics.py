@@ -192,11 +192,11 @@ def _standing(
     if not tests:
         return Standing(arm, lr, 0, untuned)
     seeds = tests["loss"].seeds[arm]
-    forgotten = _interval(general, arm, BASE) if general is not None and arm in general.seeds else None
+    forgotten = interval(general, arm, BASE) if general is not None and arm in general.seeds else None
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
-    accuracy = _interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
+    accuracy = interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
     accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
-    return Standing(arm, lr, len(seeds), untuned, _interval(tests["loss"], arm), accuracy, forgotten, spread)
+    return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
 
 
 def _differences(
@@ -206,22 +206,36 @@ def _differences(
     if not pairs:
         return {}
     test = tests[measure]
-    at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
+    at_least, more_is_better = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0, measure == "accuracy"
     factor = test.joint_factor(family)
     found = {}
     for arm, other in pairs:
-        pair = _interval(test, arm, other, at_least=at_least)
-        joint = _interval(test, arm, other, factor, at_least)
-        better = joint.low > 0 if measure == "accuracy" else joint.high < 0
-        verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
-        why = test.why_no_interval(arm, other)
-        found[arm] = Difference(arm, other, pair, joint, "not judged" if why else verdict, why)
+        pair, joint = (interval(test, arm, other, by, at_least) for by in (1.0, factor))
+        found[arm] = judged((arm, other), pair, joint, test.why_no_interval(arm, other), more_is_better)
     return found
 
 
-def _interval(
+def judged(
+    arms: tuple[str, str], pair: Interval, joint: Interval, why: str = "", more_is_better: bool = False
+) -> Difference:
+    """The difference of an arm from a reference, with the verdict of its joint interval.
+
+    Args:
+        arms: (arm, reference).
+        pair: the difference with its interval.
+        joint: the difference with its joint interval.
+        why: why it cannot be judged; empty if it can.
+        more_is_better: whether a positive difference speaks for the arm.
+    """
+    better = joint.low > 0 if more_is_better else joint.high < 0
+    verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
+    return Difference(*arms, pair, joint, "not judged" if why else verdict, why)
+
+
+def interval(
     measured: Measured, arm: str, other: str | None = None, factor: float = 1.0, at_least: float = 0.0
 ) -> Interval:
+    """The value of an arm, or its difference from another one, with its 95 % interval times a factor."""
     value, half = measured.value(arm, other), factor * measured.half_width(arm, other)
     half = max(half, at_least)  # NaN stays NaN: it is the first
     return Interval(value, value - half, value + half)
