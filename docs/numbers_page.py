@@ -152,15 +152,15 @@ def _layers() -> str:
         plan = lorary.plan(llama(name), lorary.method("lora", r=1))
         for words, targets in TARGETS.items():
             one = sum(site.trainable for site in plan.sites if AT[targets](site.site.name))
-            rows.append([name, words, *(f"{one * r:,}" for r in RANKS), f"{16 * one / plan.total:.2%}"])
+            rows.append([name, words, *(f"{one * r:,}" for r in RANKS), f"{1600 * one / plan.total:.2f} %"])
     return f"""## Parameters by layers and rank
 
 LoRA trains r (in + out) numbers for each linear layer, so the count is proportional to the rank:
 
 {table(["", "layers", *(f"r = {r}" for r in RANKS), "share, r = 16"], rows)}
 
-Where keys and values have fewer heads than queries (Llama 3), v is narrow, and "q and v" counts less than half of
-attention. {_quoted_counts()}
+Llama 3 has fewer heads for keys and values than for queries, so that k and v are narrow: q and v of the 8B model have
+fewer numbers than those of Llama-2-7B. {_quoted_counts()}
 """
 
 
@@ -176,7 +176,7 @@ def _quoted_counts() -> str:
     )
 
 
-# --- LoRA and what came before it --------------------------------------------------------------------------------------
+# --- LoRA and what came before it -------------------------------------------------------------------------------------
 
 METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "full fine-tuning": ("full", None, {}),
@@ -233,10 +233,8 @@ def _afterwards(preset: str, plans: dict[str, Plan], models: dict[str, Any]) -> 
     config = models[of].config
     linear = sum(m.in_features * m.out_features for m in models[of].modules() if isinstance(m, nn.Linear))
     tokens = plan.method.context.taken if plan.method.context else 0
-    if tokens:
-        more = 2 * tokens * config.hidden_size * config.num_hidden_layers
-    else:
-        more = plan.adapter_bytes // 4  # every number of an adapter is multiplied once
+    attended = 2 * tokens * config.hidden_size * config.num_hidden_layers
+    more = attended or plan.adapter_bytes // 4  # every number of an adapter is multiplied once
     join = plan.method.join
     near = "near the base" if preset == "houlsby" else "elsewhere"
     return [

@@ -29,10 +29,8 @@ def page(bench: Bench) -> str:
 
 
 def _claims(rows: Found) -> str:
-    lines = [
-        "| method | the paper claims | measured | against | difference, 95 % interval | joint interval | runs | holds here |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("method", "the paper claims", "measured", "against", "difference, 95 % interval", "joint interval")
+    lines = ["| " + " | ".join((*heads, "runs", "holds here")) + " |", "|" + "---|" * 8]
     for row, (ours, theirs), d in rows:
         digits = 1 if row.unit == "steps" else 3
         pair, joint = (f"{i.low:+.{digits}f} to {i.high:+.{digits}f}" for i in (d.pair, d.joint))
@@ -114,8 +112,7 @@ def into(page: Path, text: str) -> None:
 def difference(page: Path, text: str) -> str | None:
     """The lines of the page's tables that are not those of the text; None if all are."""
     there, here = (found.strip().splitlines() for found in (_parts(page)[1], text))
-    lines = [line for line in difflib.unified_diff(there, here, "the page", "the runs", n=0, lineterm="")]
-    return "\n".join(lines) or None
+    return "\n".join(difflib.unified_diff(there, here, "the page", "the runs", n=0, lineterm="")) or None
 
 
 BEGIN, END = "<!-- claims: written by benchmarks/claims -->", "<!-- end of claims -->"

@@ -58,7 +58,7 @@ def test_without_a_difference_none_is_shown(paired: bool) -> None:
     for _ in range(120):
         found = differences_over_seeds(figures(generator), pairs, paired=paired)
         held += all(difference.verdict == "no difference shown" for difference in found.values())
-    assert 108 <= held
+    assert held >= 108
 
 
 def test_planted_differences_are_found() -> None:
@@ -100,7 +100,7 @@ def test_a_single_seed_judges_nothing() -> None:
             {"lora": [1.0], "dora": [2.0]},
             [("lora", "dorra")],
             False,
-            "  - pairs: there are no figures of 'dorra'\n      hint: did you mean 'dora'?",
+            "  - pairs: there are no figures of 'dorra'\n      hint: did you mean `dora` or `lora`?",
         ),
         (
             {"a": [1.0, 2.0], "b": [2.0]},
