@@ -25,7 +25,7 @@ its table together. A rate marked "not tuned" is the lowest or the highest that 
 rise of the loss on Python code, the text that the base was trained on.
 
 These are measurements of behaviour at a small size. Which method is best for a model of seven billion parameters they
-do not say; [which method for my data](how-to/choose-a-method.md) says what is known of that.
+do not say; [what is known of that](how-to/choose-a-method.md) comes from larger runs of others.
 """
 
 # record -> its heading, and what is asked

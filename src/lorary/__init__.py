@@ -21,6 +21,7 @@ _HOMES = {
     "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
     "Compression": "adapters.compose.compression",
+    "Comparison": "analysis.comparison.record",
     "ConfigError": "errors",
     "DataError": "errors",
     "Diagnostic": "errors",
@@ -58,6 +59,7 @@ _HOMES = {
     "change_rank": "adapters.change_rank",
     "check": "adapters.readers.check",
     "dequantize": "model.quantize",
+    "compare": "train.compare.compare",
     "compress": "analysis.compress",
     "detach": "model.attach",
     "diff": "adapters.compose.diff",
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
     from lorary.adapters.switch import load as load
     from lorary.adapters.switch import save as save
     from lorary.adapters.switch import switch as switch
+    from lorary.analysis.comparison.record import Comparison as Comparison
     from lorary.analysis.compress import compress as compress
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
@@ -172,6 +175,7 @@ if TYPE_CHECKING:
     from lorary.spec.presets import method as method
     from lorary.spec.presets import presets as presets
     from lorary.spec.site import Site as Site
+    from lorary.train.compare.compare import compare as compare
     from lorary.train.trainer.callback import TrainerCallback as TrainerCallback
 
 _deprecated.install()

@@ -16,7 +16,7 @@ from lorary import __version__
 from lorary.errors import LoraryError
 
 COMMANDS = (
-    *("train", "plan", "init", "methods", "search", "merge"),
+    *("train", "compare", "plan", "init", "methods", "search", "merge"),
     *("mix", "lorahub", "diff", "compress", "extract"),
     *("export", "check", "verify", "push"),
     *("eval", "chat", "generate", "serve", "inspect", "demo", "doctor"),

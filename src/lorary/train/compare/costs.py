@@ -17,10 +17,8 @@ from lorary.train.compare.timing import Timing
 from lorary.train.runner.folder import ADAPTER
 
 _ROWS = 2  # on which a merged model is compared with the adapted one
-_EPSILONS = (
-    4.0  # the largest difference of logits that rounding explains, over the largest logit: of the weights' dtype
-)
-_LEAST = 1e-4  # and at least this, as sums are rounded too
+# the largest difference of logits that rounding explains, over the largest logit: of weights, in epsilons, and of sums
+_WEIGHTS, _SUMS = 4.0, 1e-4
 
 
 def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:

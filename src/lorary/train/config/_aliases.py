@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Diagnostic, did_you_mean, nearest
+from lorary.errors import Diagnostic, did_you_mean, nearest, suggestion
 from lorary.train.config._other_tools import (
     CANONICAL,
     CANONICAL_AT_TOP,
@@ -24,7 +24,8 @@ from lorary.train.config._other_tools import (
 from lorary.train.config.config import SECTIONS
 from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
-SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
+# section -> the key that a plain value in its place sets
+SHORTHAND = {"model": "id", "method": "name", "data": "train", "compare": "methods"}
 
 
 @dataclass
@@ -118,7 +119,12 @@ class _Translation:
             self._option(key, value, place)
         else:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key))
+            self._problem(place, what, HINTS.get(key) or _right_section(key) or self._nearest(section, key))
+
+    def _nearest(self, section: str, key: str) -> str:
+        """A hint for a mistyped key, which may be a preset's option."""
+        known = {*SECTIONS["method"], *self.options} if section == "method" else set()
+        return suggestion(key, known) or _nearest_key(section, key)
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:

@@ -28,6 +28,7 @@ from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPatt
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
 from lorary.train.config._sections import AlsoSection, ModelSection, build_method, method_defaults
+from lorary.train.config.compare_section import CompareSection
 from lorary.train.config.data_section import DataSection
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
@@ -131,6 +132,7 @@ class Config(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     output: str = Field(default="out", min_length=1, description="run folder: metrics, plots, checkpoints, adapter")
+    compare: CompareSection = Field(default=CompareSection(), exclude=True)  # no part of a run, nor of its record
 
     _notes: tuple[str, ...] = PrivateAttr(())
     _places: dict[str, str] = PrivateAttr({})  # dotted key -> file:line:column, or the flag of a command
@@ -241,4 +243,5 @@ SECTIONS: dict[str, dict[str, FieldInfo]] = {
     "method": dict(MethodSection.model_fields),
     "data": dict(DataSection.model_fields),
     "training": dict(TrainingSection.model_fields),
+    "compare": dict(CompareSection.model_fields),
 }

@@ -116,7 +116,7 @@ def _config(sources: Sequence[ParsedYaml], name: str) -> Config:
     valid = ValidPart(found.tree)
     if valid.error is not None and (found.tree or not problems):
         problems += explain(valid.error, found)
-    problems += _method_problems(valid, found)
+    problems += _method_problems(valid, found) + _arm_problems(valid, found)
     for problem in valid.problems(*CHECKS):
         where = found.find(tuple(problem.where.split("."))) or name or "the configuration"
         problems.append(Diagnostic(where, f"`{problem.where}`: {problem.what}", problem.fix))
@@ -178,6 +178,18 @@ def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnost
             part.build()
         except MethodError as error:
             problems += [_located(problem, part, place, found) for problem in error.problems]
+    return problems
+
+
+def _arm_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnostic]:
+    """Errors of the methods of a comparison, each with the name of its method."""
+    problems = []
+    for i, arm in enumerate(valid.config.compare.methods if valid.config is not None else ()):
+        try:
+            from_dict({"model": "builtin:base", "data": "builtin:docstrings", "method": arm.method})
+        except ConfigError as error:
+            where = found.find(("compare", "methods", i))
+            problems += [Diagnostic(where, f"{arm.name}: {problem.what}", problem.fix) for problem in error.problems]
     return problems
 
 
