@@ -359,7 +359,11 @@ class _Picture(_Canvas):
     def _components(self, end: float) -> float:
         """The first sentence of every component, and the key to the colours; where the picture ends."""
         method, y = self.method, self.low + 30
-        axes = [("start", None if self.alone else method.init), ("join", method.join), *(("rule", rule) for rule in method.rules)]
+        axes = [
+            ("start", None if self.alone else method.init),
+            ("join", method.join),
+            *(("rule", rule) for rule in method.rules),
+        ]
         said = [(axis, inspect.getdoc(type(value)) or "") for axis, value in axes if value is not None]
         if method.context is not None:
             said.append(("context", inspect.getdoc(type(method.context)) or ""))

@@ -389,7 +389,7 @@ def test_nothing_said_is_what_the_method_says() -> None:
             ["q_proj", "attention_qv", "lm_haed"],  # one typo among good entries is enough
             [],
             "targets: `attention_qv` matches no layer\n"
-            f"      hint: did you mean `attention-qv` or `attention`? {_TREE}\n"
+            f"      hint: did you mean `attention-qv` or `attention` or `attention-kv`? {_TREE}\n"
             "  - targets: `lm_haed` matches no layer\n      hint: did you mean `lm_head`?",
         ),
         ("zzz", [], f"targets: `zzz` matches no layer\n      hint: {_TREE}"),

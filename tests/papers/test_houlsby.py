@@ -100,7 +100,9 @@ def test_it_starts_near_the_base(name: str) -> None:
 def test_the_equation(activation: str, phi: Any) -> None:
     layer = nn.Linear(6, 5)
     model = nn.ModuleDict({"o_proj": layer})
-    lorary.attach(model, lorary.plan(model, lorary.method("houlsby", m=3, activation=activation, norms=False), "o_proj"))
+    lorary.attach(
+        model, lorary.plan(model, lorary.method("houlsby", m=3, activation=activation, norms=False), "o_proj")
+    )
     params = model.o_proj.params
     with torch.no_grad():
         for p in params.values():
@@ -191,7 +193,9 @@ NEEDS_A_WEIGHT: dict[str, Any] = {
     "the weight of one layer": lambda model, adapter, folder: next(iter(adapted_layers(model).values())).merged(),
     "the low-rank form": lambda model, adapter, folder: adapter.low_rank(tiny.seeded("LlamaForCausalLM")),
     "a row of a mixed batch": lambda model, adapter, folder: serving_form(adapter, tiny.seeded("LlamaForCausalLM")),
-    "a plain LoRA for PEFT": lambda model, adapter, folder: export_peft(adapter, folder),
+    "a plain LoRA for PEFT": lambda model, adapter, folder: export_peft(
+        adapter, folder, model=tiny.seeded("LlamaForCausalLM")
+    ),
     "the command": by_the_command,
     "the merged checkpoint": lambda model, adapter, folder: export_merged(adapter, "no/base", folder),
     "a mixture": lambda model, adapter, folder: lorary.mix(
@@ -199,9 +203,7 @@ NEEDS_A_WEIGHT: dict[str, Any] = {
     ),
     "another scale": lambda model, adapter, folder: lorary.scale(adapter, 0.5, base=tiny.seeded("LlamaForCausalLM")),
     "a truncation": lambda model, adapter, folder: lorary.compress(adapter, rank=2),
-    "singular values": lambda model, adapter, folder: lorary.inspect_adapter(
-        adapter, tiny.seeded("LlamaForCausalLM")
-    ),
+    "singular values": lambda model, adapter, folder: lorary.inspect_adapter(adapter, tiny.seeded("LlamaForCausalLM")),
     "the rounding error of a merge": lambda model, adapter, folder: MergeCheck.of(model).sites(model, None),
     "the first gradients": lambda model, adapter, folder: lorary.first_gradients(model, lambda: None),
     "an earlier task": lambda model, adapter, folder: lorary.plan(
@@ -225,18 +227,19 @@ def test_no_rank_can_be_changed() -> None:
 
 # --- where it cannot go, and files that are not its own --------------------------------------------------------------
 
+LINEAR = "a bottleneck adapter transforms the output of a linear layer, and this is of kind"
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "an embedding": (
         tiny.llama,
         "embedding",
         {},
-        "model.embed_tokens: a bottleneck adapter transforms the output of a linear layer, and this is of kind embedding",
+        f"model.embed_tokens: {LINEAR} embedding",
     ),
     "a convolution": (
         lambda: nn.Sequential(nn.Conv1d(4, 4, 3)),
         "0",
         {},
-        "0: a bottleneck adapter transforms the output of a linear layer, and this is of kind conv1d",
+        f"0: {LINEAR} conv1d",
     ),
     "projections": (
         lambda: tiny.model("GPT2LMHeadModel"),

@@ -206,7 +206,7 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
     cls = COMPONENTS.get(name) if isinstance(name, str) else None
     if cls is None:
         shown = value if name is None else name
-        hint = did_you_mean(name if isinstance(name, str) else "", list(COMPONENTS))
+        hint = did_you_mean("" if shown is None else str(shown), list(COMPONENTS))
         problems.append(Diagnostic(where, f"{shown!r} is not a known component", hint))
         return None
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "component"}

@@ -59,8 +59,8 @@ class MethodSection(Section):
     dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
     targets: SomeNames | None = Field(
         default=None,
-        description="all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv, "
-        "names, globs, re:REGEX; empty: default",
+        description="all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, "
+        "conv, names, globs, re:REGEX; empty: default",
     )
     exclude: Names = Field(default=(), description="names, globs or re:REGEX to leave out of targets")
     layers: Layers | None = Field(
