@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.path import Path
 
+from lorary.analysis.svg import INK, PALETTE, style, to_svg
 from lorary.cli.method_page import EXAMPLE as EXAMPLE
 from lorary.cli.method_page import example_site
-from lorary.analysis.svg import INK, PALETTE, style, to_svg
 from lorary.model.targets import matches
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite

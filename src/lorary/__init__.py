@@ -148,8 +148,8 @@ if TYPE_CHECKING:
     from lorary.errors import TrainingError as TrainingError
     from lorary.layers.adapted import Adapted as Adapted
     from lorary.layers.nf4 import NF4 as NF4
-    from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.methods.lora_drop import Importance as Importance
+    from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
     from lorary.model.cached import cached as cached

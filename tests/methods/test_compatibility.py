@@ -24,7 +24,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "longlora": {"length": 64},
     "houlsby": {"m": 4},
 }
-ALONE = {"houlsby", "ia3", "prefix-tuning", "prompt-tuning"}  # their joins train without an update, and so without a rank
+ALONE = {
+    "houlsby",
+    "ia3",
+    "prefix-tuning",
+    "prompt-tuning",
+}  # their joins train without an update, and so without a rank
 
 
 # Y: they go together. r: they do, with a restriction. N: refused.

@@ -38,7 +38,10 @@ def through_the_cache(model: Any, name: str, **inputs: Any) -> Tensor:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     rows = len(tiny.ids())
     past = [
-        tuple(roles[role].detach().view(L, heads, -1).transpose(0, 1)[None].expand(rows, -1, -1, -1) for role in ("P_k", "P_v"))
+        tuple(
+            roles[role].detach().view(L, heads, -1).transpose(0, 1)[None].expand(rows, -1, -1, -1)
+            for role in ("P_k", "P_v")
+        )
         for roles in layers.values()
     ]
     mask = inputs.pop("attention_mask", torch.ones(rows, 5, dtype=torch.long))
@@ -113,7 +116,12 @@ def test_counts_of_gpt2_medium() -> None:
 
 def test_grouped_heads_need_a_prefix_of_their_width() -> None:
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, vocab_size=9
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=9,
     )
     assert lorary.plan(meta(config), lorary.method("prefix-tuning")).trainable == 2 * 3 * 10 * 16
 
@@ -128,7 +136,9 @@ def test_without_its_network_it_is_the_same_prefix(name: str) -> None:
     alone = adapter.compact()
     assert alone.method == lorary.method("prefix-tuning", tokens=L)
     assert {role for roles in alone.tensors.values() for role in roles} == {"P_k", "P_v"}
-    assert sum(t.numel() for roles in alone.tensors.values() for t in roles.values()) == 2 * 2 * L * (8 if "Llama" in name else 16)
+    assert sum(t.numel() for roles in alone.tensors.values() for t in roles.values()) == 2 * 2 * L * (
+        8 if "Llama" in name else 16
+    )
     lorary.switch(model, alone)
     assert torch.equal(tiny.logits(model), found)
     assert alone.compact() == alone
@@ -158,7 +168,13 @@ def test_the_start_follows_the_seed_and_the_deviation() -> None:
     one, other = (tiny.seeded("LlamaForCausalLM") for _ in range(2))
     plan = lorary.plan(one, lorary.method("prefix", tokens=200, std=0.25))
     values = [
-        torch.cat([t.flatten() for layer in adapted_layers(lorary.attach(m, plan, seed=s)).values() for t in layer.params.values()])
+        torch.cat(
+            [
+                t.flatten()
+                for layer in adapted_layers(lorary.attach(m, plan, seed=s)).values()
+                for t in layer.params.values()
+            ]
+        )
         for m, s in ((one, 0), (other, 1))
     ]
     assert not torch.equal(*values)
@@ -254,7 +270,6 @@ def test_a_quantised_base_has_a_prefix_too() -> None:
         ({"dropout": 0.1}, "dropout: Prefix adds no update whose input dropout could act on"),
         ({"r": 4}, "r: prefix-tuning sets NoUpdate(), which has no rank"),
         ({"alpha": 4}, "alpha: prefix-tuning sets ConstantScale(s=1.0), which has no alpha"),
-        ({"context": None}, "context: is missing: Prefix takes effect through it"),
         ({"length": 4}, "length: is not an option of lora + prefix-tuning"),
     ],
 )
@@ -262,6 +277,11 @@ def test_bad_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(MethodError) as refused:
         lorary.method("prefix-tuning", **options)
     assert said in str(refused.value)
+
+
+def test_without_its_context_it_would_do_nothing() -> None:
+    with pytest.raises(MethodError, match="context: is missing: Prefix takes effect through it"):
+        lorary.method("prefix-tuning").replace(context=None)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +293,10 @@ def test_bad_options(options: dict[str, Any], said: str) -> None:
             "model.layers.0.self_attn, model.layers.1.self_attn",
         ),
         ("model.layers.0.self_attn.[kv]_proj", "matches no layer"),
-        (["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"], "here not at model.layers.1.self_attn"),
+        (
+            ["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"],
+            "here not at model.layers.1.self_attn",
+        ),
         ("q_proj", "model.layers.0.self_attn.q_proj: is not a projection of keys or values"),
         ("embedding", "model.embed_tokens: is not a projection of keys or values"),
     ],
@@ -302,8 +325,12 @@ def test_models_that_cannot_have_one(name: str, said: str, method: str) -> None:
 
 def test_mamba_has_no_keys() -> None:
     with torch.device("meta"):
-        mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(PlanError, match="MambaForCausalLM is not a causal language model with a cache of keys and values"):
+        mamba = transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+        )
+    with pytest.raises(
+        PlanError, match="MambaForCausalLM is not a causal language model with a cache of keys and values"
+    ):
         lorary.plan(mamba, lorary.method("prompt-tuning"))
 
 
@@ -337,7 +364,9 @@ def test_the_plan_says_what_is_taken() -> None:
     assert "takes 10 positions before the text: of 2,048 positions, 2,038 are left for the text" in plan.notes
 
 
-@pytest.mark.parametrize(("name", "layers"), [("MistralForCausalLM", 1), ("Gemma2ForCausalLM", 2), ("Gemma3ForCausalLM", 2)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("MistralForCausalLM", 1), ("Gemma2ForCausalLM", 2), ("Gemma3ForCausalLM", 2)]
+)
 def test_a_sliding_window_sees_the_prefix_at_any_distance(name: str, layers: int) -> None:
     model = tiny.seeded(name, sliding_window=2, num_hidden_layers=layers)
     plan = lorary.plan(model, lorary.method("prefix", tokens=L))

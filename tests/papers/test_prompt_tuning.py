@@ -23,7 +23,9 @@ BASES = ["LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "MixtralFo
 
 def prompted(name: str = "LlamaForCausalLM", seed: int = 3, **options: Any) -> Any:
     model = tiny.seeded(name)
-    return lorary.attach(model, lorary.plan(model, lorary.method("prompt-tuning", **{"tokens": L} | options)), seed=seed)
+    return lorary.attach(
+        model, lorary.plan(model, lorary.method("prompt-tuning", **{"tokens": L} | options)), seed=seed
+    )
 
 
 def start(model: Any) -> Tensor:
@@ -203,13 +205,17 @@ def test_disabled_switched_and_detached_the_base_is_back(name: str) -> None:
         ({"init_text": 3}, "init_text: is 3; it takes a text"),
         ({"r": 4}, "r: prompt-tuning sets NoUpdate(), which has no rank"),
         ({"dropout": 0.5}, "dropout: Prompt adds no update whose input dropout could act on"),
-        ({"context": None}, "context: is missing: Prompt takes effect through it"),
     ],
 )
 def test_bad_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(MethodError) as refused:
         lorary.method("prompt-tuning", **options)
     assert said in str(refused.value)
+
+
+def test_without_its_context_it_would_do_nothing() -> None:
+    with pytest.raises(MethodError, match="context: is missing: Prompt takes effect through it"):
+        lorary.method("prompt-tuning").replace(context=None)
 
 
 def test_a_text_without_a_tokenizer() -> None:
@@ -259,6 +265,8 @@ def test_it_is_never_merged() -> None:
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "Gemma2ForCausalLM"])
 def test_a_sliding_window_would_lose_sight_of_it(name: str) -> None:
-    with pytest.raises(PlanError, match=r"layers of \w+ use a sliding window of 4,096 tokens, which would lose sight of them"):
+    with pytest.raises(
+        PlanError, match=r"layers of \w+ use a sliding window of 4,096 tokens, which would lose sight of them"
+    ):
         lorary.plan(tiny.model(name, "meta"), lorary.method("prompt-tuning"))
     lorary.plan(tiny.model(name, "meta", sliding_window=None), lorary.method("prompt-tuning"))

@@ -269,7 +269,9 @@ PAIRS |= {
     ("prefix-tuning", "full"): told(INVALID, everything_trains("Prefix")),
     ("prompt-tuning", "full"): told(INVALID, everything_trains("Prompt")),
     ("prefix-tuning", "prompt-tuning"): told(
-        INVALID, two("join", *STAND), two("context", "prefix-tuning sets PrefixContext", "prompt-tuning sets PromptContext")
+        INVALID,
+        two("join", *STAND),
+        two("context", "prefix-tuning sets PrefixContext", "prompt-tuning sets PromptContext"),
     ),
 }
 

@@ -178,7 +178,7 @@ def without_network(
         if (join := networks.get(s.site.name)) is not None:
             found = join.keys_values(s.site, tensors[s.site.name], next(iter(hidden.values())))
             values[s.site.name] = {f"P_{name}": P for name, P in found.items()}
-        kept.append(dataclasses.replace(s, method=deployed_method(s.method)) if networks else s)
+        kept.append(dataclasses.replace(s, method=deployed_method(s.method)))
     return tuple(kept), values
 
 

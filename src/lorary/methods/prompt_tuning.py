@@ -79,6 +79,8 @@ class Prompt(Join):
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         P = layer.params["P"]
+        if P.is_meta:
+            return
         if self.start == "text" and not self.ids:
             what = f"the start of the prompt is a text, {self.text!r}, whose token ids are missing"
             fix = "lorary.with_prompt_text(method, tokenizer) adds them"
