@@ -96,8 +96,8 @@ class Measured:
     def joint_factor(self, pairs: Sequence[tuple[str, str]]) -> float:
         """The factor by which the intervals of pairs must grow, so that all of them hold together with 95 %.
 
-        The quantile of the largest error in units of its interval ("maximum t"; Westfall & Young 1993). For equal arms
-        that is Dunnett's interval if all pairs share an arm, and Tukey's if they are all pairs.
+        The quantile of the largest error in units of its interval ("maximum t"; Westfall & Young 1993). For all pairs
+        of equal arms that is Tukey's interval.
         """
         worst = np.zeros(DRAWS)
         for arm, other in pairs:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.statistics import Findings, Interval
-from lorary.analysis.comparison.tables import TextTable, costs, quality, runs, settings, views
+from lorary.analysis.comparison.tables import TextTable, costs, limits, quality, runs, settings, views
 from lorary.analysis.comparison.words import level, remarks, verdict
 from lorary.analysis.html_report import (
     Block,
@@ -23,17 +23,13 @@ from lorary.analysis.html_report import (
 
 _FOREST = (
     "Each method minus {reference}, on the same test rows. Thick: the 95 % interval of this pair. Thin: the 95 % "
-    "interval that holds together with all others; it gives the verdict. Arrows: beyond the axis."
+    "interval that holds together with those of all other pairs; it gives the verdict. Arrows: beyond the axis."
 )
 _QUALITY = (
     "Means over the seeds, with 95 % intervals. Those of the loss are wide, as some rows are harder than others; the "
-    "difference between two methods on the same rows is known more precisely, and decides. {joint} "
-    "Forgotten is the loss on general text minus that of the base."
-)
-_JOINT = (
-    "Intervals of differences hold together in 95 % of comparisons, however many methods there are: those from the "
-    "reference with each other, and those from the best as differences between all pairs, because the best one is "
-    "chosen by the same rows."
+    "difference between two methods on the same rows is known more precisely, and decides. The intervals of all "
+    "differences between two methods hold together in 95 % of comparisons, however many methods there are. Forgotten "
+    "is the loss on general text minus that of the base."
 )
 _COST = (
     "At the best rate. Peak memory is counted for a training step. Seconds per step are medians with quartiles; the "
@@ -54,6 +50,7 @@ _CHANCE = (
     "variance. Differences of single rows between seeds count in both parts: the intervals are rather too wide than "
     "too narrow."
 )
+_FEW = 12  # characters that stay on one line
 _CLASSES = "Classifiers are judged by their accuracy; it is never taken to be known better than to three rows."
 
 
@@ -93,9 +90,10 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
 
 def _sections(found: Findings) -> Iterator[Section]:
     yield Section("Verdict", [*map(Paragraph, remarks(found)), *_forests(found)])
-    yield Section("Quality", [_table(quality(found)), Paragraph(_QUALITY.format(joint=_JOINT))])
+    yield Section("Quality", [_table(quality(found)), Paragraph(_QUALITY)])
     if found.comparison.costs:
-        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *_trade_offs(found)])
+        reasons = [_table(table)] if (table := limits(found)).rows else []
+        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *reasons, *_trade_offs(found)])
     for view, about in views(found):
         yield Section(view.title, [Paragraph(about), _table(view)])
     if found.comparison.trials:
@@ -153,5 +151,7 @@ def _table(table: TextTable) -> Table:
 
 
 def _unbroken(cell: str) -> str:
-    """A cell whose interval stays on one line."""
-    return cell.replace(", ", ",\N{NO-BREAK SPACE}") if cell.endswith("]") else cell
+    """A cell whose interval, or whose few words, stay on one line."""
+    if cell.endswith("]"):
+        return cell.replace(", ", ",\N{NO-BREAK SPACE}")
+    return cell.replace(" ", "\N{NO-BREAK SPACE}") if len(cell) <= _FEW else cell

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from lorary.analysis.comparison.record import Comparison, Cost, Scores, Trial
 from lorary.analysis.comparison.statistics import Difference, Findings, Verdict, chosen_rate, judged_runs
@@ -34,15 +35,15 @@ def differences_svg(found: Findings, others: Mapping[str, Difference]) -> str:
     """
     shown = sorted(others.values(), key=lambda d: d.pair.value, reverse=found.measure == "accuracy")
     scale = 100 if found.measure == "accuracy" else 1
-    reach = scale * _reach(shown)
+    left, right = (scale * end for end in _axis(shown))
     reference = short(shown[0].reference)
     with style():
         figure = Figure(figsize=(7.2, 0.95 + 0.3 * len(shown)))
         axes = figure.add_subplot()
         axes.axvline(0, color=INK, linewidth=1)
         for y, d in enumerate(shown):
-            _difference(axes, y, d, scale, reach)
-        axes.set(xlim=(-reach, reach), ylim=(len(shown) - 0.5, -0.5))
+            _difference(axes, y, d, scale, (left, right))
+        axes.set(xlim=(left, right), ylim=(len(shown) - 0.5, -0.5))
         axes.set_yticks(range(len(shown)), [short(d.arm) for d in shown])
         axes.grid(visible=False)
         axes.tick_params(axis="y", length=0)
@@ -118,6 +119,8 @@ def trade_off_svg(found: Findings, size: Callable[[Cost], int], label: str) -> s
         figure = Figure(figsize=(4.8, max(3.2, 1.0 + 0.2 * len(points))))
         axes = figure.add_subplot()
         axes.set(xscale="log", xlabel=label, ylabel="accuracy (%)" if high_is_good else "held-out loss")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if front:
             corners = [points[arm][:2] for arm in front]
             axes.step(*zip(*corners, strict=True), where="post", color=INK, alpha=0.4, linewidth=1, linestyle="--")
@@ -133,10 +136,11 @@ def trade_off_svg(found: Findings, size: Callable[[Cost], int], label: str) -> s
 def short(name: str) -> str:
     """A name that fits into a picture.
 
-    >>> short("a" * 30)
-    'aaaaaaaaaaaaaaaaaaaaaaa…'
+    >>> short("the-long-name-of-the-method-12")
+    'the-long-nam…e-method-12'
     """
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _label(name: str) -> str:
@@ -144,32 +148,34 @@ def _label(name: str) -> str:
     return f" {short(name)}" if name.startswith("_") else short(name)
 
 
-def _difference(axes: Axes, y: int, d: Difference, scale: float, reach: float) -> None:
+def _difference(axes: Axes, y: int, d: Difference, scale: float, ends: tuple[float, float]) -> None:
     """One row of a forest plot; beyond the axis an arrow and the number."""
-    look = _MARKS[d.verdict]
-    value = scale * d.pair.value
-    if abs(value) > reach:
-        side = 1 if value > 0 else -1
-        axes.plot([side * 0.985 * reach], [y], color=look["color"], marker=">" if side > 0 else "<", markersize=6)
-        digits = 1 if scale > 1 else 3
-        position = {"ha": "right" if side > 0 else "left", "va": "center_baseline", "fontsize": 9}
-        axes.text(side * 0.95 * reach, y, signed(value, digits), **position)
-    else:
+    look, value, (left, right) = _MARKS[d.verdict], scale * d.pair.value, ends
+    if left <= value <= right:
         for interval, width in ((d.joint, 1.2), (d.pair, 4.0)):
             if interval.known:
-                ends = [scale * interval.low, scale * interval.high]
-                axes.plot(ends, [y, y], color=look["color"], linewidth=width, solid_capstyle="butt")
+                bar = [scale * interval.low, scale * interval.high]
+                axes.plot(bar, [y, y], color=look["color"], linewidth=width, solid_capstyle="butt")
         axes.plot([value], [y], linestyle="", markersize=7, **look)
+    else:
+        beyond, sign = (right, 1) if value > right else (left, -1)
+        width = right - left
+        axes.plot([beyond - sign * 0.01 * width], [y], color=look["color"], marker=">" if sign > 0 else "<", markersize=6)
+        position = {"ha": "right" if sign > 0 else "left", "va": "center_baseline", "fontsize": 9}
+        axes.text(beyond - sign * 0.03 * width, y, signed(value, 1 if scale > 1 else 3), **position)
     axes.annotate(d.verdict, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=9)
 
 
-def _reach(shown: Sequence[Difference]) -> float:
-    """How far a forest plot reaches to each side: a few very bad methods must not hide what the others do."""
-    ends = [max(abs(d.joint.low), abs(d.joint.high)) if d.joint.known else abs(d.pair.value) for d in shown]
-    halves = [(d.joint.high - d.joint.low) / 2 for d in shown if d.joint.known]
-    open_ends = [end for end, d in zip(ends, shown, strict=True) if d.verdict == "no difference shown"]
-    wanted = max([*open_ends, 6 * float(np.median(halves)) if halves else max(ends)])
-    return 1.06 * min(wanted, max(ends)) or 1.0
+def _axis(shown: Sequence[Difference]) -> tuple[float, float]:
+    """The ends of a forest plot's axis: a few very bad methods must not hide what the others do."""
+    bars = [(d.joint.low, d.joint.high) if d.joint.known else (d.pair.value, d.pair.value) for d in shown]
+    low, high = min(0.0, *(low for low, _ in bars)), max(0.0, *(high for _, high in bars))
+    undecided = [max(-a, b) for (a, b), d in zip(bars, shown, strict=True) if d.verdict == "no difference shown"]
+    halves = [(b - a) / 2 for a, b in bars if b > a]
+    farthest = max([*undecided, 8 * float(np.median(halves))]) if halves else max(-low, high)
+    low, high = max(low, -farthest), min(high, farthest)
+    room = 0.06 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def _last(run: Trial) -> float:

@@ -2,10 +2,9 @@
 
 An arm is judged at its best rate, by the mean of its runs with several seeds. Language models are judged by the loss
 per token, classifiers by their accuracy. Each difference has two intervals. The one of the *pair* holds the true
-difference in 95 % of comparisons. Verdicts are given by the wider *joint* one: all intervals of the page hold together
-in 95 % of comparisons, so that the number of methods does not make a method win. Joint are the differences from the
-reference (as in Dunnett's test), and, because the best one is chosen by the same rows, the differences between all
-pairs (as in Tukey's).
+difference in 95 % of comparisons. Verdicts are given by the wider *joint* one: in 95 % of comparisons the intervals of
+all pairs of methods hold together (as in Tukey's test), so that the number of methods does not make a method win, and
+the best one, which is chosen by the same rows, is no exception.
 """
 
 from __future__ import annotations
@@ -141,8 +140,11 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
     reference = reference or (names[0] if names else "")
     reference = reference if reference in judged else ""
     best = order[0] if order else ""
-    to_reference = [(arm, reference) for arm in order if reference and arm != reference]
-    to_best = [(arm, best) for arm in order[1:]]
+    factor = tests[measure].joint_factor([*combinations(order, 2)]) if order else 1.0
+    against = {
+        other: {arm: _difference(tests, measure, arm, other, factor) for arm in order if other and arm != other}
+        for other in (reference, best)
+    }
     return Findings(
         comparison,
         measure,
@@ -150,8 +152,8 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
         best,
         tuple(standings),
         comparison.base_test.loss if comparison.base_test else None,
-        _differences(tests, measure, to_reference, to_reference),
-        _differences(tests, measure, to_best, [*combinations(order, 2)]),
+        against[reference],
+        against[best],
     )
 
 
@@ -199,20 +201,14 @@ def _standing(
     return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
 
 
-def _differences(
-    tests: Mapping[Measure, Measured], measure: Measure, pairs: list[tuple[str, str]], family: list[tuple[str, str]]
-) -> dict[str, Difference]:
-    """The differences of pairs, whose joint intervals hold together with those of a family."""
-    if not pairs:
-        return {}
+def _difference(
+    tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float
+) -> Difference:
+    """The difference of a pair, whose joint interval is wider by a factor."""
     test = tests[measure]
-    at_least, more_is_better = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0, measure == "accuracy"
-    factor = test.joint_factor(family)
-    found = {}
-    for arm, other in pairs:
-        pair, joint = (interval(test, arm, other, by, at_least) for by in (1.0, factor))
-        found[arm] = judged((arm, other), pair, joint, test.why_no_interval(arm, other), more_is_better)
-    return found
+    at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
+    pair, joint = (interval(test, arm, other, wider, at_least) for wider in (1.0, factor))
+    return judged((arm, other), pair, joint, test.why_no_interval(arm, other), measure == "accuracy")
 
 
 def judged(

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lorary.analysis.comparison.record import Arm, Cost
+from lorary.analysis.comparison.record import Arm, Cost, Trial
 from lorary.analysis.comparison.statistics import Difference, Findings, Interval, Standing
 from lorary.analysis.comparison.words import change, level, rate, remarks, verdict
 from lorary.model.plan import human_bytes
 
 Column = tuple[str, Callable[[Standing], str]]
 _NEAR = 0.05  # share by which numbers of trained parameters may differ and count as equal
+_FEW = 16  # characters of an answer in the table of costs; longer ones are reasons
 _VERSION = "lorary-findings/1"
 
 
@@ -59,6 +60,18 @@ def costs(found: Findings) -> TextTable:
     return _table("Cost", found, [_METHOD, *_costs(found)])
 
 
+def limits(found: Findings) -> TextTable:
+    """Why methods do not merge, or are not served, those with the same reason in one row."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for standing in found.standings:
+        if (given := found.comparison.costs.get(standing.arm)) is None:
+            continue
+        whys = {"merging": given.merge} if _merged(given) == "no" else {}
+        for what, why in (whys | {engine: why for engine, why in given.engines.items() if why}).items():
+            reasons.setdefault((what, why), []).append(standing.arm)
+    return TextTable("Why not", ("of", "why not", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
+
+
 def views(found: Findings) -> list[tuple[TextTable, str]]:
     """The arms of equal rank, and those with equally many trained numbers, each with a sentence; empty unless both exist.
 
@@ -84,11 +97,17 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
 def runs(found: Findings) -> TextTable:
     """All runs, in the order in which they ended."""
     rows = [
-        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", f"{t.curve[-1][1]:.3f}" if t.curve else "", t.ending)
-        + (t.folder,)
+        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
         for t in found.comparison.trials
     ]
     return TextTable("Runs", ("method", "rate", "seed", "steps", "validation loss", "ending", "folder"), rows)
+
+
+def _last_loss(trial: Trial) -> str:
+    if not trial.curve:
+        return ""
+    loss = trial.curve[-1][1]
+    return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
 
 
 def settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -203,7 +222,7 @@ def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
     yield "peak memory", of(lambda c: human_bytes(c.peak_bytes))
     yield "seconds per step", of(lambda c: _seconds(c, short))
     if not short:
-        yield "merges", of(lambda c: c.merge)
+        yield "merges", of(_merged)
         for engine in dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines):
             yield engine, of(lambda c, engine=engine: _served(c, engine))  # type: ignore[misc]
         if any(c.context for c in found.comparison.costs.values()):
@@ -218,7 +237,11 @@ def _seconds(given: Cost, short: bool) -> str:
 
 
 def _served(given: Cost, engine: str) -> str:
-    return "yes" if given.engines.get(engine) == "" else given.engines.get(engine, "")
+    return "" if engine not in given.engines else "no" if given.engines[engine] else "yes"
+
+
+def _merged(given: Cost) -> str:
+    return given.merge if len(given.merge) <= _FEW else "no"
 
 
 def _table(
