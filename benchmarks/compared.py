@@ -60,14 +60,14 @@ BASELINES = {
 CLAIMS = {"LoRA": lora(8)} | {
     name: {"name": name.lower(), "r": 8, "alpha": 16.0} for name in ("LoRA+", "DoRA", "PiSSA", "OLoRA", "LoRA-FA")
 }
-CLAIMS |= {"AdaLoRA": {"name": "adalora", "options": {"r": 12, "target": 8}}, "full fine-tuning": {"name": "full"}}
+CLAIMS |= {"AdaLoRA": {"name": "adalora", "r": 12, "options": {"target": 8}}, "full fine-tuning": {"name": "full"}}
 COMPARISONS = {
     "layers": Asked(
         {
             "all linear layers, r = 8": lora(8),
-            "MLP, r = 12": lora(12, "mlp"),
-            "attention, r = 24": lora(24, "attention"),
-            "q and v, r = 48": lora(48, "attention-qv"),
+            "MLP, r = 13": lora(13, "mlp"),
+            "attention, r = 22": lora(22, "attention"),
+            "q and v, r = 44": lora(44, "attention-qv"),
         }
     ),
     "ranks": Asked({f"r = {r}": lora(r) for r in (1, 2, 8, 32, 64)}),
