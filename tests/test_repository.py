@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ("config", "data", "trainer", "runner")
 # Within serve/, likewise.
 SERVE = (
-    *("address", "request", "interface", "forms", "pool", "batch", "scheduler", "engine"),
+    *("address", "request", "interface", "forms", "pool", "batch", "scheduler", "budget", "engine"),
     *("open", "http", "vllm", "ray"),
 )
 # Folders of tests that are of no single room.

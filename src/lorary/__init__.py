@@ -90,6 +90,7 @@ _HOMES = {
     "switch": "adapters.switch",
     "unmerge": "model.merge",
     "verify": "analysis.verify.verify",
+    "with_prompt_text": "methods.prompt_tuning",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -145,6 +146,7 @@ if TYPE_CHECKING:
     from lorary.layers.adapted import Adapted as Adapted
     from lorary.layers.nf4 import NF4 as NF4
     from lorary.methods.lora_drop import Importance as Importance
+    from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
     from lorary.model.cached import cached as cached

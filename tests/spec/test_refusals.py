@@ -38,7 +38,7 @@ CHOICE = {
     "scale": "the scale",
     "join": "how the update joins the weight",
     "storage": "how the weight is stored",
-    "context": "the context length",
+    "context": "the context",
 }
 ONE_OF_TWO = "\n      hint: use one of the two"
 NEEDLESS = "\n      hint: leave it out: it would change nothing"
@@ -253,10 +253,26 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
 
 
 PAIRS |= alone("houlsby", "Bottleneck", "{W1, W2, b1, b2}") | alone("ia3", "Rescaling", "{l, l_ff}")
+PAIRS |= alone("prefix-tuning", "Prefix", "{P_k, P_v}") | alone("prompt-tuning", "Prompt", "{P}")
+STAND = "prefix-tuning sets Prefix", "prompt-tuning sets Prompt"
+for before, context in zip(STAND, ("PrefixContext", "PromptContext"), strict=True):
+    preset = before.partition(" ")[0]
+    PAIRS |= {
+        ("longlora", preset): told(INVALID, two("context", "longlora sets LongContext", f"{preset} sets {context}")),
+        ("houlsby", preset): told(INVALID, two("join", "houlsby sets Bottleneck", before)),
+        ("ia3", preset): told(INVALID, two("join", "ia3 sets Rescaling", before)),
+    }
 PAIRS |= {
     ("houlsby", "ia3"): told(INVALID, two("join", "houlsby sets Bottleneck", "ia3 sets Rescaling")),
     ("houlsby", "full"): told(INVALID, f"full: houlsby trains norms, and full trains everything{NEEDLESS}"),
     ("ia3", "full"): told(INVALID, everything_trains("Rescaling")),
+    ("prefix-tuning", "full"): told(INVALID, everything_trains("Prefix")),
+    ("prompt-tuning", "full"): told(INVALID, everything_trains("Prompt")),
+    ("prefix-tuning", "prompt-tuning"): told(
+        INVALID,
+        two("join", *STAND),
+        two("context", "prefix-tuning sets PrefixContext", "prompt-tuning sets PromptContext"),
+    ),
 }
 
 

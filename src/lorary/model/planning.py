@@ -32,7 +32,7 @@ from lorary.model.targets import abbreviated, as_list, target_notes
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, joins_of
 
 
 @mode_independent
@@ -101,6 +101,8 @@ def plan(
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})
     problems += [*unplaced, *previous, *untrainable, *(problem for p in sites for problem in p.problems())]
     problems += _storage_problems(scanned, method.storage, sites, quantized)
+    if context is not None and not problems:
+        problems += [Diagnostic("targets", *why) for why in context.site_problems(model, joins_of(sites))]
     if problems:
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)
@@ -250,7 +252,7 @@ def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
         f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
         "and merging gives it a weight of its own"
         for p in sites
-        if (others := scan.modules[p.site.name].tied_to)
+        if not p.join.why_not_merged and (others := scan.modules[p.site.name].tied_to)
     ]
 
 

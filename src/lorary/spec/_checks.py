@@ -107,6 +107,8 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
     if join.uses != delta.join_roles:
         what = f"{name} uses {braces(join.uses)} of a delta; {_name(delta)} has {braces(delta.join_roles)}"
         yield Diagnostic("join", what)
+    if join.needs_context and method.context is None:
+        yield Diagnostic("context", f"is missing: {name} takes effect through it", "name the preset")
     if not join.adds_delta and delta.roles:
         yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
     if method.dropout and not join.adds_delta:

@@ -25,6 +25,7 @@ class Join(Protocol):
         uses: the delta's `join_roles`.
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
         adds_delta: whether it adds the delta's factors; one that does not goes with `NoUpdate` alone.
+        needs_context: whether it takes effect through the method's context.
         targets: the default target layers; the context axis comes after it.
         why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
         exact_start: whether the layer computes exactly what the base's does at step 0.
@@ -34,6 +35,7 @@ class Join(Protocol):
     uses: frozenset[str] = frozenset()
     supports_dropout: bool = True
     adds_delta: bool = True
+    needs_context: bool = False
     targets: tuple[str, ...] = ()
     why_not_merged: str = ""
     exact_start: bool = True

@@ -26,7 +26,7 @@ AXES = {
     "storage": "how the weight is stored",
     "full": "which base parameters train",
     "dropout": "dropout",
-    "context": "how far it reads",
+    "context": "what it reads",
 }
 # the types of the other axes in a file, where not numbers
 _PLAIN: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}

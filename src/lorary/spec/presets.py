@@ -47,7 +47,7 @@ _CHOICE = {
     "scale": "the scale",
     "join": "how the update joins the weight",
     "storage": "how the weight is stored",
-    "context": "the context length",
+    "context": "the context",
     "dropout": "the dropout",
 }
 

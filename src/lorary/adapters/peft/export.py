@@ -19,6 +19,7 @@ from lorary.adapters.peft.folded import folded_form
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
+from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
 from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
@@ -59,7 +60,7 @@ def export_peft(
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
     base, with the scale in B, and with DoRA's magnitudes if it has them. A method without a rank is written as what it
-    is, if PEFT has it too ((IA)³).
+    is, if PEFT has it too ((IA)³, a prefix, a prompt).
 
     PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
     to load the base, and a warning says so.
@@ -116,6 +117,11 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
 
 def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
     """PEFT's own files of a method without a rank; None for other methods, and for those that PEFT does not have."""
+    if has_virtual_tokens(adapter.sites):
+        _refuse(folder, [*virtual_token_problems(adapter), *_would_lose(folder)])
+        files = LoraFiles(*virtual_token_files(adapter, model), {})
+        _refuse(folder, unwritable(files.tensors))
+        return files
     if not adapter.sites or any(has_rank(adapted.delta) for adapted in adapter.sites):
         return None
     shared = collect_shared(adapter)
