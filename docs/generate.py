@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import typer
+from compared_page import compared_page
 from method_picture import EXAMPLE, method_svg
+from numbers_page import numbers_page
 from pydantic import BaseModel
 from serving_page import serving_page
 
@@ -183,13 +185,6 @@ defaults for the others. Presets combine by union; a [table](../combinations.md)
 |---|---|---|---|---|
 """
 
-# Methods that are planned: title -> paper.
-PLANNED = {
-    "Houlsby adapters": "Houlsby et al. 2019, arXiv:1902.00751",
-    "Prefix tuning": "Li & Liang 2021, arXiv:2101.00190",
-    "Prompt tuning": "Lester et al. 2021, arXiv:2104.08691",
-}
-
 
 def index_page() -> str:
     """The page over the methods' pages."""
@@ -200,10 +195,9 @@ def index_page() -> str:
         f"{p.changes if isinstance(p.changes, str) else ', '.join(p.changes)} | {cell(p.when)} |"
         for p in found
     ]
-    planned = ", ".join(f"{title} ({paper(citation)})" for title, citation in PLANNED.items())
     toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(stem(p.name) for p in found) + "\n```"
     by_hand = file.read_text(encoding="utf-8").partition(BY_HAND)[2]
-    return INDEX_HEAD + "\n".join(rows) + f"\n\nPlanned: {planned}.\n\n{toctree}\n\n{BY_HAND}{by_hand}"
+    return INDEX_HEAD + "\n".join(rows) + f"\n\n{toctree}\n\n{BY_HAND}{by_hand}"
 
 
 _README = "<!-- The methods; written by docs/generate.py. -->"
@@ -215,7 +209,6 @@ def readme() -> str:
         f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | available |"
         for found in (*lorary.presets().values(), *FUNCTIONS.values())
     ]
-    rows += [f"| {', '.join(PLANNED)} | | planned |"]
     table = "| method | equation | status |\n|---|---|---|\n" + "\n".join(rows)
     before, _, after = (HERE.parent / "README.md").read_text(encoding="utf-8").split(_README)
     return f"{before}{_README}\n\n{table}\n\n{_README}{after}"
@@ -232,6 +225,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": cli_page,
     "reference/serving.md": serving_page,
     "combinations.md": combinations_page,
+    "compared.md": compared_page,
+    "numbers.md": numbers_page,
     "methods/index.md": index_page,
     **{f"methods/{stem(name)}.md": functools.partial(written_page, name) for name in lorary.presets()},
     **{f"methods/pictures/{stem(name)}.svg": functools.partial(picture, name) for name in lorary.presets()},

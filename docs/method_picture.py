@@ -20,12 +20,12 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon,
 from matplotlib.path import Path
 
 from lorary.analysis.svg import INK, PALETTE, style, to_svg
+from lorary.cli.method_page import EXAMPLE as EXAMPLE
+from lorary.cli.method_page import example_site
 from lorary.model.targets import matches
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
-
-EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "trains": ("trains", {"facecolor": (PALETTE[1], 0.55), "edgecolor": PALETTE[1], "linewidth": 1.4}),
@@ -124,19 +124,19 @@ def state(placed: AdaptedSite, role: str) -> str:
     return "trains" if role in placed.method.trained else "frozen"
 
 
-def method_svg(method: Method, title: str, site: Site = EXAMPLE) -> str:
+def method_svg(method: Method, title: str, site: Site | None = None) -> str:
     """The picture of a method at one layer, as one `<svg>` element.
 
     Args:
         method: the method.
         title: the picture's name; plain text.
-        site: an example layer, a linear one without parts.
+        site: an example layer, a linear one without parts; None: the first one that the method adapts.
 
     Returns:
         SVG without an external reference, the same bytes for the same method.
     """
     with style():
-        return _Picture(method, site).svg(title)
+        return _Picture(method, site or example_site(method)).svg(title)
 
 
 _TOP, _LANE, _START = 96.0, 258.0, 76.0  # the base, the update, and where it begins
@@ -218,9 +218,10 @@ class _Picture(_Canvas):
         super().__init__()
         self.method, self.site = method, site
         self.placed = AdaptedSite(site, method) if method.delta is not None else None
+        self.alone = self.placed is not None and not self.placed.join.adds_delta  # a join without an update
 
     def svg(self, title: str) -> str:
-        end = self._update(self.placed) if self.placed else _START + 250.0
+        end = self._update(self.placed) if self.placed and not self.alone else _START + 250.0
         moved = self.method.init is not None and self.method.init.residual_init
         self.vector(34, "x", self.site.in_features)
         middle = (_START + end) / 2
@@ -237,6 +238,8 @@ class _Picture(_Canvas):
         end = self._ending(end, middle + 75) + 55
         if self.method.context is not None and self.method.context.attention_groups:
             end = self._groups(end + 20, self.method.context.attention_groups)
+        if self.method.context is not None and self.method.context.taken:
+            end = self._before(end + 20, self.method.context.taken)
         return super().svg(end, self._components(end), title, self._description(title))
 
     def _update(self, placed: AdaptedSite) -> float:
@@ -283,19 +286,23 @@ class _Picture(_Canvas):
     def _ending(self, end: float, start: float) -> float:
         """From where base and update meet to y; where that is."""
         x = start
-        if self.placed:
+        if self.placed and not self.alone:
             x = end + 14
             self.arrow((start + 2, _TOP), (end - 15, _TOP))
             self.arrow((end - 30, _LANE), (end, _LANE), (end, _TOP + 15))
             self.node(end, _TOP, "+")
             x = self._join(x, self.placed)
-        self.arrow((x + 2, _TOP), (x + 29, _TOP))
-        self.node(x + 44, _TOP, "+")
-        self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
-        self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
-        self.arrow((x + 60, _TOP), (x + 94, _TOP))
-        self.vector(x + 100, "y", self.site.out_features)
-        return x + 105
+        if self.site.bias:
+            self.arrow((x + 2, _TOP), (x + 29, _TOP))
+            self.node(x + 44, _TOP, "+")
+            self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
+            self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
+            x += 58
+        if self.placed and self.alone:
+            x = self._join(x, self.placed)
+        self.arrow((x + 2, _TOP), (x + 36, _TOP))
+        self.vector(x + 42, "y", self.site.out_features)
+        return x + 47
 
     def _join(self, x: float, placed: AdaptedSite) -> float:
         """A join that has tensors of its own, or reads some beside the factors; where it ends."""
@@ -311,9 +318,10 @@ class _Picture(_Canvas):
         self.axes.add_patch(box)
         middle = x + 28 + width / 2
         self.text(middle, _TOP, name)
+        below = _TOP + (92 if self.alone and self.site.bias else 62)  # of the bias beside it
         for i, role in enumerate(role for role in placed.shapes if role in read):
-            self.chip(state(placed, role), middle, _TOP + 62 + 30 * i, role, placed.shapes[role])
-        self.arrow((middle, _TOP + 50), (middle, _TOP + 18))
+            self.chip(state(placed, role), middle, below + 30 * i, role, placed.shapes[role])
+        self.arrow((middle, below - 12), (middle, _TOP + 18))
         return x + 28 + width
 
     def _groups(self, x: float, groups: int) -> float:
@@ -333,6 +341,19 @@ class _Picture(_Canvas):
         self.soft(x - side - 45, top + side + 32, "grey: after training, every earlier token")
         return x
 
+    def _before(self, x: float, tokens: int) -> float:
+        """What a token (down) attends to (across): what stands before the text, and earlier tokens."""
+        wide, side, top = 34.0, 120.0, 56.0
+        self.text(x + (wide + side) / 2, top - 28, "attention", weight="bold")
+        self.fill("trains", Rectangle((x, top), wide, side))
+        x += wide
+        corners = [(x, top), (x + side, top + side), (x, top + side)]
+        self.axes.add_patch(Polygon(corners, facecolor=(PALETTE[2], 0.55), edgecolor=PALETTE[2]))
+        self.axes.add_patch(Rectangle((x, top), side, side, facecolor="none", edgecolor=_LINE))
+        self.soft(x - wide / 2, top + side + 14, f"{tokens} before")
+        self.soft(x + side / 2, top + side + 14, "the text")
+        return x + side
+
     def _base(self, parameter: str) -> str:
         trains = any(matches(pattern, f"{self.site.name}.{parameter}") for pattern in self.method.full)
         return "trains" if trains else "base"
@@ -340,7 +361,11 @@ class _Picture(_Canvas):
     def _components(self, end: float) -> float:
         """The first sentence of every component, and the key to the colours; where the picture ends."""
         method, y = self.method, self.low + 30
-        axes = [("start", method.init), ("join", method.join), *(("rule", rule) for rule in method.rules)]
+        axes = [
+            ("start", None if self.alone else method.init),
+            ("join", method.join),
+            *(("rule", rule) for rule in method.rules),
+        ]
         said = [(axis, inspect.getdoc(type(value)) or "") for axis, value in axes if value is not None]
         if method.context is not None:
             said.append(("context", inspect.getdoc(type(method.context)) or ""))

@@ -9,6 +9,7 @@ import torch
 
 import lorary
 from lorary.cli.method_page import stem
+from lorary.errors import MethodError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm
 
@@ -43,6 +44,7 @@ Combinations have the terms of both: `dora,bitfit` is low rank with gain and shi
   vector, a scalar or none it is low rank with gain and shift.
 - **AdaLoRA**'s pruned directions are dropped, and so are layers without any.
 - **VeRA**'s `A` and `B` are held once for all adapters of one seed.
+- **(IA)³**'s vectors at the outputs are gains, and its vectors at the inputs overrides of their layers.
 - **Tied weights**: a LoRA of the head leaves the embedding alone, and the reverse; a tied weight that trained in full
   acts at both ends.
 - **LongLoRA**'s RoPE scaling, linear or yarn, applies to the adapter's own requests only, and so does its context.
@@ -64,9 +66,14 @@ def serving_page() -> str:
 
 
 def _row(name: str) -> str:
-    form = _form(name)
+    link = f"[`{name}`](../methods/{stem(name)}.md)"
+    try:
+        form = _form(name)
+    except MethodError as error:
+        whys = "; ".join(dict.fromkeys(problem.what for problem in error.problems))
+        return f"| {link} | not in a mixed batch: {whys} | | no |"
     rank = "" if form.rank is None else str(form.rank)
-    return f"| [`{name}`](../methods/{stem(name)}.md) | {form.kind} | {rank} | {'yes' if form.additive else 'no'} |"
+    return f"| {link} | {form.kind} | {rank} | {'yes' if form.additive else 'no'} |"
 
 
 def _form(name: str) -> ServingForm:

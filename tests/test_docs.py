@@ -142,6 +142,22 @@ def test_the_generated_pages_are_what_the_code_says(monkeypatch: pytest.MonkeyPa
         assert (DOCS / name).read_text(encoding="utf-8") == page(), f"docs/{name} is out of date: make docs"
 
 
+def test_every_correction_names_a_test_that_exists() -> None:
+    """Each row of docs/corrections.md says which test shows it."""
+    page = (DOCS / "corrections.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| often said")]
+    named = [re.fullmatch(r"\|.*\| `([\w/]+\.py)::(\w+)` \|", row) for row in rows]
+    assert len(rows) >= 60
+    assert [row for row, found in zip(rows, named, strict=True) if found is None] == []
+    missing = [
+        f"{found[1]}::{found[2]}"
+        for found in named
+        if found
+        and not re.search(rf"^def {found[2]}\(", (pages.ROOT / "tests" / found[1]).read_text("utf-8"), re.MULTILINE)
+    ]
+    assert missing == []
+
+
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     command = [

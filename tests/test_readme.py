@@ -16,9 +16,6 @@ from tests import pages
 README = pages.ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
-# Methods that are still to come.
-PLANNED = ["Houlsby adapters", "Prefix tuning", "Prompt tuning"]
-
 
 def section() -> str:
     return TEXT.split("## The methods")[1].split("\n## ")[0]
@@ -42,13 +39,6 @@ def test_the_table_is_the_registry() -> None:
     """Its rows are written by docs/generate.py; `test_docs.py` finds them out of date."""
     named = re.findall(r"^\| \[`([^`]+)`\]\([^)]+\) \| `[^`]+` \| available \|$", section(), re.MULTILINE)
     assert named == [*lorary.presets(), *FUNCTIONS]
-
-
-def test_the_planned_methods_are_listed() -> None:
-    (planned,) = re.findall(r"^\| ([^`|]+) \| \| planned \|$", section(), re.MULTILINE)
-    assert planned.split(", ") == PLANNED
-    titles = {found.title for found in (*lorary.presets().values(), *FUNCTIONS.values())}
-    assert not titles & set(PLANNED)
 
 
 def test_the_rooms_are_the_rooms_in_their_order() -> None:

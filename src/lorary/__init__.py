@@ -21,6 +21,7 @@ _HOMES = {
     "AdapterInspection": "analysis.inspection.figures",
     "Attachment": "model.state",
     "Compression": "adapters.compose.compression",
+    "Comparison": "analysis.comparison.record",
     "ConfigError": "errors",
     "DataError": "errors",
     "Diagnostic": "errors",
@@ -58,6 +59,7 @@ _HOMES = {
     "change_rank": "adapters.change_rank",
     "check": "adapters.readers.check",
     "dequantize": "model.quantize",
+    "compare": "train.compare.compare",
     "compress": "analysis.compress",
     "detach": "model.attach",
     "diff": "adapters.compose.diff",
@@ -81,6 +83,7 @@ _HOMES = {
     "plan": "model.planning",
     "presets": "spec.presets",
     "quantize": "model.quantize",
+    "ranks_from_gradients": "analysis.gradient_ranks",
     "rules": "model.optim.rules",
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
@@ -90,6 +93,7 @@ _HOMES = {
     "switch": "adapters.switch",
     "unmerge": "model.merge",
     "verify": "analysis.verify.verify",
+    "with_prompt_text": "methods.prompt_tuning",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -117,7 +121,9 @@ if TYPE_CHECKING:
     from lorary.adapters.switch import load as load
     from lorary.adapters.switch import save as save
     from lorary.adapters.switch import switch as switch
+    from lorary.analysis.comparison.record import Comparison as Comparison
     from lorary.analysis.compress import compress as compress
+    from lorary.analysis.gradient_ranks import ranks_from_gradients as ranks_from_gradients
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter
@@ -145,6 +151,7 @@ if TYPE_CHECKING:
     from lorary.layers.adapted import Adapted as Adapted
     from lorary.layers.nf4 import NF4 as NF4
     from lorary.methods.lora_drop import Importance as Importance
+    from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
     from lorary.model.cached import cached as cached
@@ -170,6 +177,7 @@ if TYPE_CHECKING:
     from lorary.spec.presets import method as method
     from lorary.spec.presets import presets as presets
     from lorary.spec.site import Site as Site
+    from lorary.train.compare.compare import compare as compare
     from lorary.train.trainer.callback import TrainerCallback as TrainerCallback
 
 _deprecated.install()

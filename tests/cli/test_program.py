@@ -36,6 +36,10 @@ OPTIONS = {
     "doctor": ["--json"],
     "export": ["--base", "--base-gguf", "--dtype", "--folded", "--force", "--onto", "--to"],
     "check": ["--base", "--for", "--json"],
+    "compare": [
+        *("--budget", "--dry-run", "--general", "--json", "--match", "--methods", "--out", "--overwrite", "--quiet"),
+        *("--rates", "--reference", "--resume", "--seeds", "--set", "--steps", "--workers", "-m", "-o", "-q"),
+    ],
     "chat": ["--base", "--max-new-tokens", "--seed", "--system", "--temperature", "--template", "--top-p"],
     "eval": [
         *("--base", "--batch-size", "--config", "--data", "--dtype", "--format", "--json", "--limit", "--max-length"),

@@ -204,6 +204,12 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
             | ({"D": B} if kind.bias else {})
         ),
     }
+    alone: dict[str, Callable[[Any], int]] = {  # joins that train without a delta
+        "Rescaling": lambda join: kind.inp if join.feed_forward else B,
+        "Bottleneck": lambda join: 2 * join.m * kind.out + join.m + kind.out,
+    }
+    if not delta.roles:
+        return alone[type(method.join).__name__](method.join)
     name = next((cls.__name__ for cls in type(delta).__mro__ if cls.__name__ in formulas), "LowRank")
     if name == "LowRank" and delta.roles != {"A", "B"}:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
@@ -222,7 +228,11 @@ def possible(case: Case) -> bool:
 
 
 # What presets need to be told at this size and for so short a run.
-OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2, "orthogonality": 0.001}, "delta-lora": {"start": 1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"target": 2, "orthogonality": 0.001},
+    "delta-lora": {"start": 1},
+    "houlsby": {"m": 3, "norms": False},  # a layer alone has no norms
+}
 
 
 def methods() -> dict[str, lorary.Method]:
@@ -241,19 +251,21 @@ def methods() -> dict[str, lorary.Method]:
             made["+".join(chosen)] = method
     made["delta-lora at once"] = made_of("delta-lora", start=-1)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
+    made["ia3 of inputs"] = made_of("ia3", feed_forward=("layer", "c_attn"))
     for kind, hard in (("", False), (", hard", True)):
         made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))
     return made
 
 
 def made_of(*names: str, **options: Any) -> lorary.Method:
-    """The method of these presets, of rank 3, with alpha if their components have one."""
+    """The method of these presets, of rank 3, with a rank and alpha if their components have one."""
     if not any(lorary.presets()[n].adapts for n in names):
         return lorary.method(*names, **options)
     options = {"r": 3, "alpha": 6.0} | {k: v for n in names for k, v in OPTIONS.get(n, {}).items()} | options
     try:
         return lorary.method(*names, **options)
     except MethodError as error:
-        if any(p.where == "alpha" for p in error.problems):
-            return lorary.method(*names, **{k: v for k, v in options.items() if k != "alpha"})
+        without = {p.where for p in error.problems if p.fix == "leave it out"} & {"r", "alpha"}
+        if without:
+            return lorary.method(*names, **{k: v for k, v in options.items() if k not in without})
         raise

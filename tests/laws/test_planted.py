@@ -19,6 +19,8 @@ from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.delta_lora import DeltaLoRADelta
 from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.houlsby import Bottleneck
+from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.methods.melora import BlockDiagonal
 from lorary.methods.o_lora import SequentialLoRA
@@ -405,6 +407,57 @@ def test_a_full_matrix_of_singular_values_is_caught() -> None:
         subject = Case(made_of("adalora").replace(delta=KeepsTheWrongRole(3), rules=()), kind("linear"))
         laws.factors_are_the_delta(subject)
         caught(laws.only_what_should_train_trains, subject)
+
+
+@dataclass(frozen=True)
+class KeepsTheBias(Rescaling):
+    """Scales the bias in forward, as PEFT does, and merges the weight alone."""
+
+    def merged(self, p: Any, W: Tensor, b: Tensor | None, BA: Any) -> Any:
+        return super().merged(p, W, b, BA)[0], b
+
+
+@dataclass(frozen=True)
+class MergesAllTheSame(Bottleneck):
+    """Says that it cannot be merged, and hands out the base's weight as if it could."""
+
+    def merged(self, p: Any, W: Tensor, b: Tensor | None, BA: Any) -> Any:
+        return W, b
+
+
+@dataclass(frozen=True)
+class StartsFar(Bottleneck):
+    """Fills its tensors with numbers of a trained adapter's size."""
+
+    def setup(self, layer: Any, generator: torch.Generator) -> None:
+        for p in layer.params.values():
+            p.normal_(generator=generator)
+
+
+@dataclass(frozen=True)
+class StartsExactlyUnsaid(Bottleneck):
+    """Has nothing in W2, and says that it starts only near the base."""
+
+    def setup(self, layer: Any, generator: torch.Generator) -> None:
+        layer.params["W1"].normal_(generator=generator)
+
+
+@dataclass(frozen=True)
+class StartsNearUnsaid(Bottleneck):
+    """Says that it starts exactly at the base."""
+
+    exact_start = True
+
+
+def test_joins_that_are_wrong_alone_are_caught() -> None:
+    ia3, houlsby = made_of("ia3"), made_of("houlsby")
+    with known(KeepsTheBias, MergesAllTheSame, StartsFar, StartsExactlyUnsaid, StartsNearUnsaid):
+        caught(laws.merged_is_forward, Case(ia3.replace(join=KeepsTheBias()), kind("linear")))
+        caught(laws.merged_is_forward, Case(ia3.replace(join=KeepsTheBias()), kind("fused q, v")))
+        with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+            laws.merged_is_forward(Case(houlsby.replace(join=MergesAllTheSame(3)), kind("linear")))
+        for join in (StartsFar(3), StartsExactlyUnsaid(3), StartsNearUnsaid(3)):
+            caught(laws.nothing_moves_at_step_0, Case(houlsby.replace(join=join), kind("linear")))
 
 
 def test_wrong_serving_forms_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

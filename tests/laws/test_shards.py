@@ -55,7 +55,8 @@ def build(names: tuple[str, ...]) -> nn.Module:
         lorary.attach(model, lorary.plan(model, made_of(*names, r=2, alpha=4.0, length=6)))
     else:
         model = nn.Sequential(Block())
-        targets = ["linear", "conv"] if {"lora-fa", "glora"} & set(names) else ["linear", "conv", "table"]
+        fewer = {"lora-fa": ["linear", "conv"], "glora": ["linear", "conv"], "houlsby": ["linear"]}
+        targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
         lorary.attach(model, lorary.plan(model, method, targets=targets))
         assert is_quantized(getattr(model[0].linear, "base", None)) == ("qlora" in names)

@@ -18,28 +18,43 @@ from tests import tiny
 NAMES = list(lorary.presets())
 PAIRS = list(itertools.combinations(NAMES, 2))
 # for a rank and run so small, and a length that the model reads as it is
-SHORT: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "delta-lora": {"start": 1}, "longlora": {"length": 64}}
+SHORT: dict[str, dict[str, Any]] = {
+    "adalora": {"target": 2},
+    "delta-lora": {"start": 1},
+    "longlora": {"length": 64},
+    "houlsby": {"m": 4},
+}
+ALONE = {
+    "houlsby",
+    "ia3",
+    "prefix-tuning",
+    "prompt-tuning",
+}  # their joins train without an update, and so without a rank
 
 
 # Y: they go together. r: they do, with a restriction. N: refused.
 # One letter for every preset further down the list, in its order.
 TABLE = {
-    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
-    "rslora": "Y Y Y Y N Y Y N r Y N Y Y Y Y N",
-    "lora+": "N Y r N r r N Y r r Y Y Y Y N",
-    "lora-fa": "Y r N Y Y N Y Y N Y r Y Y N",
-    "qlora": "Y r r r Y Y Y Y Y Y Y r N",
-    "dora": "N Y Y Y Y Y N N N Y Y N",
-    "glora": "N N N N N N N N Y N N",
-    "pissa": "N N N N N N N Y Y N",
-    "olora": "N N N N N N Y Y N",
-    "vera": "N N N N N Y Y N",
-    "melora": "N N N N Y Y N",
-    "multilora": "N N N Y Y N",
-    "adalora": "N N Y Y N",
-    "delta-lora": "N Y Y N",
-    "o-lora": "r r N",
-    "longlora": "Y N",
+    "lora": "Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y Y N",
+    "rslora": "Y Y Y Y N Y Y N r Y N Y Y Y N N N N Y N",
+    "lora+": "N Y r N r r N Y r r Y Y Y N N N N Y N",
+    "lora-fa": "Y r N Y Y N Y Y N Y r Y N N N N Y N",
+    "qlora": "Y r r r Y Y Y Y Y Y Y Y Y Y Y r N",
+    "dora": "N Y Y Y Y Y N N N Y N N N N Y N",
+    "glora": "N N N N N N N N Y N N N N N N",
+    "pissa": "N N N N N N N Y N N N N Y N",
+    "olora": "N N N N N N Y N N N N Y N",
+    "vera": "N N N N N Y N N N N Y N",
+    "melora": "N N N N Y N N N N Y N",
+    "multilora": "N N N Y N N N N Y N",
+    "adalora": "N N Y N N N N Y N",
+    "delta-lora": "N Y N N N N Y N",
+    "o-lora": "r N N N N r N",
+    "longlora": "Y Y N N Y N",
+    "houlsby": "N N N Y N",
+    "ia3": "N N Y N",
+    "prefix-tuning": "N Y N",
+    "prompt-tuning": "Y N",
     "bitfit": "N",
     "full": "",
 }
@@ -62,7 +77,7 @@ def test_a_restriction_is_stated_by_the_later_preset() -> None:
 @pytest.mark.parametrize("pair", [p for p in PAIRS if verdict(*p).letter != "N"], ids="+".join)
 def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
     adapts = any(lorary.presets()[name].adapts for name in pair)
-    options = dict(verdict(*pair).options) | ({"r": 4} if adapts else {})
+    options = dict(verdict(*pair).options) | ({"r": 4} if adapts and not ALONE & set(pair) else {})
     for name in pair:
         options |= SHORT.get(name, {})
     if pair == ("qlora", "olora"):  # with s Q R there would be more left than there was
@@ -80,7 +95,9 @@ def test_what_is_allowed_trains(pair: tuple[str, str]) -> None:
     lost = (
         3 * (plain - base).abs().max().item() if plan.quantized and method.init and method.init.residual_init else 1e-5
     )
-    assert torch.allclose(tiny.logits(model), base, rtol=1e-5, atol=lost)
+    lost = lost if method.join is None or method.join.exact_start else 1e-4  # a start near the base's function
+    moved = method.context is not None and method.context.taken > 0  # what stands before the text is read at once
+    assert torch.allclose(tiny.logits(model), base, rtol=1e-5, atol=lost) != moved
     model.train("longlora" in pair)  # GPT-2 drops in training, and a loss is to fall
     optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-3))
     rules = lorary.rules(model, 5, optimizer)

@@ -48,9 +48,9 @@ _INVALID = "invalid method:\n  - "
             "      hint: did you mean `lora` or `qlora` or `lora+`?",
         ),
         (
-            ["houlsby"],
+            ["mixture"],
             {},
-            f"{_INVALID}'houlsby': is not a method that lorary knows\n      hint: known: ...",
+            f"{_INVALID}'mixture': is not a method that lorary knows\n      hint: known: ...",
         ),
         (
             [None],

@@ -20,6 +20,7 @@ from lorary.methods.adalora import SVDDelta
 from lorary.methods.adalora_budget import RankBudget
 from lorary.methods.delta_lora import DeltaLoRADelta, DeltaLoRAPaperRule
 from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import Add, AlphaOverRank, ConstantScale, Gaussian, Kaiming, LowRank
 from lorary.methods.melora import BlockDiagonal
 from lorary.methods.multilora import MultiLoRAInit, ParallelLowRank
@@ -37,7 +38,7 @@ CHOICE = {
     "scale": "the scale",
     "join": "how the update joins the weight",
     "storage": "how the weight is stored",
-    "context": "the context length",
+    "context": "the context",
 }
 ONE_OF_TWO = "\n      hint: use one of the two"
 NEEDLESS = "\n      hint: leave it out: it would change nothing"
@@ -112,7 +113,6 @@ PAIRS: dict[tuple[str, str], str] = {
         INVALID,
         two("delta", TERMS, "vera sets SharedProjectionDelta"),
         two("init", "glora sets ZeroDownInit", PROJECTIONS),
-        two("scale", "glora sets ConstantScale(s=1.0)", BY_VERA),
     ),
     ("glora", "melora"): told(INVALID, two("delta", TERMS, "melora sets BlockDiagonal")),
     ("glora", "multilora"): told(
@@ -210,6 +210,69 @@ PAIRS: dict[tuple[str, str], str] = {
         f"full: longlora trains embeddings, norms, and full trains everything{NEEDLESS}",
     ),
     ("bitfit", "full"): told(INVALID, f"full: bitfit trains bias, and full trains everything{NEEDLESS}"),
+}
+
+
+def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
+    """What refuses a preset whose join trains by itself, without an update that others could start, scale or split."""
+    delta, init, scale, joins = (f"{name} sets {what}" for what in ("NoUpdate", "NoInit", "ConstantScale", join))
+    others = {
+        "melora": "melora sets BlockDiagonal",
+        "delta-lora": PROPAGATED,
+        "o-lora": TASKS,
+    }
+    return {
+        ("rslora", name): told(INVALID, two("scale", RSLORA, scale)),
+        ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
+        ("lora-fa", name): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {roles}"),
+        ("dora", name): told(INVALID, two("join", "dora sets MagnitudeDirection", joins)),
+        ("glora", name): told(
+            INVALID,
+            two("delta", TERMS, delta),
+            two("init", "glora sets ZeroDownInit", init),
+            two("join", "glora sets GLoRAJoin", joins),
+        ),
+        ("pissa", name): told(INVALID, two("init", PISSA, init)),
+        ("olora", name): told(INVALID, two("init", OLORA, init)),
+        ("vera", name): told(
+            INVALID, two("delta", "vera sets SharedProjectionDelta", delta), two("init", PROJECTIONS, init)
+        ),
+        ("multilora", name): told(
+            INVALID,
+            two("delta", "multilora sets ParallelLowRank", delta),
+            two("init", "multilora sets MultiLoRAInit", init),
+        ),
+        ("adalora", name): told(
+            INVALID,
+            two("delta", SPECTRAL, delta),
+            two("init", "adalora sets SVDDeltaInit", init),
+            two("scale", "adalora sets AlphaOverInitialRank", scale),
+        ),
+        **{(other, name): told(INVALID, two("delta", text, delta)) for other, text in others.items()},
+    }
+
+
+PAIRS |= alone("houlsby", "Bottleneck", "{W1, W2, b1, b2}") | alone("ia3", "Rescaling", "{l, l_ff}")
+PAIRS |= alone("prefix-tuning", "Prefix", "{P_k, P_v}") | alone("prompt-tuning", "Prompt", "{P}")
+STAND = "prefix-tuning sets Prefix", "prompt-tuning sets Prompt"
+for before, context in zip(STAND, ("PrefixContext", "PromptContext"), strict=True):
+    preset = before.partition(" ")[0]
+    PAIRS |= {
+        ("longlora", preset): told(INVALID, two("context", "longlora sets LongContext", f"{preset} sets {context}")),
+        ("houlsby", preset): told(INVALID, two("join", "houlsby sets Bottleneck", before)),
+        ("ia3", preset): told(INVALID, two("join", "ia3 sets Rescaling", before)),
+    }
+PAIRS |= {
+    ("houlsby", "ia3"): told(INVALID, two("join", "houlsby sets Bottleneck", "ia3 sets Rescaling")),
+    ("houlsby", "full"): told(INVALID, f"full: houlsby trains norms, and full trains everything{NEEDLESS}"),
+    ("ia3", "full"): told(INVALID, everything_trains("Rescaling")),
+    ("prefix-tuning", "full"): told(INVALID, everything_trains("Prefix")),
+    ("prompt-tuning", "full"): told(INVALID, everything_trains("Prompt")),
+    ("prefix-tuning", "prompt-tuning"): told(
+        INVALID,
+        two("join", *STAND),
+        two("context", "prefix-tuning sets PrefixContext", "prompt-tuning sets PromptContext"),
+    ),
 }
 
 
@@ -557,6 +620,62 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
             two("delta", "vera sets SharedProjectionDelta", "melora sets BlockDiagonal"),
         ),
     ),
+    # joins that train by themselves
+    (
+        ("ia3",),
+        {"r": 8, "alpha": 16},
+        told(
+            INVALID,
+            "r: ia3 sets NoUpdate(), which has no rank\n      hint: leave it out",
+            "alpha: ia3 sets ConstantScale(s=1.0), which has no alpha\n      hint: leave it out",
+        ),
+    ),
+    (
+        ("houlsby", "qlora"),
+        {"r": 8},
+        told(INVALID, "r: houlsby sets NoUpdate(), which has no rank\n      hint: leave it out"),
+    ),
+    (
+        ("ia3",),
+        {"dropout": 0.1},
+        told(
+            INVALID,
+            "dropout: Rescaling adds no update whose input dropout could act on\n      hint: set dropout=0",
+        ),
+    ),
+    (
+        ("ia3",),
+        {"feed_forward": ("",)},
+        told(INVALID, "join: Rescaling has feed_forward = ('',); it takes names of layers, or None"),
+    ),
+    (
+        ("ia3",),
+        {"feed_forward": 3},
+        told(INVALID, "join: Rescaling has feed_forward = 3; it takes names of layers, or None"),
+    ),
+    (("houlsby",), {"m": 0}, told(INVALID, f"join: Bottleneck has m = 0; it takes {COUNTED}")),
+    (("houlsby",), {"m": 6.5}, told(INVALID, f"join: Bottleneck has m = 6.5; it takes {COUNTED}")),
+    (
+        ("houlsby",),
+        {"activation": "swish", "position": "attention"},
+        told(
+            INVALID,
+            "join: Bottleneck has activation = 'swish'; it takes gelu or relu or silu or tanh",
+            "join: Bottleneck has position = 'attention'; it takes both or feed-forward",
+        ),
+    ),
+    (("houlsby",), {"norms": "no"}, told(INVALID, f"norms: is 'no'; it takes {FLAGGED}")),
+    (
+        ("houlsby",),
+        {"frozen": {"W1", "W2", "b1", "b2"}, "norms": False},
+        told(INVALID, "frozen: everything is frozen: nothing would train"),
+    ),
+    (
+        ("lora",),
+        {"join": Rescaling()},
+        told(INVALID, "join: Rescaling adds no update to the weight, so LowRank would have no effect"),
+    ),
+    (("ia3",), {"lr": {"B": 2}}, told(INVALID, "lr: sets a learning rate for {B}, but only {l, l_ff} trains")),
 ]
 
 

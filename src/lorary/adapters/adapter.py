@@ -16,6 +16,7 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.layers.dtensor import full_cpu_copy
 from lorary.layers.shared_projections import leading_slice
 from lorary.layers.wrappers import gathered
+from lorary.methods.prefix_tuning import deployed_method, without_network
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import warn_of_changed_buffers
 from lorary.model.fingerprint import Fingerprint
@@ -82,9 +83,9 @@ class Adapter:
 
     @mode_independent
     def compact(self) -> Adapter:
-        """The adapter with its pruned rank directions removed (AdaLoRA)."""
-        sites, tensors = without_pruned_directions(self.sites, self.tensors)
-        return dataclasses.replace(self, sites=sites, tensors=tensors)
+        """The adapter without what only training needs: pruned rank directions (AdaLoRA), a prefix's network."""
+        sites, tensors = without_network(*without_pruned_directions(self.sites, self.tensors))
+        return dataclasses.replace(self, method=deployed_method(self.method), sites=sites, tensors=tensors)
 
     @property
     def size(self) -> int:

@@ -213,7 +213,8 @@ def _layers(sites: Sequence[AdaptedSite]) -> str:
     """A table of the adapted layers, one row for those that differ only in the number of their block."""
     positions, rows = module_positions(a.site.name for a in sites), dict[tuple[Any, ...], int]()
     for a in sites:
-        key = positions[a.site.name].kind, a.site.out_features, a.site.in_features, a.r, f"{a.scale:g}"
+        rank = (a.r, f"{a.scale:g}") if a.r else ("", "")
+        key = positions[a.site.name].kind, a.site.out_features, a.site.in_features, *rank
         rows[key] = rows.get(key, 0) + 1
     lines = [f"| {_code(k)} | {n:,} | {o:,} × {i:,} | {r} | {s} |" for (k, o, i, r, s), n in rows.items()]
     head = ["| layer | count | out × in | rank | scale |", "|---|---|---|---|---|"]

@@ -23,7 +23,7 @@ from lorary.errors import Diagnostic, MethodError, not_a
 from lorary.methods.lora import Kaiming
 from lorary.model.ambient import mode_independent
 from lorary.model.rank_pruning import directions_of
-from lorary.spec.interfaces import Factors
+from lorary.spec.interfaces import Factors, has_rank
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, start_name
 from lorary.spec.resizable import Resizable, Singular
@@ -100,6 +100,8 @@ def change_rank(adapter: Adapter, r: int, *, seed: int = 0) -> RankChange:
 def _why_not(s: AdaptedSite, r: int) -> list[Diagnostic]:
     """Why a site's method cannot have rank r, in words that are the same for all of its sites."""
     delta, name = s.delta, type(s.delta).__name__
+    if not has_rank(delta):
+        return [Diagnostic("join", f"{type(s.join).__name__} has no rank: it is no sum of directions")]
     if not isinstance(delta, Resizable):
         what = f"{name} has no other rank: its tensors are not directions that could be added or left out"
         return [Diagnostic("delta", what, "train another adapter of the rank that you want")]

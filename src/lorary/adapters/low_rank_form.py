@@ -83,7 +83,9 @@ def form_at(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLaye
         MethodError: the join has no such form, or none without the base; the base lacks the layer.
     """
     update = factors_on_base(adapted, tensors)
-    BA, gain, shift = adapted.join.on_output(tensors, layer.weight, layer.bias, update)
+    BA, gain, shift = adapted.join.on_output(
+        adapted.join.whole(adapted.site, tensors), layer.weight, layer.bias, update
+    )
     return LowRankForm(*BA, gain, shift)
 
 

@@ -34,6 +34,7 @@ from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
+from lorary.adapters.peft.virtual_tokens import are_virtual_tokens, virtual_tokens
 from lorary.adapters.provenance import Provenance
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.site_records import adapted_sites, read_sites, site_record
@@ -104,12 +105,12 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     if _DRAWN in data and (what := shared_tensors.invalid_record(data[_DRAWN], sites)):
         findings.fatal.append(Diagnostic(f"{NAME}: {_DRAWN}", what))
     peft_type = peft_type_of(sites) if PEFT_CONFIG in files else None
-    if peft_type is None and PEFT_CONFIG in files:
+    if peft_type is None and PEFT_CONFIG in files and (data["full"] or not are_virtual_tokens(sites)):
         what = f"{WEIGHTS} is listed, but no PEFT adapter type has the tensors of this method"
         findings.fatal.append(Diagnostic(f"{NAME}: files", what))
     provenance = _provenance(data, findings)
     findings.raise_refused()
-    if peft_type:
+    if PEFT_CONFIG in files:
         path, recorded = folder / PEFT_CONFIG, files[PEFT_CONFIG]
         size = path.stat().st_size if path.is_file() else -1
         hashed = sha256(path) if size == recorded["size"] else ""
@@ -259,6 +260,8 @@ def _tensors(
     findings: Findings,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """site -> role -> tensor, and base parameter -> tensor."""
+    if peft_type is None and PEFT_CONFIG in record["files"]:
+        return virtual_tokens(sites, file, findings), {}
     if peft_type:
         at = {adapted.site.name for adapted in sites}
         layout, decode, shared = peft_type.layout, peft_type.decode, peft_type.shared

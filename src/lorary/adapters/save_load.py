@@ -16,6 +16,7 @@ from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
+from lorary.adapters.peft.virtual_tokens import is_exact, virtual_token_files
 from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies, rejoined, tie_problems
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, caller_stacklevel, not_a
@@ -77,15 +78,18 @@ def save_adapter(
             AdapterWarning,
             stacklevel=caller_stacklevel(),
         )
-    if peft_type is not None:
+    config = None
+    if is_exact(adapter):
+        config, tensors = virtual_token_files(adapter, model)
+    elif peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
-        if for_trainer and (source := getattr(getattr(model, "config", None), "name_or_path", "")):
-            config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
+    if config is not None and for_trainer and (source := getattr(getattr(model, "config", None), "name_or_path", "")):
+        config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
     needed = sum(t.nbytes for t in tensors.values())
     with atomic_directory(folder, replace=True, keep=True, drop=ADAPTER_FILES, needed=needed) as temporary:
-        if peft_type is not None:
+        if config is not None:
             (temporary / PEFT_CONFIG).write_text(config_text(config), encoding="utf-8")
-        write_tensors(temporary / (WEIGHTS if peft_type or for_trainer else native.TENSORS), tensors)
+        write_tensors(temporary / (WEIGHTS if config or for_trainer else native.TENSORS), tensors)
         native.write_record(temporary, adapter, shared)
         try:
             native.check_written(temporary)

@@ -184,10 +184,7 @@ def _as_quantized(layer: Adapted, W: Tensor) -> tuple[Tensor, Tensor]:
     start = layer.start_factors()
     subtracted = torch.zeros_like(W) if start is None else layer.scale * start[0].to(W) @ start[1].to(W)
     quantized = layer.kind.matrix(layer.method.storage.quantize(layer.base, W - subtracted)).to(W)
-    B, A = (factor.to(W) for factor in layer.factors())
-    b = None if layer.bias is None else layer.bias.to(W)
-    merged, _ = layer.join.merged(layer.tensors, quantized, b, (layer.scale * B, A))
-    return merged, quantized + subtracted
+    return layer.merged(quantized)[0], quantized + subtracted
 
 
 def _matrix(layer: Adapted, W: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ marked by colour alone: lines differ in dashes and markers too, and shaded cells
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 from xml.etree import ElementTree
 
@@ -115,7 +116,9 @@ def to_svg(figure: Figure, title: str, description: str) -> str:
     """
     text = io.StringIO()
     without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(text, metadata=without | {"Title": title})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # text stays text: the browser has other fonts
+        FigureCanvasSVG(figure).print_svg(text, metadata=without | {"Title": title})
     root = ElementTree.fromstring(text.getvalue().replace(INK, "currentColor"))
     root.attrib |= {"class": "lorary-picture", "role": "img", "aria-label": f"{title}: {description}"}
     for metadata in root.findall(f"{{{_SVG}}}metadata"):

@@ -9,9 +9,8 @@ import torch
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import load, switch
 from lorary.cli._generation import Answer, Generation, Printer, room
-from lorary.layers.rope import max_context, text_config
 from lorary.model.cached import cached
-from lorary.model.state import state_of
+from lorary.model.state import max_text, state_of
 from lorary.serve.engine.in_flight import end_tokens
 
 
@@ -24,7 +23,7 @@ class PlainWriter:
 
     @property
     def context(self) -> int | None:
-        return max_context(text_config(self._given.model))
+        return max_text(self._given.model)
 
     def use(self, name: str | None) -> None:
         model, folders = self._given.model, self._given.folders

@@ -31,5 +31,5 @@ def diff(
         print(json.dumps(found.to_dict(), indent=2))
         return
     print(f"A: {a}", f"B: {b}", *found.lines(), sep="\n")
-    if not found.identical and found.sites:
+    if not found.identical and found.have_updates:
         print_table("the sites that differ most", HEAD, found.rows(sites))

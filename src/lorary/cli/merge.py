@@ -56,10 +56,12 @@ def merge(
     from lorary.files.atomic import atomic_directory
     from lorary.model.loading.from_pretrained import load_config
     from lorary.model.loading.quiet import quiet_progress_bars
+    from lorary.spec.placement import check_mergeable
 
     check_precision(f"cannot merge {adapter}:", dtype, onto)
     folder = find_adapter(adapter, "merge")
     value = load_adapter(folder)
+    check_mergeable(value.sites)
     section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = tokenizer_or_none(section, folder)

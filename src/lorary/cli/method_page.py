@@ -7,15 +7,27 @@ import re
 from typing import Any
 
 import lorary
+from lorary.layers.block_names import TARGETS
 from lorary.methods.compatibility import partners
+from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import Preset
 from lorary.spec.site import Site
 
 EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True)
 
-# LLaMA-2-7B's linear layers without its head: count, in_features, out_features.
-LLAMA = [(4 * 32, 4096, 4096), (2 * 32, 4096, 11008), (32, 11008, 4096)]
+# Examples for methods that only projections of keys, or the token embedding, have tensors for.
+EXAMPLES = (
+    EXAMPLE,
+    Site("self_attn.k_proj", "linear", out_features=2048, in_features=1024, bias=True),
+    Site("embed_tokens", "embedding", out_features=1024, in_features=4096, bias=False),
+)
+
+# The linear layers of one of LLaMA-2-7B's blocks: name -> (out_features, in_features).
+LLAMA = dict.fromkeys([f"self_attn.{projection}_proj" for projection in "qkvo"], (4096, 4096))
+LLAMA |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
+LLAMA_BLOCKS = 32
+LLAMA_EMBEDDING = Site("embed_tokens", "embedding", 4096, 32000, bias=False)
 
 
 def method_page(name: str, picture: str = "") -> str:
@@ -27,6 +39,13 @@ def method_page(name: str, picture: str = "") -> str:
     """
     preset = lorary.presets()[name]
     return "\n".join([_opening(preset, picture), _options(preset), _tensors(preset), _partners(name)])
+
+
+def example_site(method: Method) -> Site:
+    """The first example layer that a method adapts; any one for a method that adapts none."""
+    if method.delta is None:
+        return EXAMPLE
+    return next((site for site in EXAMPLES if not (a := AdaptedSite(site, method)).problems() and a.shapes), EXAMPLE)
 
 
 def stem(name: str) -> str:
@@ -94,20 +113,32 @@ def _tensors(preset: Preset) -> str:
     method = lorary.method(preset.name)
     if method.delta is None:
         return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
-    site = AdaptedSite(EXAMPLE, method)
+    site = AdaptedSite(example_site(method), method)
     rows = [
         f"| `{role}` | `{list(shape)}` | {math.prod(shape):,} | {_state(site, role)} |"
         for role, shape in site.shapes.items()
     ]
-    llama = sum(
-        count * AdaptedSite(Site("", "linear", out_features, in_features, False), method).trainable
-        for count, in_features, out_features in LLAMA
+    targets = site.join.targets or ("all-linear",)
+    llama = LLAMA_BLOCKS * sum(
+        AdaptedSite(Site(path, "linear", *sizes, False), method).trainable
+        for path, sizes in LLAMA.items()
+        if any(TARGETS[target](path) for target in targets if target in TARGETS)
     )
+    llama += AdaptedSite(LLAMA_EMBEDDING, method).trainable if "embedding" in targets else 0
+    where = " and ".join(f"`{target}`" for target in site.join.targets) or "all linear layers but the head"
     return (
-        f"## What trains\n\nOn a linear layer of {EXAMPLE.in_features:,} inputs and {EXAMPLE.out_features:,} outputs, "
-        "with the default options:\n\n| tensor | shape | parameters | |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"{site.trainable:,} parameters train there, and {llama:,} on all linear layers of LLaMA-2-7B but its head.\n"
+        f"## What trains\n\nOn {_described(site.site)}, with the default options:\n\n| tensor | shape | parameters | |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n"
+        f"{site.trainable:,} parameters train there, and {llama:,} on {where} of LLaMA-2-7B.\n"
     )
+
+
+def _described(site: Site) -> str:
+    if site.kind == "embedding":
+        return f"an embedding of {site.in_features:,} tokens in {site.out_features:,} dimensions"
+    layer = "a linear layer" if site is EXAMPLE else f"`{site.name}`, a linear layer"
+    return f"{layer} of {site.in_features:,} inputs and {site.out_features:,} outputs"
 
 
 def _state(site: AdaptedSite, role: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,13 +37,14 @@ def train(
     lorary train my.yaml --set training.lr=1e-4. On SIGINT or SIGTERM it finishes the step and saves a checkpoint.
     Two more epochs of a finished run: lorary train my.yaml --extend --set training.epochs=5.
     """
+    from lorary.cli._logging import logging_to_stderr
     from lorary.train.config.load import load
 
     flags = {}
     if after:
         flags["--after"] = ("method.after", json.dumps([path for text in after for path in text.split(",")]))
     run_config = load(config, sets or [], flags)
-    with _logging_to_stderr(quiet):
+    with logging_to_stderr(quiet):
         if dry_run:
             _dry_run(run_config, everything)
             return
@@ -56,27 +55,6 @@ def train(
         raise typer.Exit(128 + done.interrupted)
     if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes
         print(done.adapter)
-
-
-@contextmanager
-def _logging_to_stderr(quiet: bool) -> Iterator[None]:
-    """lorary's log messages on stderr, without the time."""
-    import logging
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING if quiet else logging.INFO)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("lorary")
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
 
 
 def _dry_run(config: Config, everything: bool) -> None:

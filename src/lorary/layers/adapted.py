@@ -156,9 +156,7 @@ class Adapted(nn.Module):
         """
         if self.weight.is_meta:
             return
-        task = f"/{self.delta.task_index}" if self.delta.task_index else ""
-        digest = hashlib.sha256(f"{seed}/{self.site.name}{task}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = self.generator(seed)
         with torch.no_grad():
             filled = {role: p for role, p in self.params.items() if role in self.delta.roles - self.delta.fixed_roles}
             values = {role: torch.zeros(p.shape, dtype=p.dtype) for role, p in filled.items()}
@@ -167,6 +165,12 @@ class Adapted(nn.Module):
             if self.init.residual_init:
                 values |= {start_name(role): value for role, value in values.items()}
             self.load(values)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The random numbers of this site: a function of the seed, its name and the task."""
+        task = f"/{self.delta.task_index}" if self.delta.task_index else ""
+        digest = hashlib.sha256(f"{seed}/{self.site.name}{task}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the adapter's tensors by role; shapes must match."""
@@ -244,16 +248,19 @@ class Adapted(nn.Module):
         return self.kind.add(self.base, y, x, A, B, self.scale, 0.0)
 
     @torch.no_grad()
-    def merged(self) -> tuple[Tensor, Tensor | None]:
-        """(W' [out, in], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits."""
-        W = self.kind.matrix(self.base)
+    def merged(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(W' [out, in], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits.
+
+        `W` [out, in] stands for the base's own weight, if given. MethodError: no plain layer has the same function.
+        """
+        W = self.kind.matrix(self.base) if W is None else W
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return self.join.merged(self.tensors, W.to(exact), b, (self.scale * B, A))
+        return self.join.merged(self.join.whole(self.site, self.tensors), W.to(exact), b, (self.scale * B, A))
 
     def extra_repr(self) -> str:
-        return f"{self.site.name}, r={self.delta.r}, s={self.scale:g}"
+        return f"{self.site.name}, " + (f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join))
 
 
 # attributes that decide which functions compute the layer

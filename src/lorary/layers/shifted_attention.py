@@ -106,14 +106,14 @@ def check_support(model: nn.Module, config: Any, length: int) -> SupportReport:
     own_modules = [module for module in model.modules() if getattr(module, "config", None) is config]
     if any(getattr(module, "is_causal", True) is False for module in own_modules):
         problems.append(f"{name} has bidirectional attention")
-    window, windowed, layers = _windows(config, length)
+    window, windowed, layers = sliding_windows(config, length)
     if windowed and windowed == layers:
         problems.append(f"all layers of {name} use a sliding window of {window:,} tokens, which S² cannot divide")
     note = f"{windowed} of {layers} layers keep their sliding window; the others attend in groups"
     return SupportReport(problems, [note] if windowed and not problems else [])
 
 
-def _windows(config: Any, length: int) -> tuple[int, int, int]:
+def sliding_windows(config: Any, length: int) -> tuple[int, int, int]:
     """(sliding window if below this length, number of layers with it, number of layers)."""
     layers = getattr(config, "num_hidden_layers", 0)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)

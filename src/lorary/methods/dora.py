@@ -44,7 +44,7 @@ class MagnitudeDirection(Join):
     def shapes(self, site: Site) -> Shapes:
         return {"m": (site.out_features,)}
 
-    def setup(self, layer: Layer) -> None:
+    def setup(self, layer: Layer, generator: torch.Generator) -> None:
         layer.params["m"].copy_(self._norms(layer))
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def _check_fit(
         raise StateError("cannot attach:", [Diagnostic("model", what, "detach it first, or use lorary.switch")])
     keep_layout(model)
     problems = model_mismatches(scanned, sites, full, quantized)
-    problems += [Diagnostic("context", *why) for why in (method.context.problems(model) if method.context else ())]
+    if method.context is not None:
+        problems += [Diagnostic("context", *why) for why in method.context.problems(model)]
+        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, sites)]
     if problems:
         raise PlanError("the plan does not fit this model:", problems)
 

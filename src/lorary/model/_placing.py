@@ -14,6 +14,7 @@ from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, as_list, resolve
+from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, with_rank
 
@@ -85,6 +86,9 @@ def _sites_of(
     if any(matches(str(pattern), f.name) for pattern in alphas for f in found) and not hasattr(method.scale, "alpha"):
         problems.append(Diagnostic("alphas", f"{method.scale} has no alpha", "leave them out"))
         alphas = {}
+    if any(matches(str(pattern), f.name) for pattern in ranks for f in found) and not has_rank(method.delta):
+        problems.append(Diagnostic("ranks", f"{type(method.join).__name__} has no rank", "leave them out"))
+        ranks = {}
     for f in found:
         r = next((value for pattern, value in ranks.items() if matches(str(pattern), f.name)), None)
         alpha = next((value for pattern, value in alphas.items() if matches(str(pattern), f.name)), None)

@@ -3,59 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from lorary.layers.fused_qkv import FUSED
+from lorary.layers import block_names
 from lorary.model.scan import Scan, ScannedModule
 
-_QV = {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "v", "v_proj", "value", "value_proj", "v_lin"}
-_QV |= {"wv", "to_v"}
-_K = {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"}
-_OUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
-_AMBIGUOUS = {"dense", "c_proj", "proj", "Wo"}  # of attention or of an MLP, as the rest of the path says
-_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "wi", "wi_0"}
-_MLP |= {"wi_1", "wo", "w1", "w2", "w3", "lin1", "lin2", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out", "Wi"}
-_MLP_PARENTS = {"mlp", "ffn", "intermediate", "output", "feed_forward", "ff"}
-_ATTENTION_PARENT = re.compile(
-    r"^(attn|attention|self_attn|self_attention|selfattention|cross_attn|crossattention|"
-    r"encoder_attn|encdecattention|mha|to_out|attn\d)$",
-    re.IGNORECASE,
-)
 
-
-def _in_attention(path: Sequence[str]) -> bool:
-    return any(_ATTENTION_PARENT.match(component) for component in path)
-
-
-def _is_linear(m: ScannedModule) -> bool:
-    return m.kind in ("linear", "transposed")
-
-
-def _is_attention(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m):
-        return False
-    return last in _QV | _K | FUSED | _OUT or (last in _AMBIGUOUS | {"0"} and _in_attention(path))
-
-
-def _is_mlp(m: ScannedModule) -> bool:
-    *path, last = m.path.split(".")
-    if not _is_linear(m) or _in_attention(path):
-        return False
-    return last in _MLP or (last in _AMBIGUOUS and not _MLP_PARENTS.isdisjoint(path))
+def _linear(named: Callable[[str], bool]) -> Callable[[ScannedModule], bool]:
+    """Whether a module is a linear layer with such a path."""
+    return lambda m: m.kind in ("linear", "transposed") and named(m.path)
 
 
 PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
-    "all-linear": _is_linear,
-    "attention": _is_attention,
-    "attention-qv": lambda m: _is_linear(m) and m.path.rpartition(".")[2] in _QV | FUSED,
-    "mlp": _is_mlp,
+    **{preset: _linear(named) for preset, named in block_names.TARGETS.items()},
     "embedding": lambda m: m.kind == "embedding",
     "conv": lambda m: (m.kind or "").startswith("conv"),
 }
-LINEAR_PRESETS = {"all-linear", "mlp", "attention", "attention-qv"}
+LINEAR_PRESETS = block_names.TARGETS.keys()
+# preset -> the parts of a fused weight that it stands for
+PARTS = {"attention": "qkv", "attention-qv": "qv", "attention-kv": "kv"}
 
 
 def layers_of_preset(scan: Scan, preset: str) -> list[ScannedModule]:

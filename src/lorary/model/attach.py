@@ -127,7 +127,7 @@ def _start(
         finalise_start(model, layer, undo, quantizes=quantizes)
         if first:
             with torch.no_grad():
-                layer.join.setup(layer)
+                layer.join.setup(layer, layer.generator(seed))
             initialised.add(id(layer.params))
     if problems := [problem for layer in layers for problem in cannot_learn(layer)]:
         raise PlanError("cannot attach:", problems)

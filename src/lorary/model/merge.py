@@ -21,6 +21,7 @@ from lorary.model.quantize import dequantized_dtype, dequantized_layer, holds_we
 from lorary.model.state import AttachedState, Merged, TiedParameter, require_attached, set_submodules, state_of
 from lorary.model.tied_config import tie_config, untie_config
 from lorary.model.undo import all_or_nothing
+from lorary.spec.join import not_mergeable
 
 LOSSY = "the steps between 4-bit or 8-bit numbers are coarser than what an adapter changes, and rounding would undo it"
 
@@ -47,8 +48,8 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
             was quantised or, if another library did it, that of the model's plain weights.
 
     Raises:
-        StateError: nothing is attached or it is merged already; the dtype cannot hold the adapter's update; or a merged
-            weight is not finite, naming every one.
+        StateError: nothing is attached or it is merged already; no plain layer has the function of an adapted one; the
+            dtype cannot hold the adapter's update; or a merged weight is not finite, naming every one.
     """
     inner = changeable(model, "merge")
     require_attached(inner, "merge")
@@ -109,8 +110,8 @@ def _check(model: nn.Module, layers: Mapping[str, Adapted], dtype: torch.dtype |
     if dtype is not None and not holds_weights(dtype):
         fix = "use torch.bfloat16 or torch.float32"
         raise StateError("cannot merge:", [Diagnostic("dtype", f"is {dtype}: {LOSSY}", fix)])
-    problems = []
-    for name, layer in layers.items():
+    problems = not_mergeable((name, layer.join) for name, layer in layers.items())
+    for name, layer in {} if problems else layers.items():
         W, b = _rounded(model, layer, dtype)
         if not W.is_meta and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             problems.append(Diagnostic(name, f"merged, the weight is not finite in {W.dtype}"))

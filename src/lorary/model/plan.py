@@ -134,8 +134,9 @@ def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:
         text = abbreviate_paths([site.name, *(other.site.name for other in others)])[0][0] + parts
         text += (f" x{count}" if others else "") + (" share one" if p.share else "")
         tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
+        scale = f"{p.scale:g}" if p.r else ""
         trains = f"{p.trainable * (1 if p.share else count):,}"
-        table.append((text, site.kind, f"{site.out_features}x{site.in_features}", tensors, f"{p.scale:g}", trains))
+        table.append((text, site.kind, f"{site.out_features}x{site.in_features}", tensors, scale, trains))
     return _aligned(table) if rows else []
 
 

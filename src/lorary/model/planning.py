@@ -59,9 +59,10 @@ def plan(
         model: any module; a Transformers model's output head is left out of `all-linear`.
         method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
             storage, context and parameters in full are the model's: one says them, or all say the same.
-        targets: presets (`all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`), whole-component
-            names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a
-            regular expression for the whole path. None: the method's default, which is `all-linear` for most.
+        targets: presets (`all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`,
+            `mlp-output`, `embedding`, `conv`), whole-component names (`q_proj`), globs (`*.layers.1?.*`), projections
+            of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the whole path. None: the method's
+            default, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.
@@ -100,6 +101,8 @@ def plan(
     quantized = quantizable_layers(scanned, method.storage, {f.name for f in trained})
     problems += [*unplaced, *previous, *untrainable, *(problem for p in sites for problem in p.problems())]
     problems += _storage_problems(scanned, method.storage, sites, quantized)
+    if context is not None and not problems:
+        problems += [Diagnostic("targets", *why) for why in context.site_problems(model, sites)]
     if problems:
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)
@@ -165,7 +168,9 @@ def _fit_context(model: nn.Module, method: Method) -> tuple[Context | None, list
 
 
 def default_targets(method: Method) -> tuple[str, ...]:
-    """The default targets of a method."""
+    """The default targets of a method: its join's, or its context's."""
+    if method.join is not None and method.join.targets:
+        return method.join.targets
     return ("all-linear",) if method.context is None else tuple(method.context.targets)
 
 
@@ -247,7 +252,7 @@ def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
         f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
         "and merging gives it a weight of its own"
         for p in sites
-        if (others := scan.modules[p.site.name].tied_to)
+        if not p.join.why_not_merged and (others := scan.modules[p.site.name].tied_to)
     ]
 
 

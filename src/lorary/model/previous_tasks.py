@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.model.fingerprint import Fingerprint
 from lorary.spec.interfaces import Factors, Sequential
+from lorary.spec.join import KEEP_ATTACHED
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
 
@@ -95,8 +96,11 @@ def _cannot_follow(base: Fingerprint, sites: list[AdaptedSite], adapter: Any, i:
     try:
         forms = adapter.low_rank()
     except MethodError as error:
-        fix = "merge it into the base first"
-        return problems + [Diagnostic(where, f"{problem.where}: {problem.what}", fix) for problem in error.problems]
+        fix = {KEEP_ATTACHED: "leave it out"}
+        return problems + [
+            Diagnostic(where, f"{p.where}: {p.what}", fix.get(p.fix, "merge it into the base first"))
+            for p in error.problems
+        ]
     if any(form.gain is not None or form.shift is not None for form in forms.values()):
         problems.append(Diagnostic(where, "it gives outputs a gain or a shift, which do not add up", "merge it first"))
     if any(not t.is_meta and not bool(t.isfinite().all()) for form in forms.values() for t in form[:2]):

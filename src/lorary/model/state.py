@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
 from lorary.layers.adapted import Adapted
+from lorary.layers.rope import max_context, text_config
 from lorary.layers.wrappers import set_submodule, submodule, unwrapped
 from lorary.model.ambient import mode_independent
 from lorary.model.bias_flags import BiasFlags
@@ -206,6 +207,13 @@ def attached(model: nn.Module) -> Attachment | None:
 def state_of(model: nn.Module) -> AttachedState | None:
     """The state of a model with a method attached; None for a plain one."""
     return cast("AttachedState | None", getattr(unwrapped(model), STATE, None))
+
+
+def max_text(model: nn.Module) -> int | None:
+    """The tokens of text that a model reads: its context, less the positions of a prefix or a prompt; None: unknown."""
+    state, known = state_of(model), max_context(text_config(unwrapped(model)))
+    taken = 0 if state is None or state.method.context is None else state.method.context.taken
+    return None if known is None else known - taken
 
 
 def require_attached(model: nn.Module, verb: str) -> AttachedState:

@@ -1,7 +1,8 @@
 """Target resolution: the layers of a model that names, globs and presets match; whole components, never substrings.
 
 A target is one of
-- a preset: `all-linear`, `attention`, `attention-qv`, `mlp`, `embedding`, `conv`;
+- a preset: `all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`, `mlp-output`,
+  `embedding`, `conv`;
 - one or more whole components at the end of a module's path: `q_proj`, `self_attn.q_proj`;
 - a glob over the path, `*` and `?` only: `model.layers.1?.mlp.*`;
 - `re:` and a regular expression for the whole path: `re:.*language_model.*q_proj` (`lorary.model.patterns`).
@@ -22,7 +23,7 @@ from lorary.errors import Diagnostic, suggestion
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
 from lorary.layers.module_kinds import NUMBER, module_positions
-from lorary.model._presets import LINEAR_PRESETS, PRESETS, layers_of_preset
+from lorary.model._presets import LINEAR_PRESETS, PARTS, PRESETS, layers_of_preset
 from lorary.model.patterns import expression_error, is_expression, looks_like_expression, matches
 from lorary.model.scan import Scan, ScannedModule
 from lorary.spec.site import Part
@@ -230,12 +231,12 @@ def _preset(scan: Scan, entry: str, field: str, problems: list[Diagnostic]) -> l
     found = []
     for m in chosen:
         parts: dict[str, Part] = {}
-        if entry in ("attention", "attention-qv") and m.path.rpartition(".")[2] in FUSED:
+        if entry in PARTS and m.path.rpartition(".")[2] in FUSED:
             parts = _fused_parts(scan, m)
-            if not parts and entry == "attention-qv":
+            if not parts and entry != "attention":
                 what = "is fused, and the layout of its q, k and v is not known"
                 problems.append(Diagnostic(m.path, what, "target the whole layer by its name"))
-        picked = tuple(part for name, part in parts.items() if entry == "attention" or name in ("q", "v"))
+        picked = tuple(part for name, part in parts.items() if name in PARTS[entry])
         found.append(TargetMatch(m.path, m.module, picked))
     return found
 

@@ -107,7 +107,13 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
     if join.uses != delta.join_roles:
         what = f"{name} uses {braces(join.uses)} of a delta; {_name(delta)} has {braces(delta.join_roles)}"
         yield Diagnostic("join", what)
-    if method.dropout and not join.supports_dropout:
+    if join.needs_context and method.context is None:
+        yield Diagnostic("context", f"is missing: {name} takes effect through it", "name the preset")
+    if not join.adds_delta and delta.roles:
+        yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
+    if method.dropout and not join.adds_delta:
+        yield Diagnostic("dropout", f"{name} adds no update whose input dropout could act on", "set dropout=0")
+    elif method.dropout and not join.supports_dropout:
         what = f"{name} scales W x together with the update, so dropout cannot act on the update alone"
         yield Diagnostic("dropout", what, "set dropout=0")
 
@@ -149,7 +155,7 @@ def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
         what = f"{name} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         yield Diagnostic("full", what, _ONE_OF_TWO)
     if "*" in method.full:
-        what = f"every base weight trains in full, so {name} would be redundant"
+        what = f"every base weight trains in full, so {name if delta.roles else _name(method.join)} would be redundant"
         yield Diagnostic("full", what, _ONE_OF_TWO)
 
 

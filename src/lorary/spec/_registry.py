@@ -10,6 +10,7 @@ from typing import Any
 
 from lorary.errors import Diagnostic, did_you_mean
 from lorary.spec.method import AXES, Method
+from lorary.spec.no_update import NoUpdate
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class Preset:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Descriptions of the axes that it sets."""
-        return tuple(AXES[axis] for axis in self.components())
+        """Descriptions of the axes that it sets, without those of an update that it does not have."""
+        components = self.components()
+        empty = {"delta", "init", "scale"} if components.get("delta") == NoUpdate() else set()
+        return tuple(AXES[axis] for axis in components if axis not in empty)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
-"""The context axis: how many tokens a model reads, and how its attention works in training."""
+"""The context axis: how many tokens a model reads, what stands before them, and how its attention works."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from lorary.spec.placement import AdaptedSite
+
 
 class ContextPatch(Protocol):
-    """A reversible change to a model's RoPE scaling and attention, made by `Context.apply`."""
+    """A reversible change to a model's positions and attention, made by `Context.apply`."""
 
     def revert(self) -> None:
         """Restore the original model."""
@@ -30,15 +33,17 @@ class ContextPatch(Protocol):
 
 @runtime_checkable
 class Context(Protocol):
-    """The context length of a model, and its attention in training.
+    """The context of a model: its length, what stands before the text, and the attention in training.
 
     Attributes:
-        targets: the default target layers.
+        targets: the default target layers, if the join has none.
         length: the context length in tokens; None for the model's own.
+        taken: the positions before the text that are not the text's (prefix and prompt tuning).
     """
 
-    targets: Sequence[str]
-    length: int | None
+    targets: Sequence[str] = ()
+    length: int | None = None
+    taken: int = 0
 
     @property
     def attention_groups(self) -> int:
@@ -48,20 +53,24 @@ class Context(Protocol):
     @property
     def config_overrides(self) -> Mapping[str, Any]:
         """The configuration values, such as `rope_parameters`, with which other tools reproduce this scaling."""
-        ...
+        return {}
 
     def planned(self, model: nn.Module) -> Self:
         """This context with the values that depend on the model filled in."""
-        ...
+        return self
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         """(reason, fix): the reasons why it cannot be applied to this model."""
         ...
+
+    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
+        """(reason, fix): the reasons why it cannot be applied with these adapted sites."""
+        return []
 
     def notes(self, model: nn.Module) -> list[str]:
         """Facts worth knowing before training."""
         ...
 
     def apply(self, model: nn.Module) -> ContextPatch:
-        """Apply the RoPE scaling and the training attention."""
+        """Change the model's positions and attention."""
         ...

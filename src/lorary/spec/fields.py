@@ -51,6 +51,14 @@ STEPS = _validator(
 )
 SIZES = _validator(lambda value: isinstance(value, tuple) and all(map(_is_count, value)), "whole numbers of at least 1")
 
+TEXT = _validator(lambda value: isinstance(value, str), "a text")
+IDS = _validator(
+    lambda value: isinstance(value, tuple) and all(type(i) is int and 0 <= i < 2**63 for i in value), "token ids"
+)
+NAMES = _validator(
+    lambda value: isinstance(value, tuple) and all(isinstance(name, str) and name for name in value), "names of layers"
+)
+
 
 def field_errors(component: Any) -> list[str]:
     """The validation errors of a component's fields."""

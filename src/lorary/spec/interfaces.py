@@ -2,28 +2,28 @@
 
 A component is a class marked `@component`, which makes it a frozen dataclass, so that a method can be printed,
 compared, hashed and saved. It derives from the protocol of its axis and inherits that protocol's defaults.
-`lorary.spec.method` is the record of components; `lorary.spec.presets` names some of them after a paper. The context
-axis has a file of its own, `lorary.spec.context`.
+`lorary.spec.method` is the record of components; `lorary.spec.presets` names some of them after a paper. The join
+and the context axis have files of their own, `lorary.spec.join` and `lorary.spec.context`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lorary.spec.layer import Factors as Factors  # a component's file imports all of these from here
+from lorary.spec.join import Join as Join  # a component's file imports all of these from here
+from lorary.spec.layer import Factors as Factors
 from lorary.spec.layer import Layer as Layer
 from lorary.spec.layer import Run as Run
+from lorary.spec.layer import Shapes as Shapes
 from lorary.spec.layer import Tensors as Tensors
 from lorary.spec.site import Site
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @runtime_checkable
@@ -78,6 +78,11 @@ class Fused(Protocol):
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """y + s * B A dropout(x). May write into y."""
         ...
+
+
+def has_rank(delta: Delta | None) -> bool:
+    """Whether a delta has a rank; `NoUpdate` has none."""
+    return delta is not None and any(field.name == "r" for field in dataclasses.fields(cast(Any, delta)))
 
 
 @functools.cache
@@ -167,56 +172,6 @@ class Scale(Protocol):
     """The factor s before B A, as a function of the rank."""
 
     def __call__(self, r: int) -> float: ...
-
-
-@runtime_checkable
-class Join(Protocol):
-    """The combination of the delta with the frozen weight W [out, in] and bias b [out].
-
-    Attributes:
-        roles: its own tensors.
-        uses: the delta's `join_roles`.
-        supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
-        why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
-        exact_start: whether the layer computes exactly what the base's does at step 0.
-    """
-
-    roles: frozenset[str] = frozenset()
-    uses: frozenset[str] = frozenset()
-    supports_dropout: bool = True
-    why_not_merged: str = ""
-    exact_start: bool = True
-
-    def shapes(self, site: Site) -> Shapes:
-        """role -> shape of its own tensors."""
-        return {}
-
-    def setup(self, layer: Layer) -> None:
-        """Fill its own tensors after the delta's, so that nothing moves at step 0."""
-        return None
-
-    def forward(self, layer: Layer, x: Tensor) -> Tensor: ...
-    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
-        """(W', b') with the same function as `forward`, which it specifies; BA is (s B, A)."""
-        ...
-
-    def on_output(
-        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
-    ) -> tuple[Factors, Tensor | None, Tensor | None]:
-        """((B, A), gain, shift) with `forward` = gain * (W x + B A x) + b + shift; None is a gain of 1, a shift of 0.
-
-        Args:
-            params, BA: as for `merged`.
-            W, b: return the weight and the bias, or raise MethodError if the base is not available.
-
-        Raises:
-            MethodError: it has no such form.
-        """
-        ...
-
-    def problems(self, site: Site) -> list[str]:
-        """The reasons why it cannot join a delta to this site."""
-        return []
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorary.spec.site import Site
 
 Tensors = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]  # role -> shape
 Factors = tuple[Tensor, Tensor]  # B [out, R] and A [R, in]
 
 

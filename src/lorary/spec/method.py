@@ -12,7 +12,7 @@ from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.spec._checks import PROTOCOLS, contradictions
 from lorary.spec._checks import braces as braces
 from lorary.spec.context import Context
-from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage, Unquantized
+from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage, Unquantized, has_rank
 
 # axis -> what a component of it decides
 AXES = {
@@ -26,7 +26,7 @@ AXES = {
     "storage": "how the weight is stored",
     "full": "which base parameters train",
     "dropout": "dropout",
-    "context": "how far it reads",
+    "context": "what it reads",
 }
 # the types of the other axes in a file, where not numbers
 _PLAIN: dict[str, tuple[type, ...]] = {"frozen": (list,), "rules": (list,), "full": (list,), "lr": (dict,)}
@@ -136,6 +136,8 @@ class Method:
         shown: dict[str, Any] = {axis: getattr(self, axis) for axis in AXES}
         if self.delta and self.scale:
             shown["scale"] = f"{self.scale} -> s = {self.scale(self.delta.r):g}"
+        if self.delta and not has_rank(self.delta):
+            shown |= {"delta": None, "init": None, "scale": None}  # the join says it all
         shown |= {
             "frozen": self.frozen and braces(self.frozen),
             "lr": ", ".join(f"{role} x{rate:g}" for role, rate in self.rates.items()),
@@ -204,9 +206,8 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
     cls = COMPONENTS.get(name) if isinstance(name, str) else None
     if cls is None:
         shown = value if name is None else name
-        problems.append(
-            Diagnostic(where, f"{shown!r} is not a known component", did_you_mean(str(shown), list(COMPONENTS)))
-        )
+        hint = did_you_mean("" if shown is None else str(shown), list(COMPONENTS))
+        problems.append(Diagnostic(where, f"{shown!r} is not a known component", hint))
         return None
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "component"}
     known = {f.name for f in dataclasses.fields(cls)}

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-from lorary.errors import Diagnostic, MethodError
-from lorary.spec.interfaces import Delta, Init, Join, Rule, Scale, Shapes
+from torch import Tensor
+
+from lorary.errors import Diagnostic, MethodError, StateError
+from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
+from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
 from lorary.spec.site import Site
 
@@ -101,6 +104,10 @@ class AdaptedSite:
         """The number of trainable numbers at this site."""
         return sum(math.prod(shape) for role, shape in self.shapes.items() if role in self.method.trained)
 
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+        """The join's (W', b') for this site's tensors; see `Join.merged`."""
+        return self.join.merged(self.join.whole(self.site, params), W, b, BA)
+
     def problems(self) -> list[Diagnostic]:
         """The reasons why this method cannot adapt this site."""
         why = self.delta.problems(self.site) + self.init.problems(self.site, self.r) + self.join.problems(self.site)
@@ -111,6 +118,16 @@ class AdaptedSite:
             what = f"{where} and is frozen: nothing could train"
             found.append(Diagnostic(self.site.name, what, "exclude it, or use another init"))
         return found
+
+
+def check_mergeable(sites: Iterable[AdaptedSite]) -> None:
+    """Refuse to merge an adapter whose function no plain model has.
+
+    Raises:
+        StateError: the reasons.
+    """
+    if problems := not_mergeable((s.site.name, s.join) for s in sites):
+        raise StateError("cannot merge:", problems)
 
 
 def family(method: Method) -> tuple[Any, ...]:
@@ -177,10 +194,13 @@ def with_rank(method: Method, r: int | None = None, alpha: float | None = None) 
     """The method with another rank or alpha.
 
     Raises:
-        MethodError: the rank or alpha is out of range.
+        MethodError: the rank or alpha is out of range, or the method has no rank.
         TypeError: the scale has no alpha to change.
     """
     components: dict[str, object] = {}
+    if r is not None and not has_rank(method.delta):
+        what = f"is {r}, and {type(method.join).__name__} has no rank"
+        raise MethodError("invalid method:", [Diagnostic("r", what, "leave it out")])
     if r is not None:
         components["delta"] = dataclasses.replace(cast(Any, method.delta), r=r)
     if alpha is not None:

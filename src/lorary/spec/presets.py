@@ -13,7 +13,7 @@ from lorary.spec._registry import PlanFunction as PlanFunction
 from lorary.spec._registry import Preset as Preset
 from lorary.spec._registry import Restriction as Restriction
 from lorary.spec._registry import add_preset, resolve
-from lorary.spec.interfaces import COMPONENTS
+from lorary.spec.interfaces import COMPONENTS, has_rank
 from lorary.spec.method import AXES, Method
 
 # PEFT's words for what `method` takes under another name or in another place
@@ -47,7 +47,7 @@ _CHOICE = {
     "scale": "the scale",
     "join": "how the update joins the weight",
     "storage": "how the weight is stored",
-    "context": "the context length",
+    "context": "the context",
     "dropout": "the dropout",
 }
 
@@ -122,10 +122,11 @@ def method(*names: str, **options: Any) -> Method:
     for p in chosen:
         union.add(p.name, p.components(**{k: v for k, v in options.items() if k in p.parameters}))
     union.add("you", {k: v for k, v in options.items() if k in AXES and k not in known})
-    scale = union.components.get("scale")
-    if "alpha" in options and not hasattr(scale, "alpha"):
-        what = f"{_sets(union.sources.get('scale', ''), scale)}, which has no alpha"
-        union.problems.append(Diagnostic("alpha", what, "leave it out"))
+    for option, axis, name in (("r", "delta", "rank"), ("alpha", "scale", "alpha")):
+        component = union.components.get(axis)
+        if option in options and not (has_rank(component) if option == "r" else hasattr(component, "alpha")):
+            what = f"{_sets(union.sources.get(axis, ''), component)}, which has no {name}"
+            union.problems.append(Diagnostic(option, what, "leave it out"))
     if union.problems:
         raise MethodError("invalid method:", union.problems)
     return Method(**union.components)
@@ -191,6 +192,8 @@ class _PresetUnion:
             elif old is not None and axis in _UNITES:
                 value = _UNITES[axis](old, value)
             elif before != "lora":
+                if old == value:
+                    continue
                 both = f"{_brief(old, value)} and {_brief(value, old)}"
                 what = f"{before} and {source} both choose {_CHOICE[axis]}: {both}"
                 self.problems.append(Diagnostic(axis, what, "leave one of the two out"))

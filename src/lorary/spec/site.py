@@ -73,10 +73,14 @@ class Site:
         """The rows [., in] of a weight [out, in], by part."""
         return [W[part.rows(W.device)] for part in self.parts] or [W]
 
+    def part_rows(self, device: torch.device | None = None) -> Tensor:
+        """The output rows of all parts, one part after the other: [rows] integers."""
+        return torch.cat([part.rows(device) for part in self.parts])
+
     def place(self, B: Tensor) -> Tensor:
         """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
         if not self.parts:
             return B
         blocks: Tensor = torch.block_diag(*B.split(self.rows))
-        rows = torch.cat([part.rows(B.device) for part in self.parts])
-        return blocks.new_zeros(self.out_features, blocks.shape[1]).index_copy(0, rows, blocks)
+        whole = blocks.new_zeros(self.out_features, blocks.shape[1])
+        return whole.index_copy(0, self.part_rows(B.device), blocks)

@@ -233,6 +233,24 @@ def test_what_nothing_explains_is_other_with_the_nearest(tmp_path: Path) -> None
     assert found.reason.startswith("nothing that was tried explains it; the nearest is ")
 
 
+@pytest.mark.parametrize(("name", "options"), [("ia3", {}), ("houlsby", {"m": 4}), ("glora", {"r": 2})])
+def test_what_has_no_factors_is_right_or_other(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = copy.deepcopy(BASE)
+    lorary.attach(model, lorary.plan(model, lorary.method(name, **options)))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trained:
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    lorary.save(model.eval(), tmp_path)
+    assert verified(tmp_path, model).verdict == "right"
+    with torch.no_grad():
+        for p in trained:
+            p.mul_(1.5)
+    found = verified(tmp_path, model)
+    assert (found.verdict, found.reason) == ("other", "nothing that was tried explains it")
+
+
 # --- the certificate --------------------------------------------------------------------------------------------------
 
 

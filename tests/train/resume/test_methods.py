@@ -33,12 +33,23 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 8,
 }
 NO_DROPOUT = {"pissa", "olora", "glora", "delta-lora"}
+ALONE: dict[str, dict[str, Any]] = {  # their joins train by themselves: without a rank, dropout or targets
+    "houlsby": {"m": 8},
+    "ia3": {},
+    "prefix-tuning": {"tokens": 3},
+    "prompt-tuning": {"tokens": 3},
+}
 TARGETS = ["all-linear", "lm_head"]
 
 
 def _model(*presets: str, **options: Any) -> Any:
     dropout = {} if NO_DROPOUT & set(presets) else {"dropout": 0.2}
     return adapted(*presets, attention_dropout=0.2, targets=TARGETS, **dropout, **options)
+
+
+def _alone(name: str, **options: Any) -> Any:
+    model = llama(attention_dropout=0.2)
+    return lorary.attach(model, lorary.plan(model, lorary.method(name, **options)))
 
 
 def _second_task(**options: Any) -> Any:
@@ -54,14 +65,16 @@ def _second_task(**options: Any) -> Any:
 
 def _cases() -> dict[str, Callable[[], Any]]:
     """Every preset that makes adapters, and what else goes on in another way."""
-    names = [name for name, preset in lorary.presets().items() if preset.adapts]
+    names = [name for name, preset in lorary.presets().items() if preset.adapts and name not in ALONE]
     options: dict[str, dict[str, Any]] = {
         "delta-lora": {"start": 5},
         "longlora": {"length": 4096},
         "adalora": {"target": 2},  # the choice stands from step 14 on: after the resumption
     }
     cases: dict[str, Callable[[], Any]] = {n: lambda n=n: _model(n, **options.get(n, {})) for n in names}
+    cases |= {n: lambda n=n: _alone(n, **ALONE[n]) for n in ALONE}
     return cases | {
+        "prefix-tuning of a network": lambda: _alone("prefix-tuning", tokens=3, mlp=6),
         "dora+rslora+pissa+lora+": lambda: _model("dora", "rslora", "pissa", "lora+"),
         "qlora+dora+rslora+pissa+lora+": lambda: _model("qlora", "dora", "rslora", "pissa", "lora+", rounds=3),
         "vera+dora": lambda: _model("vera", "dora"),

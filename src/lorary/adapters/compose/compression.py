@@ -33,6 +33,7 @@ from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
 from lorary.spec.interfaces import Factors
+from lorary.spec.join import not_mergeable
 from lorary.spec.placement import unique_tensor_sets
 from lorary.spec.resizable import Resizable, Singular
 
@@ -236,7 +237,7 @@ def _incompressible(adapter: Adapter) -> list[Diagnostic]:
         if form is None or not form.is_plain:
             what = f"{s.join} gives the layer a gain or a shift of its own, so its update is not a product of factors"
             fix = "lorary.change_rank keeps the method" if isinstance(s.delta, Resizable) else ""
-            problems.append(Diagnostic(name, what, fix))
+            problems += not_mergeable([(name, s.join)]) or [Diagnostic(name, what, fix)]
     return problems
 
 

@@ -110,6 +110,11 @@ class AdapterDiff:
         return difference / (max(a, b) or 1.0)
 
     @property
+    def have_updates(self) -> bool:
+        """Whether an update of low rank is compared at any site; (IA)³ and others have none."""
+        return any(any(s.ranks) for s in self.sites)
+
+    @property
     def worst(self) -> list[SiteDiff]:
         """The common sites, those that differ most first."""
         return sorted(self.sites, key=lambda s: -s.relative)
@@ -124,6 +129,8 @@ class AdapterDiff:
             return ["identical bit for bit: method, sites and tensors", *self.notes]
         differing = sum(s.difference > 0 for s in self.sites)
         lines = [f"{differing:,} of {len(self.sites):,} common sites differ, by {self.relative:.2%} together"]
+        if self.sites and not self.have_updates:
+            lines = [f"{len(self.sites):,} common sites, without updates of low rank"]
         others = [s for s in self.sites if any(s.others.values())]
         if others:
             worst = max(others, key=lambda s: max(s.others.values()))
@@ -148,7 +155,7 @@ class AdapterDiff:
         return whole | {"sites": [finite(vars(s) | {"relative": s.relative}) for s in self.worst]}
 
     def __str__(self) -> str:
-        table = [] if self.identical or not self.sites else aligned([HEAD, *self.rows()])
+        table = [] if self.identical or not self.have_updates else aligned([HEAD, *self.rows()])
         return "\n".join([*self.lines(), *table])
 
 
@@ -203,7 +210,7 @@ def _site_diff(
     Ca, Cb = _cores(factors_on_base(a, tensors_a), factors_on_base(b, tensors_b))
     norm_a, norm_b, difference = (float(C.norm()) for C in (Ca, Cb, Ca - Cb))
     (Ua, Va), (Ub, Vb) = _spaces(Ca), _spaces(Cb)
-    roles = a.join.roles & b.join.roles
+    roles = a.join.roles & b.join.roles & tensors_a.keys() & tensors_b.keys()
     return SiteDiff(
         a.site.name,
         (a.r, b.r),

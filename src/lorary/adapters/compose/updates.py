@@ -16,6 +16,7 @@ from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.model.buffers import persistent_buffers
 from lorary.model.checks import layer_mismatches
 from lorary.model.state import value_before
+from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
 
 _GIVE = "give the base: base=model, or --base"
@@ -100,7 +101,7 @@ def _dense_change(
     """(W' - W, b' - b) of the merged layer, computed in 64 bits."""
     W, b = layer.weight().double(), layer.bias()
     B, A = (factor.double() for factor in factors_on_base(adapted, tensors))
-    merged, bias = adapted.join.merged(tensors, W, None if b is None else b.double(), (B, A))
+    merged, bias = adapted.merged(tensors, W, None if b is None else b.double(), (B, A))
     shift = None if bias is None or b is None else (bias - b).float()
     return (merged - W).float(), shift
 
@@ -108,6 +109,8 @@ def _dense_change(
 def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate: bool) -> list[Diagnostic]:
     """Why an update that is more than B A cannot be mixed."""
     name, join = adapted.site.name, type(adapted.join).__name__
+    if why := not_mergeable([(name, adapted.join)]):
+        return [Diagnostic(name, f"{term.name} has no weight change there: {p.what}", p.fix) for p in why]
     if not approximate:
         return [Diagnostic(name, f"{term.name} gives its output a gain or a shift of its own ({join})", _FIX)]
     if layer.base is None:

@@ -41,6 +41,7 @@ from lorary.model.loading.weight_names import Group, as_saved
 from lorary.model.merge import LOSSY
 from lorary.model.quantize import holds_weights, quantizable_layers, with_progress
 from lorary.model.scan import scan
+from lorary.spec.placement import check_mergeable
 
 ONTO = ("trained", "original")
 _HEADLINE = "cannot export the merged model:"
@@ -90,6 +91,7 @@ def export_merged(
         >>> export_merged(adapter, "org/model", "merged")
     """
     _check_options(adapter, dtype, onto)
+    check_mergeable(adapter.sites)
     checked_path(folder, _HEADLINE)
     section = base if isinstance(base, ModelSection) else ModelSection.of(checked_path(base, _HEADLINE))
     section, saved, target = _precisions(section, dtype)

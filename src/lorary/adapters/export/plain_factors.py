@@ -15,6 +15,7 @@ from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
+from lorary.spec.join import KEEP_ATTACHED
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
@@ -44,7 +45,8 @@ def plain_factors(
         else:
             title = "DoRA" if is_dora(adapted) else type(adapted.join).__name__
             what = f"{title} does more than add B A x, and an adapter for {program} does only that"
-            problems.append(Diagnostic(name, what, MERGE))
+            fix = KEEP_ATTACHED if adapted.join.why_not_merged else MERGE
+            problems.append(Diagnostic(name, what, fix))
     what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
     problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
     if not factors and not problems:

@@ -19,6 +19,7 @@ from lorary.adapters.peft.folded import folded_form
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
+from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
 from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
@@ -31,6 +32,7 @@ from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
+from lorary.spec.interfaces import has_rank
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine
@@ -57,7 +59,8 @@ def export_peft(
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
-    base, with the scale in B, and with DoRA's magnitudes if it has them.
+    base, with the scale in B, and with DoRA's magnitudes if it has them. A method without a rank is written as what it
+    is, if PEFT has it too ((IA)³, a prefix, a prompt).
 
     PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
     to load the base, and a warning says so.
@@ -79,7 +82,7 @@ def export_peft(
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
-    files = lora_files(adapter, folder, model, folded)
+    files = _files_without_rank(adapter, folder, model) or lora_files(adapter, folder, model, folded)
     rope = writer.rope_overrides(adapter)
     write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
     if rope:
@@ -95,11 +98,7 @@ def export_peft(
 
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
-    problems = writer.base_incompatibilities(adapter, model, LORA)
-    if (Path(folder) / native.NAME).exists():
-        what = f"it holds {native.NAME}: the adapter there would be lost"
-        problems.append(Diagnostic("", what, "export to another folder"))
-    _refuse(folder, problems)
+    _refuse(folder, [*writer.base_incompatibilities(adapter, model, LORA), *_would_lose(folder)])
     shared = collect_shared(adapter)
     if writer.exact_type(adapter, model, shared) is LORA:
         scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
@@ -114,6 +113,33 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
     return files._replace(tensors=tensors)
+
+
+def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
+    """PEFT's own files of a method without a rank; None for other methods, and for those that PEFT does not have."""
+    if has_virtual_tokens(adapter.sites):
+        _refuse(folder, [*virtual_token_problems(adapter), *_would_lose(folder)])
+        files = LoraFiles(*virtual_token_files(adapter, model), {})
+        _refuse(folder, unwritable(files.tensors))
+        return files
+    if not adapter.sites or any(has_rank(adapted.delta) for adapted in adapter.sites):
+        return None
+    shared = collect_shared(adapter)
+    exact = writer.exact_type(adapter, model, shared)
+    if exact is None:
+        return None
+    _refuse(folder, _would_lose(folder))
+    files = LoraFiles(*writer.exact_files(adapter, model, shared, exact), {})
+    _refuse(folder, unwritable(files.tensors, adapter.full))
+    return files
+
+
+def _would_lose(folder: str | os.PathLike[str]) -> list[Diagnostic]:
+    """Why nothing is exported to a folder that holds an adapter in lorary's own form."""
+    if not (Path(folder) / native.NAME).exists():
+        return []
+    what = f"it holds {native.NAME}: the adapter there would be lost"
+    return [Diagnostic("", what, "export to another folder")]
 
 
 def write_lora(

@@ -191,6 +191,7 @@ SHARED: dict[str, Field] = {
     "fan_in_fan_out": field(FLAG, False),
     "base_model_name_or_path": Field(_base, "", nullable=True),
 }
+NAMES_OR_PATTERN = Field(_names_or_pattern)
 EXCLUDE = Field(_names_or_pattern, (), nullable=True)
 PARAMETERS = Field(_weights, (), nullable=True)  # weights of linear layers
 

@@ -20,6 +20,7 @@ from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
+from lorary.adapters.peft.virtual_tokens import FIELDS, read_virtual_tokens
 from lorary.adapters.shared_tensors import regenerate
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
@@ -50,11 +51,13 @@ def read_peft(folder: Path, base: Base | None, findings: Findings) -> Adapter:
     """
     config = None
     with findings.gathering(NAME):
-        types = {name: peft_type.fields for name, peft_type in PEFT_TYPES.items()}
+        types = {name: peft_type.fields for name, peft_type in PEFT_TYPES.items()} | FIELDS
         config = read_config(read_json(folder, NAME, MOST_JSON), types, findings)
     with TensorFile(folder, weights_name(folder)) as file:
         if config is None or findings.fatal:  # problems that follow from a wrong configuration would mislead
             raise FileError("")
+        if config.peft_type in FIELDS:
+            return read_virtual_tokens(config, base, findings, file)
         return _Reader(config, base, findings, file).adapter()
 
 

@@ -20,6 +20,7 @@ from lorary.adapters.tensor_checks import Layout
 from lorary.kernels.torch_internals import padding_of
 from lorary.layers.kinds import kind_of
 from lorary.spec.method import Method
+from lorary.spec.no_update import NoUpdate
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
@@ -143,6 +144,12 @@ def register(peft_type: PeftType) -> None:
         if other.name == peft_type.name or set(other.methods) & set(peft_type.methods):
             raise TypeError(f"the PEFT type {other.name} has the name or a method of {peft_type.name} already")
     PEFT_TYPES[peft_type.name] = peft_type
+
+
+def without_low_rank_form(name: str) -> bool:
+    """Whether adapters of the PEFT type of this name have no rank, and so no LoRA to be exported as."""
+    methods = PEFT_TYPES[name].methods if name in PEFT_TYPES else ()
+    return any(issubclass(delta, NoUpdate) for delta, _ in methods)
 
 
 def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:

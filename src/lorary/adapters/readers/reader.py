@@ -12,6 +12,7 @@ from lorary.adapters import native
 from lorary.adapters.mlx import WEIGHTS as MLX_WEIGHTS
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.reader import WEIGHTS
+from lorary.adapters.peft.types import without_low_rank_form
 from lorary.adapters.readers.features import FEATURES
 from lorary.adapters.readers.folder import AdapterFolder
 from lorary.errors import Diagnostic, deduplicated
@@ -109,7 +110,8 @@ class Reader:
             return
         if self.form == "peft" and folder.peft_type not in self.types:
             found = f"the PEFT type {folder.peft_type}" if folder.peft_type else "a configuration without `peft_type`"
-            yield self.finding(Outcome.REJECTED, NAME, f"{self.title} refuses {found}", merged=False)
+            merged = without_low_rank_form(folder.peft_type)
+            yield self.finding(Outcome.REJECTED, NAME, f"{self.title} refuses {found}", merged=merged)
             return
         if folder.is_lora:
             yield from self._features(folder)

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-DRAWS = 5000
+DRAWS = 20_000
 LEVEL = 0.95
 BASE = ""  # the name of the base among the arms: it has rows, and no seeds
 _STANDS_OUT = 0.99  # quantile of F
@@ -53,14 +54,18 @@ class Measured:
     Args:
         sums: arm -> the measurement's sums [seeds, rows]; `BASE`, if given, is the model without an adapter.
         tokens: [rows], the same for all.
+        rows_count: whether the chance of the rows counts; if not, that of the seeds does alone.
     """
 
-    def __init__(self, sums: Mapping[str, Floats], tokens: Floats) -> None:
-        self.rows = len(tokens)
+    def __init__(self, sums: Mapping[str, Floats], tokens: Floats, rows_count: bool = True) -> None:
+        self.rows, self.rows_count = len(tokens), rows_count
         self.seeds = {arm: table.sum(1) / tokens.sum() for arm, table in sums.items()}
         trained = {arm: seeds for arm, seeds in self.seeds.items() if arm != BASE}
         several = {arm: table for arm, table in sums.items() if len(table) > 1}
-        by_rows = {arm: float(table.var(0, ddof=1).sum() / tokens.sum() ** 2) for arm, table in several.items()}
+        by_rows = {
+            arm: float(table.var(0, ddof=1).sum() / tokens.sum() ** 2) if rows_count else 0.0
+            for arm, table in several.items()
+        }
         self.scatter = scatters(trained, by_rows)
         generator = np.random.default_rng(0)  # the same rows for every measurement: they stay paired
         self._errors = _row_errors({arm: table.mean(0) for arm, table in sums.items()}, tokens, generator)
@@ -76,23 +81,23 @@ class Measured:
 
     def why_no_interval(self, *arms: str) -> str:
         """Why the chance in arms is unknown; empty if it is known."""
-        if self.rows < 2:
+        if self.rows < 2 and self.rows_count:
             return "there is a single test row"
         if any(arm != BASE and arm not in self.scatter for arm in arms):
             return "no method has two seeds, so that their part in the difference is unknown"
         return ""
 
-    def half_width(self, arm: str, other: str | None = None) -> float:
-        """Half of the 95 % interval that is centred on the value; NaN if the chance in it is unknown."""
+    def half_width(self, arm: str, other: str | None = None, level: float = LEVEL) -> float:
+        """Half of the interval that is centred on the value; NaN if the chance in it is unknown."""
         if self.why_no_interval(arm, *([] if other is None else [other])):
             return float("nan")
-        return float(np.quantile(np.abs(self._error(arm, other)), LEVEL))
+        return float(np.quantile(np.abs(self._error(arm, other)), level))
 
     def joint_factor(self, pairs: Sequence[tuple[str, str]]) -> float:
         """The factor by which the intervals of pairs must grow, so that all of them hold together with 95 %.
 
-        The quantile of the largest error in units of its interval ("maximum t"; Westfall & Young 1993). For equal arms
-        that is Dunnett's interval if all pairs share an arm, and Tukey's if they are all pairs.
+        The quantile of the largest error in units of its interval ("maximum t"; Westfall & Young 1993). For all pairs
+        of equal arms that is Tukey's interval.
         """
         worst = np.zeros(DRAWS)
         for arm, other in pairs:
@@ -132,11 +137,15 @@ def _stands_out(arm: str, several: Mapping[str, tuple[float, int]], at_least: fl
     if not others:
         return False
     typical = max(at_least, float(np.median([v for v, _ in others])))
-    if variance <= typical:
-        return False
+    return variance > typical * _largest_ratio(freedom, sum(d for _, d in others))
+
+
+@cache
+def _largest_ratio(freedom: int, of_others: int) -> float:
+    """The 99 % point of F."""
     generator = np.random.default_rng(0)
-    above, below = (generator.chisquare(d, 20_000) / d for d in (freedom, sum(d for _, d in others)))
-    return bool((above * typical < variance * below).mean() > _STANDS_OUT)
+    above, below = (generator.chisquare(d, DRAWS) / d for d in (freedom, of_others))
+    return float(np.quantile(above / below, _STANDS_OUT))
 
 
 def _row_errors(sums: Mapping[str, Floats], tokens: Floats, generator: np.random.Generator) -> dict[str, Floats]:

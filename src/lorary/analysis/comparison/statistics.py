@@ -2,10 +2,9 @@
 
 An arm is judged at its best rate, by the mean of its runs with several seeds. Language models are judged by the loss
 per token, classifiers by their accuracy. Each difference has two intervals. The one of the *pair* holds the true
-difference in 95 % of comparisons. Verdicts are given by the wider *joint* one: all intervals of the page hold together
-in 95 % of comparisons, so that the number of methods does not make a method win. Joint are the differences from the
-reference (as in Dunnett's test), and, because the best one is chosen by the same rows, the differences between all
-pairs (as in Tukey's).
+difference in 95 % of comparisons. Verdicts are given by the wider *joint* one: in 95 % of comparisons the intervals of
+all pairs of methods hold together (as in Tukey's test), so that the number of methods does not make a method win, and
+the best one, which is chosen by the same rows, is no exception.
 """
 
 from __future__ import annotations
@@ -141,8 +140,11 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
     reference = reference or (names[0] if names else "")
     reference = reference if reference in judged else ""
     best = order[0] if order else ""
-    to_reference = [(arm, reference) for arm in order if reference and arm != reference]
-    to_best = [(arm, best) for arm in order[1:]]
+    factor = tests[measure].joint_factor([*combinations(order, 2)]) if order else 1.0
+    against = {
+        other: {arm: _difference(tests, measure, arm, other, factor) for arm in order if other and arm != other}
+        for other in (reference, best)
+    }
     return Findings(
         comparison,
         measure,
@@ -150,8 +152,8 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
         best,
         tuple(standings),
         comparison.base_test.loss if comparison.base_test else None,
-        _differences(tests, measure, to_reference, to_reference),
-        _differences(tests, measure, to_best, [*combinations(order, 2)]),
+        against[reference],
+        against[best],
     )
 
 
@@ -192,36 +194,42 @@ def _standing(
     if not tests:
         return Standing(arm, lr, 0, untuned)
     seeds = tests["loss"].seeds[arm]
-    forgotten = _interval(general, arm, BASE) if general is not None and arm in general.seeds else None
+    forgotten = interval(general, arm, BASE) if general is not None and arm in general.seeds else None
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
-    accuracy = _interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
+    accuracy = interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
     accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
-    return Standing(arm, lr, len(seeds), untuned, _interval(tests["loss"], arm), accuracy, forgotten, spread)
+    return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
 
 
-def _differences(
-    tests: Mapping[Measure, Measured], measure: Measure, pairs: list[tuple[str, str]], family: list[tuple[str, str]]
-) -> dict[str, Difference]:
-    """The differences of pairs, whose joint intervals hold together with those of a family."""
-    if not pairs:
-        return {}
+def _difference(tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float) -> Difference:
+    """The difference of a pair, whose joint interval is wider by a factor."""
     test = tests[measure]
     at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
-    factor = test.joint_factor(family)
-    found = {}
-    for arm, other in pairs:
-        pair = _interval(test, arm, other, at_least=at_least)
-        joint = _interval(test, arm, other, factor, at_least)
-        better = joint.low > 0 if measure == "accuracy" else joint.high < 0
-        verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
-        why = test.why_no_interval(arm, other)
-        found[arm] = Difference(arm, other, pair, joint, "not judged" if why else verdict, why)
-    return found
+    pair, joint = (interval(test, arm, other, wider, at_least) for wider in (1.0, factor))
+    return judged((arm, other), pair, joint, test.why_no_interval(arm, other), measure == "accuracy")
 
 
-def _interval(
+def judged(
+    arms: tuple[str, str], pair: Interval, joint: Interval, why: str = "", more_is_better: bool = False
+) -> Difference:
+    """The difference of an arm from a reference, with the verdict of its joint interval.
+
+    Args:
+        arms: (arm, reference).
+        pair: the difference with its interval.
+        joint: the difference with its joint interval.
+        why: why it cannot be judged; empty if it can.
+        more_is_better: whether a positive difference speaks for the arm.
+    """
+    better = joint.low > 0 if more_is_better else joint.high < 0
+    verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
+    return Difference(*arms, pair, joint, "not judged" if why else verdict, why)
+
+
+def interval(
     measured: Measured, arm: str, other: str | None = None, factor: float = 1.0, at_least: float = 0.0
 ) -> Interval:
+    """The value of an arm, or its difference from another one, with its 95 % interval times a factor."""
     value, half = measured.value(arm, other), factor * measured.half_width(arm, other)
     half = max(half, at_least)  # NaN stays NaN: it is the first
     return Interval(value, value - half, value + half)
@@ -230,7 +238,7 @@ def _interval(
 def _measured(scores: Mapping[str, list[Scores | None]], base: Scores | None, measure: Measure) -> Measured:
     tables = {arm: [s for s in of if s is not None] for arm, of in scores.items()}
     tokens = next(iter(tables.values()))[0].tokens
-    tables |= {BASE: [base]} if base is not None and base.tokens == tokens else {}
+    tables |= {BASE: [base]} if base is not None and _finite(base) else {}
     field = "right" if measure == "accuracy" else "nats"
     sums = {arm: np.array([getattr(s, field) for s in of], dtype=np.float64) for arm, of in tables.items()}
     return Measured(sums, np.array(tokens, dtype=np.float64))
@@ -239,7 +247,7 @@ def _measured(scores: Mapping[str, list[Scores | None]], base: Scores | None, me
 def _general(comparison: Comparison, judged: Mapping[str, list[Trial]]) -> Measured | None:
     scores = {arm: [run.general for run in runs if run.general is not None] for arm, runs in judged.items()}
     scores = {arm: found for arm, of in scores.items() if (found := [s for s in of if _finite(s)])}
-    if not scores or comparison.base_general is None:
+    if not scores or comparison.base_general is None or not _finite(comparison.base_general):
         return None
     return _measured({arm: [*of] for arm, of in scores.items()}, comparison.base_general, "loss")
 

@@ -131,6 +131,8 @@ def _wrong_fields(kind: Any, value: Any, where: str) -> Iterator[Diagnostic]:
 
 def _wrong_items(arguments: tuple[Any, ...], value: Any, where: str) -> Iterator[Diagnostic]:
     kinds = None if arguments[-1] is Ellipsis else arguments
+    if isinstance(value, list) and kinds is None and {type(item) for item in value} <= {arguments[0]} & {int, float}:
+        return  # the many scores of the rows, quickly
     if not isinstance(value, list):
         yield Diagnostic(where, f"is {_kind(value)}, not a list")
     elif kinds is not None and len(value) != len(kinds):
@@ -160,9 +162,10 @@ def _contradictions(comparison: Comparison) -> Iterator[Diagnostic]:
     """Statements of a comparison that exclude each other, or numbers that no run can have."""
     names = [arm.name for arm in comparison.arms]
     for i, arm in enumerate(comparison.arms):
-        if not arm.name or arm.name in names[:i]:
-            what = f"{show(arm.name)} is the name of an earlier one" if arm.name else "is empty"
-            yield Diagnostic(f"arms[{i}].name", what)
+        if not arm.name or not arm.name.isprintable():
+            yield Diagnostic(f"arms[{i}].name", f"is {show(arm.name)}: a name has characters, all of them printable")
+        elif arm.name in names[:i]:
+            yield Diagnostic(f"arms[{i}].name", f"{show(arm.name)} is the name of an earlier one")
         if not all(0 < rate < math.inf for rate in arm.rates):
             yield Diagnostic(f"arms[{i}].rates", "a learning rate is not a positive number")
     for i, trial in enumerate(comparison.trials):

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from lorary.analysis.comparison.statistics import Findings
+import numpy as np
+
+from lorary.analysis.comparison.record import Arm, Cost, Trial
+from lorary.analysis.comparison.statistics import Difference, Findings, Interval, Standing
+from lorary.analysis.comparison.words import change, level, rate, remarks, verdict
+from lorary.model.plan import human_bytes
+
+Column = tuple[str, Callable[[Standing], str]]
+_NEAR = 0.05  # share by which numbers of trained parameters may differ and count as equal
+_FEW = 16  # characters of an answer in the table of costs; longer ones are reasons
+_VERSION = "lorary-findings/1"
 
 
 @dataclass(frozen=True)
@@ -14,7 +27,7 @@ class TextTable:
 
     Args:
         title: above it.
-        head: names of the columns.
+        head: names of the columns; the first is the method.
         rows: cells.
         notes: lines below it.
     """
@@ -26,5 +39,227 @@ class TextTable:
 
 
 def summary(found: Findings) -> TextTable:
-    """The most important columns, for a terminal."""
-    raise NotImplementedError
+    """The most important columns, for a terminal, with the verdict below."""
+    against = [*_against(found)][:2]  # the verdicts on the best are in the notes
+    columns = [_METHOD, *_measures(found), *against, *_forgetting(found), *_costs(found, short=True), _RATE]
+    return _table("Comparison", found, columns, notes=[verdict(found), *remarks(found)])
+
+
+def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
+    """Loss, differences and forgetting, for all arms or some."""
+    columns = [_METHOD, *_measures(found), *_against(found), *_forgetting(found), _RATE, _SEEDS]
+    base = [""] * (len(columns) - 2)
+    bottom = [["no adapter", level(Interval(found.base)), *base]] if found.base is not None and not arms else []
+    return _table("Quality", found, columns, arms, bottom)
+
+
+def costs(found: Findings) -> TextTable:
+    """Sizes, memory, time, merging, engines."""
+    return _table("Cost", found, [_METHOD, *_costs(found)])
+
+
+def limits(found: Findings) -> TextTable:
+    """Why methods do not merge, or are not served, those with the same reason in one row."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for standing in found.standings:
+        if (given := found.comparison.costs.get(standing.arm)) is None:
+            continue
+        whys = {"merging": given.merge} if _merged(given) == "no" else {}
+        for what, why in (whys | {engine: why for engine, why in given.engines.items() if why}).items():
+            reasons.setdefault((what, why), []).append(standing.arm)
+    return TextTable("Why not", ("of", "why not", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
+
+
+def views(found: Findings) -> list[tuple[TextTable, str]]:
+    """The arms of equal rank, and those with equally many trained numbers, each with a sentence.
+
+    Empty unless both exist and differ. Equal is equal to the reference, or else to the best.
+    """
+    centre = found.reference or found.best
+    by_name = {arm.name: arm for arm in found.comparison.arms}
+    if not centre:
+        return []
+    judged = [s.arm for s in found.standings if s.loss is not None]
+    rank, trained = _rank(by_name[centre]), _trained(found, centre)
+    same_rank = [arm for arm in judged if rank is not None and _rank(by_name[arm]) == rank]
+    same_count = [arm for arm in judged if trained and abs(_trained(found, arm) - trained) <= _NEAR * trained]
+    if min(len(same_rank), len(same_count)) < 2 or same_rank == same_count:
+        return []
+    near = f"The methods that train as many numbers as {centre}, {trained:,}, within {_NEAR:.0%}."
+    return [
+        (replace(quality(found, same_rank), title="Equal rank"), f"The methods with the rank of {centre}, {rank}."),
+        (replace(quality(found, same_count), title="Equally many trained numbers"), near),
+    ]
+
+
+def runs(found: Findings) -> TextTable:
+    """All runs, in the order in which they ended."""
+    rows = [
+        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
+        for t in found.comparison.trials
+    ]
+    return TextTable("Runs", ("method", "rate", "seed", "steps", "validation loss", "ending", "folder"), rows)
+
+
+def _last_loss(trial: Trial) -> str:
+    if not trial.curve:
+        return ""
+    loss = trial.curve[-1][1]
+    return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
+
+
+def settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{key}.{inner}", text) for inner, text in settings(value)]
+        else:
+            rows.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)))
+    return rows
+
+
+def as_record(found: Findings) -> dict[str, Any]:
+    """The results as JSON: numbers without an interval have null for its ends."""
+    return {
+        "format": _VERSION,
+        "verdict": verdict(found),
+        "remarks": [*remarks(found)],
+        "measure": found.measure,
+        "reference": found.reference or None,
+        "best": found.best or None,
+        "base_loss": found.base,
+        "methods": [_standing_record(found, standing) for standing in found.standings],
+        "left_out": dict(found.comparison.left_out),
+    }
+
+
+def _standing_record(found: Findings, s: Standing) -> dict[str, Any]:
+    given: Cost | None = found.comparison.costs.get(s.arm)
+    seconds = quartiles(given)
+    return {
+        "name": s.arm,
+        "lr": s.lr,
+        "not_tuned": s.untuned or None,
+        "seeds": s.seeds,
+        "loss": _interval_record(s.loss),
+        "accuracy": _interval_record(s.accuracy),
+        "forgotten": _interval_record(s.forgotten),
+        "against_reference": _difference_record(found.against_reference.get(s.arm)),
+        "against_best": _difference_record(found.against_best.get(s.arm)),
+        "trained": given.trained if given else None,
+        "file_bytes": given.file_bytes if given else None,
+        "peak_bytes": given.peak_bytes if given else None,
+        "step_seconds": seconds[1] if seconds else None,
+        "merge": given.merge if given else None,
+        "engines": dict(given.engines) if given else {},
+        "context": given.context if given else None,
+    }
+
+
+def _interval_record(interval: Interval | None) -> dict[str, float | None] | None:
+    if interval is None:
+        return None
+    ends = (interval.low, interval.high) if interval.known else (None, None)
+    return {"value": interval.value, "low": ends[0], "high": ends[1]}
+
+
+def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    of_pair, joint = _interval_record(difference.pair), _interval_record(difference.joint)
+    return {"verdict": difference.verdict, "why": difference.why or None, "pair": of_pair, "joint": joint}
+
+
+def quartiles(given: Cost | None) -> tuple[float, float, float] | None:
+    """The lower quartile, the median and the upper quartile of the seconds of a step; None without any."""
+    if given is None or not given.step_seconds:
+        return None
+    low, middle, high = np.quantile(given.step_seconds, (0.25, 0.5, 0.75))
+    return float(low), float(middle), float(high)
+
+
+_METHOD: Column = ("method", lambda s: s.arm)
+_RATE: Column = ("best rate", rate)
+_SEEDS: Column = ("seeds, sd", lambda s: str(s.seeds or "") + ("" if math.isnan(s.spread) else f", {s.spread:.3f}"))
+
+
+def _measures(found: Findings) -> Iterator[Column]:
+    yield "held-out loss", lambda s: level(s.loss)
+    if found.measure == "accuracy":
+        yield "accuracy", lambda s: level(s.accuracy, "accuracy")
+
+
+def _against(found: Findings) -> Iterator[Column]:
+    for name, others in ((found.reference, found.against_reference), (found.best, found.against_best)):
+        if others:
+            what = name if name == found.reference else f"the best, {name}"
+            yield f"difference from {what}", _differences(others, found)
+            yield "verdict", lambda s, others=others: others[s.arm].verdict if s.arm in others else ""  # type: ignore[misc]
+        if found.reference == found.best:
+            return
+
+
+def _differences(others: Mapping[str, Difference], found: Findings) -> Callable[[Standing], str]:
+    return lambda s: change(others[s.arm].joint, found.measure) if s.arm in others else ""
+
+
+def _forgetting(found: Findings) -> Iterator[Column]:
+    if any(s.forgotten for s in found.standings):
+        yield "forgotten", lambda s: change(s.forgotten)
+
+
+def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
+    def of(text: Callable[[Cost], str]) -> Callable[[Standing], str]:
+        known = found.comparison.costs
+        return lambda s: text(known[s.arm]) if s.arm in known else ""
+
+    if not found.comparison.costs:
+        return
+    yield "trained numbers", of(lambda c: f"{c.trained:,}")
+    yield "file", of(lambda c: human_bytes(c.file_bytes))
+    yield "peak memory", of(lambda c: human_bytes(c.peak_bytes))
+    yield "seconds per step", of(lambda c: _seconds(c, short))
+    if not short:
+        yield "merges", of(_merged)
+        for engine in dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines):
+            yield engine, of(lambda c, engine=engine: _served(c, engine))  # type: ignore[misc]
+        if any(c.context for c in found.comparison.costs.values()):
+            yield "context taken", of(lambda c: str(c.context))
+
+
+def _seconds(given: Cost, short: bool) -> str:
+    if (found := quartiles(given)) is None:
+        return ""
+    low, middle, high = (f"{seconds:#.3g}".rstrip(".") for seconds in found)
+    return middle if short else f"{middle} [{low}, {high}]"
+
+
+def _served(given: Cost, engine: str) -> str:
+    return "" if engine not in given.engines else "no" if given.engines[engine] else "yes"
+
+
+def _merged(given: Cost) -> str:
+    return given.merge if len(given.merge) <= _FEW else "no"
+
+
+def _table(
+    title: str,
+    found: Findings,
+    columns: Sequence[Column],
+    arms: Collection[str] = (),
+    bottom: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
+) -> TextTable:
+    shown = [s for s in found.standings if not arms or s.arm in arms]
+    rows = [[text(standing) for _, text in columns] for standing in shown]
+    return TextTable(title, [name for name, _ in columns], [*rows, *bottom], notes)
+
+
+def _rank(arm: Arm) -> Any:
+    return arm.method.get("r")
+
+
+def _trained(found: Findings, arm: str) -> int:
+    given = found.comparison.costs.get(arm)
+    return given.trained if given else 0

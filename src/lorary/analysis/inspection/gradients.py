@@ -21,6 +21,7 @@ from lorary.layers.adapted import Adapted, adapted_layers
 from lorary.model.ambient import mode_independent
 from lorary.model.state import base_parameter, require_attached, require_values
 from lorary.model.text_table import aligned
+from lorary.spec.join import not_mergeable
 from lorary.spec.presets import presets_of
 
 HEAD = ("role", "tensors", "starts at", "gradient", "first step", "with a gradient")
@@ -147,7 +148,8 @@ def first_gradients(model: nn.Module, step: Callable[[], object]) -> FirstGradie
             measured. Gradients that are accumulated over several backward passes count together.
 
     Raises:
-        StateError: nothing is attached, the model has no values, or the step changes the ranks.
+        StateError: nothing is attached, the model has no values, a layer has no effective weight, or the step changes
+            the ranks.
         TrainingError: no backward pass has reached a trained tensor, or a gradient is not finite; every tensor.
 
     >>> print(first_gradients(model, lambda: model(**batch).loss.backward()))
@@ -157,6 +159,8 @@ def first_gradients(model: nn.Module, step: Callable[[], object]) -> FirstGradie
     state = require_attached(model, "measure")
     require_values(model)
     layers = adapted_layers(model)
+    if problems := not_mergeable((name, layer.join) for name, layer in layers.items()):
+        raise StateError(_HEADLINE, problems)  # a step changes no weight there
     trained = {(name, role): p for name, layer in layers.items() for role, p in layer.params.items() if p.requires_grad}
     full = {name: p for name in state.full if (p := base_parameter(model, name)).requires_grad}
     before = {name: {role: p.detach().clone() for role, p in layer.params.items()} for name, layer in layers.items()}

@@ -20,6 +20,7 @@ from lorary.layers.wrappers import submodule
 from lorary.model.checks import layer_mismatches
 from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Factors
+from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
 
 
@@ -74,7 +75,7 @@ def weight_changes(adapter: Adapter, base: nn.Module | None) -> Iterator[WeightC
 
 def change_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnostic]:
     """Why the changes cannot be computed: the adapter's tensors, or a layer of the base that is missing or differs."""
-    if problems := adapter_problems(adapter):
+    if problems := adapter_problems(adapter) or not_mergeable((a.site.name, a.join) for a in adapter.sites):
         return problems
     modules = {} if base is None else unwrapped_modules(base)
     for adapted in adapter.sites:
@@ -145,7 +146,7 @@ def _of_site(
     bias = getattr(modules[name], "bias", None)
     b = None if bias is None else bias.detach().float().cpu()
     values = {role: t.float() for role, t in tensors.items()}
-    after, _ = adapted.join.merged(values, start, b, factors_on_base(adapted, tensors))
+    after, _ = adapted.merged(values, start, b, factors_on_base(adapted, tensors))
     return WeightChange(name, None, before, after)
 
 

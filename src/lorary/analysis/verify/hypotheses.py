@@ -106,6 +106,14 @@ def _plain(adapter: Adapter, model: nn.Module) -> Adapter:
     return replace(adapter, method=method, sites=sites, tensors=tensors, notes=())
 
 
+def has_factors(adapter: Adapter, model: nn.Module) -> bool:
+    """Whether the adapter has factors at all of its sites, which a server may compute with otherwise."""
+    try:
+        return all(len(form.A) for form in without_empty_sites(adapter).low_rank(model).values())
+    except MethodError:
+        return False
+
+
 def is_plain(adapter: Adapter, model: nn.Module) -> bool:
     """Whether the adapter is its updates B A alone, so that its form without gains and shifts is itself."""
     try:

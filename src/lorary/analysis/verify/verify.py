@@ -19,7 +19,7 @@ from lorary.adapters.hub import adapter_folder
 from lorary.adapters.save_load import CERTIFICATE, load_adapter
 from lorary.adapters.switch import switch
 from lorary.analysis.verify.here import Here
-from lorary.analysis.verify.hypotheses import Hypothesis, explained, is_plain, trial
+from lorary.analysis.verify.hypotheses import Hypothesis, explained, has_factors, is_plain, trial
 from lorary.analysis.verify.observed import Engine, Observed, digest, distance, our_values, probe_ids, their_values
 from lorary.analysis.verify.server import ENGINES, Server
 from lorary.errors import ConfigError, Diagnostic, StateError, not_a
@@ -186,10 +186,13 @@ def _compared(
     figures["tolerance"] = noise * max(1.0, figures["effect"])  # the adapter's own products are rounded, too
     verdict, reason = _simple_verdict(figures, limit, distance(theirs, ours_without))
     if not verdict:
-        with trial(model, adapter, of_adapter, theirs, figures["tolerance"]) as found:
-            plain = is_plain(adapter, model)
-            without = None if plain else found.distance({})
-            best = explained(adapter, found, progress)
+        best: Hypothesis | None = None
+        without: float | None = None
+        if has_factors(adapter, model):
+            with trial(model, adapter, of_adapter, theirs, figures["tolerance"]) as found:
+                plain = is_plain(adapter, model)
+                without = None if plain else found.distance({})
+                best = explained(adapter, found, progress)
         verdict, reason = _explanation(best, without, figures)
     return Verification(verdict, reason, figures, len(theirs), {})
 

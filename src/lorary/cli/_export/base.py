@@ -39,13 +39,16 @@ def write_exported_card(folder: Path, adapter: Adapter) -> None:
     from lorary.adapters.card import write_card
     from lorary.adapters.content_hash import content_hash
     from lorary.adapters.provenance import Parent, Provenance
+    from lorary.spec.interfaces import has_rank
     from lorary.spec.presets import presets_of
 
     method = ", ".join(presets_of(adapter.method))
     made = Provenance("export", (Parent(sha256=content_hash(adapter)),), {"method": method})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdapterWarning)  # the export has said it
-        written = load_adapter(folder)
+    written = adapter.compact()  # a method without a rank is written as what it is; only the base knows its layers
+    if any(has_rank(adapted.delta) for adapted in adapter.sites):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AdapterWarning)  # the export has said it
+            written = load_adapter(folder)
     write_card(folder, dataclasses.replace(written, base=adapter.base, provenance=made))
 
 

@@ -34,7 +34,7 @@ def write(export: Export) -> None:
     with warnings_as_notes():
         export_peft(value, export.output, model=model, folded=folded)
     write_exported_card(export.output, value)
-    if value.method.context is not None:  # not stored in PEFT's files
+    if value.method.context is not None and value.method.context.config_overrides:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)
     difference = (before - logits(model, row)).abs().max().item()

@@ -37,6 +37,7 @@ from lorary.serve.forms._overrides import foreign_rows, trained_values
 from lorary.serve.forms._summary import kind_of_form, notes_of
 from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
+from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import presets_of
 
@@ -147,6 +148,9 @@ class _Forming:
             else:
                 found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
+            if why := not_mergeable([(name, adapted.join)]):
+                self.problems += why
+                return
             if name not in self.base.quantized:
                 self._merge_site(layer)
                 return
@@ -172,7 +176,7 @@ class _Forming:
         adapted, module = layer.adapted, cast(nn.Module, layer.layer)
         name, kind, dtype = adapted.site.name, KINDS[adapted.site.kind], stored_tensors(module)[0].dtype
         tensors, b = self.adapter.tensors[name], layer.bias()
-        W, bias = adapted.join.merged(tensors, layer.weight(), b, factors_on_base(adapted, tensors))
+        W, bias = adapted.merged(tensors, layer.weight(), b, factors_on_base(adapted, tensors))
         self.overrides[name] = {"weight": kind.weight(module, W).to(dtype)}
         if bias is not None and b is not None:
             self.overrides[name]["bias"] = bias.to(dtype)

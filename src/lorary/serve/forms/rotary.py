@@ -23,6 +23,10 @@ def scaled_rotary(
     """
     if context is None:
         return {}, None, []
+    if context.taken:
+        what = f"{context.taken:,} keys and values before its text are those of its own rows, and not of a whole batch"
+        fix = "use it alone: lorary generate, chat and eval compute it without the serving engine"
+        return {}, None, [Diagnostic("context", what, fix)]
     if type(context) is not LongContext:
         what = f"{type(context).__name__} changes more than RoPE scaling, and other rows of the batch with it"
         return {}, None, [Diagnostic("context", what, "merge it into a copy of the base, and serve that")]

@@ -17,26 +17,31 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
+from lorary.errors import ConfigError, PlanError, not_a
 from lorary.files.home import expanded
 from lorary.train.compare.arms import fitted_arms
+from lorary.train.compare.asked import Asked, from_config
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.course import Course
-from lorary.train.compare.ledger import Ledger
-from lorary.train.compare.request import make_request
+from lorary.train.compare.ledger import FILE, Ledger, check_folder
+from lorary.train.compare.request import HEADLINE, Request, each_arm, make_request
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config
+from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.environment import environment
 
 
 def compare(
     config: Config,
-    arms: Sequence[Arm],
+    arms: Sequence[Arm] | None = None,
     settings: Settings | None = None,
     folder: str | os.PathLike[str] = "comparison",
     *,
@@ -49,8 +54,9 @@ def compare(
         config: of all runs: model, data, training. Of its `method` only the targets count, for all arms that have none
             of their own. A `training.lr` moves the centre of every arm by the factor by which it differs from the
             default of that method.
-        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default.
-        settings: of the comparison.
+        arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
+            of the section `compare` of the configuration.
+        settings: of the comparison; None: those of this section, or the defaults if there are arms.
         folder: of the comparison: a run folder for each run, and the record of those that have ended. Called again
             with the same request, the comparison goes on there, after a kill too.
         progress: called with keywords of Rich's `Progress.update`: `total` and `completed`, in optimizer steps, and
@@ -66,14 +72,103 @@ def compare(
         DataError: the data cannot be read, or has too few held-out rows.
         LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
+    if problems := not_a(Config, "a Config: `lorary.train.config.load` reads one", config=config):
+        raise ConfigError(HEADLINE, problems)
+    asked = from_config(config) if arms is None else Asked(config, tuple(arms), Settings())
+    ready = prepare_comparison(config, asked.arms, settings or asked.settings, folder, overwrite=overwrite)
+    return run_comparison(ready, progress).comparison
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A comparison before its first run.
+
+    Args:
+        asked: as it was asked for.
+        request: with the ranks of its arms, and the steps of a run.
+        bench: its rows.
+        overwrite: whether the comparison in the folder is removed first.
+        start: when it was begun, in seconds since the epoch.
+    """
+
+    asked: Request
+    request: Request
+    bench: Bench
+    overwrite: bool
+    start: float
+
+    @property
+    def training_rows(self) -> int:
+        """The number of rows to train on."""
+        return len(self.bench.any_plan.train.rows)
+
+    @property
+    def runs(self) -> int:
+        """The number of runs, without further rates outwards."""
+        return sum(len(arm.rates) + self.request.settings.seeds for arm in self.request.arms)
+
+    @property
+    def runs_done(self) -> int:
+        """The number of runs that an earlier call has done."""
+        file = self.request.folder / FILE
+        return 0 if self.overwrite or not file.is_file() else len(store.read(file).trials)
+
+    @property
+    def steps_to_do(self) -> int:
+        """Optimizer steps of the runs that are left."""
+        return max(self.runs - self.runs_done, 0) * self.request.steps
+
+
+@dataclass(frozen=True)
+class Done:
+    """The outcome of a comparison.
+
+    Args:
+        comparison: what has been measured.
+        signal: the number of the signal that stopped it; 0 if none did.
+    """
+
+    comparison: Comparison
+    signal: int
+
+
+def prepare_comparison(
+    config: Config,
+    arms: Sequence[Arm],
+    settings: Settings,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Ready:
+    """A comparison with its rows read and its methods planned; nothing is written. See `compare`."""
     transformers.logging.set_verbosity_error()
     start = time.time()
-    asked = make_request(config, arms, settings or Settings(), expanded(folder).absolute())
-    run = Bench(asked).any_plan
+    asked = make_request(config, arms, settings, expanded(folder).absolute())
+    check_folder(asked, overwrite)
+    run = _plan_of_first(asked)
     request = fitted_arms(dataclasses.replace(asked, steps=run.steps), run)
+    return Ready(asked, request, Bench(request), overwrite, start)
+
+
+def _plan_of_first(request: Request) -> RunPlan:
+    """The plan of the first arm.
+
+    Raises:
+        ConfigError: it cannot be planned on this model, and nor can some of the others; all reasons.
+    """
     bench = Bench(request)
-    with Ledger.opened(request, asked, _facts(bench), overwrite) as ledger:
-        return Course(request, bench, ledger, progress, start).run()
+    try:
+        return bench.plan(request.arms[0])
+    except PlanError:
+        each_arm(request.arms, bench.plan)
+        raise
+
+
+def run_comparison(ready: Ready, progress: Callable[..., Any] = lambda **_: None) -> Done:
+    """Run a comparison, or go on with it. See `compare`."""
+    with Ledger.opened(ready.request, ready.asked, _facts(ready.bench), ready.overwrite) as ledger:
+        course = Course(ready.request, ready.bench, ledger, progress, ready.start)
+        return Done(course.run(), course.signal)
 
 
 def _facts(bench: Bench) -> dict[str, Any]:

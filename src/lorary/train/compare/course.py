@@ -25,7 +25,7 @@ from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
 from lorary.train.compare.workers import Workers
 
-_log = logging.getLogger("lorary.train")
+_log = logging.getLogger("lorary.train.compare")
 
 
 class Course:
@@ -51,6 +51,7 @@ class Course:
         self.deadline = math.inf if budget is None else start + budget - self.before
         self._progress, self._completed, self._lock = progress, 0, threading.Lock()
         self._failed: set[str] = set()
+        self.signal = 0  # that has stopped it
 
     def run(self) -> Comparison:
         """The comparison."""
@@ -63,6 +64,7 @@ class Course:
                 self._judge()
                 self._costs()
         except Stopped as stop:
+            self.signal = stop.signal
             return self._unfinished(stop)
         finally:
             self._save()

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lorary.analysis.comparison import store
@@ -46,10 +47,9 @@ class Ledger:
             StateError: another process uses it.
         """
         path = request.folder
-        _check(request, asked, overwrite)
-        path.mkdir(parents=True, exist_ok=True)
-        with RunFolder(path).locked():
-            _check(request, asked, overwrite)
+        check_folder(asked, overwrite)
+        with _new_only_if_it_fits(path), RunFolder(path).locked():
+            check_folder(asked, overwrite)
             remove_stale(path)
             if overwrite:
                 shutil.rmtree(path / RUNS, ignore_errors=True)
@@ -76,6 +76,19 @@ class Ledger:
         self.note(settings={**self.comparison.settings, **settings})
 
 
+@contextmanager
+def _new_only_if_it_fits(path: Path) -> Iterator[None]:
+    """A context in which a folder exists; a new one is removed if the request turns out to be refused."""
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ConfigError:
+        if is_new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def identity(asked: Request) -> dict[str, Any]:
     """What makes two requests the same comparison, as plain data."""
     config = asked.config.model_dump(mode="json", exclude={"output", "compare"})
@@ -91,13 +104,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _check(request: Request, asked: Request, overwrite: bool) -> None:
+def check_folder(asked: Request, overwrite: bool) -> None:
     """Refuse a folder that this comparison may not write to.
 
     Raises:
         ConfigError: every reason.
     """
-    path, headline = request.folder, f"cannot compare in {str(request.folder)!r}:"
+    path, headline = asked.folder, f"cannot compare in {str(asked.folder)!r}:"
     if path.exists() and not path.is_dir():
         raise ConfigError(headline, [Diagnostic("folder", "is a file", "name a folder")])
     names = sorted({entry.name for entry in path.iterdir()} - {*LOCKS}) if path.is_dir() else []

@@ -7,11 +7,11 @@ are errors that say what to write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorary.errors import Diagnostic, did_you_mean, nearest
+from lorary.errors import Diagnostic, did_you_mean, nearest, suggestion
 from lorary.train.config._other_tools import (
     CANONICAL,
     CANONICAL_AT_TOP,
@@ -24,7 +24,8 @@ from lorary.train.config._other_tools import (
 from lorary.train.config.config import SECTIONS
 from lorary.train.config.yaml_source import ParsedYaml, Place, nearest_mark
 
-SHORTHAND = {"model": "id", "method": "name", "data": "train"}  # the key that a plain value in place of a section sets
+# section -> the key that a plain value in its place sets
+SHORTHAND = {"model": "id", "method": "name", "data": "train", "compare": "methods"}
 
 
 @dataclass
@@ -118,7 +119,7 @@ class _Translation:
             self._option(key, value, place)
         else:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key))
+            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key, self.options))
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:
@@ -179,8 +180,8 @@ def _right_section(key: str) -> str:
     return f"it belongs {place}, as `{name}`" if name else ""
 
 
-def _nearest_key(section: str, key: str) -> str:
-    """A hint for a mistyped key: the nearest word of this section, or else of another one."""
+def _nearest_key(section: str, key: str, options: Collection[str]) -> str:
+    """A hint for a mistyped key: the nearest word of this section, or else of another one, or a preset's option."""
     here = {name: name for name in SECTIONS.get(section, {})}
     here |= {
         alias: key.rpartition(".")[2] for alias, key in CANONICAL.items() if section and key.startswith(f"{section}.")
@@ -192,7 +193,8 @@ def _nearest_key(section: str, key: str) -> str:
     if near := _near(key, homes):
         home, _, name = near[0].partition(".")
         return f"did you mean `{name}`, under `{home}:`?"
-    return f"known: {', '.join(sorted(SECTIONS[section]))}"
+    option = suggestion(key, options) if section == "method" else ""
+    return option or f"known: {', '.join(sorted(SECTIONS[section]))}"
 
 
 def _near(word: str, known: Mapping[str, str]) -> list[str]:

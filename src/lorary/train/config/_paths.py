@@ -19,6 +19,7 @@ PLACES = (
     ("data", "chat_template"),
     ("method", "after"),
     ("training", "reward"),
+    ("compare", "general"),
 )
 
 

@@ -7,8 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
+from lorary.model.loading.source import Section
 from lorary.train.config._aliases import NormalisedConfig, show
 from lorary.train.config._sections import AlsoSection
+from lorary.train.config.compare_section import ArmSection
 from lorary.train.config.drop import DropSection
 from lorary.train.config.sources import Source
 from lorary.train.config.yaml_source import Place
@@ -19,7 +21,7 @@ _EXAMPLES: dict[Place, str] = {
     ("data",): "data: builtin:docstrings",
     ("data", "train"): "train: builtin:docstrings",
 }
-_ALSO = {"name": "name: vera", "targets": "targets: mlp"}
+_ALSO = {"name": "name: vera", "targets": "targets: mlp", "method": "method: dora"}
 _PARTS = ("[key]", "[path]", "[source]")  # pydantic's own parts of a place, which the user has not written
 _SOURCE_KEYS = {"type": "format", "name": "subset", "data_files": "path", "ratio": "weight", "probability": "weight"}
 _KINDS = {
@@ -78,7 +80,8 @@ def _known_key(key: str, place: Place) -> str:
     in_source = place[0] == "data"
     if in_source and key in _SOURCE_KEYS:
         return f"write `{_SOURCE_KEYS[key]}`"
-    section = Source if in_source else AlsoSection if "also" in place else DropSection
+    sections: dict[str, type[Section]] = {"data": Source, "compare": ArmSection}
+    section = sections.get(str(place[0])) or (AlsoSection if "also" in place else DropSection)
     return did_you_mean(key, section.model_fields)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lorary.model.loading import source
 from lorary.model.loading.source import Section
 from lorary.model.planning import default_targets
+from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.presets import method, resolve_presets
 from lorary.train.config._fields import Alpha, Fraction, Size, SomeNames
@@ -75,4 +76,6 @@ def method_defaults(section: OneMethod) -> dict[str, Any]:
     built = build_method(section)
     if not hasattr(built.scale, "alpha"):  # another preset replaced LoRA's scale
         found.pop("alpha", None)
+    if not has_rank(built.delta):  # and its delta
+        found.pop("r", None)
     return found | {"targets": default_targets(built)}

@@ -28,6 +28,7 @@ from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPatt
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
 from lorary.train.config._sections import AlsoSection, ModelSection, build_method, method_defaults
+from lorary.train.config.compare_section import CompareSection
 from lorary.train.config.data_section import DataSection
 from lorary.train.config.drop import DropSection
 from lorary.train.config.previous_tasks import load_previous_tasks
@@ -58,7 +59,8 @@ class MethodSection(Section):
     dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
     targets: SomeNames | None = Field(
         default=None,
-        description="all-linear, attention, attention-qv, mlp, embedding, conv, names, globs, re:REGEX; empty: default",
+        description="all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, "
+        "conv, names, globs, re:REGEX; empty: default",
     )
     exclude: Names = Field(default=(), description="names, globs or re:REGEX to leave out of targets")
     layers: Layers | None = Field(
@@ -130,6 +132,7 @@ class Config(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     output: str = Field(default="out", min_length=1, description="run folder: metrics, plots, checkpoints, adapter")
+    compare: CompareSection = Field(default=CompareSection(), exclude=True)  # no part of a run, nor of its record
 
     _notes: tuple[str, ...] = PrivateAttr(())
     _places: dict[str, str] = PrivateAttr({})  # dotted key -> file:line:column, or the flag of a command
@@ -240,4 +243,5 @@ SECTIONS: dict[str, dict[str, FieldInfo]] = {
     "method": dict(MethodSection.model_fields),
     "data": dict(DataSection.model_fields),
     "training": dict(TrainingSection.model_fields),
+    "compare": dict(CompareSection.model_fields),
 }

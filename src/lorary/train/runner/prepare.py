@@ -15,6 +15,7 @@ from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
+from lorary.methods.prompt_tuning import with_prompt_text
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
@@ -31,7 +32,7 @@ from lorary.train.data.load import Data, load, load_validation
 from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import workload
+from lorary.train.runner.memory_forecast import learned_positions, workload
 from lorary.train.runner.step_forecast import optimizer_of
 from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
 from lorary.train.runner.trackers import require_trackers
@@ -102,6 +103,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
         reward.check(set(train.rows[0]) - {"prompt", "prompt_ids"} if train.rows else set())
     report = lint(train, tokenizer, model.get_input_embeddings().num_embeddings, held_out)
     report.refuse()
+    _refuse_rows_beyond_positions(model, plan, _longest(config, report))
     memory = _memory(config, model, plan, report)
     notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
     notes += tuple(label_notes(planned.labels)) if planned.labels else ()
@@ -162,9 +164,15 @@ def _planned(
     if start is not None:
         plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ())
     else:
-        plan = config.plan(model, past, new_modules(config, base, model))
+        plan = _with_prompt_text(config.plan(model, past, new_modules(config, base, model)), tokenizer)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
+
+
+def _with_prompt_text(plan: Plan, tokenizer: Any) -> Plan:
+    """The plan with the token ids of a text that a prompt starts at."""
+    sites = tuple(dataclasses.replace(p, method=with_prompt_text(p.method, tokenizer)) for p in plan.sites)
+    return dataclasses.replace(plan, method=with_prompt_text(plan.method, tokenizer), sites=sites)
 
 
 def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
@@ -216,9 +224,23 @@ def _longest(config: Config, report: Lint) -> int:
     return config.data.max_length if whole else min(config.data.max_length, max(report.lengths.values()))
 
 
+def _refuse_rows_beyond_positions(model: Any, plan: Plan, longest: int) -> None:
+    """Refuse rows that do not fit into a table of positions beside what stands before the text.
+
+    Raises:
+        DataError: the longest row does not.
+    """
+    taken, room = plan.method.context.taken if plan.method.context else 0, learned_positions(model)
+    if taken and room is not None and longest + taken > room:
+        what = f"rows have up to {longest:,} tokens, and {room - taken:,} of {room:,} positions are left for the text"
+        problem = Diagnostic("data.max_length", what, f"set data.max_length: {room - taken}")
+        raise DataError("the rows are too long:", [problem])
+
+
 def _length_notes(model_config: Any, plan: Plan, longest: int) -> tuple[str, ...]:
     """Notes on rows that are longer than the model's context, or too short to train an extended one."""
-    length, known = plan.method.context.length if plan.method.context else None, max_context(model_config)
+    context, known = plan.method.context, max_context(model_config)
+    length, known = (None, known) if context is None else (context.length, known and known - context.taken)
     if length is None and known is not None and longest > known and rope_parameters(model_config) is not None:
         return (f"rows have up to {longest:,} tokens, and the model knows {known:,} positions: longlora extends them",)
     if length is not None and longest < length:

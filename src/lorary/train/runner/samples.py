@@ -9,8 +9,7 @@ import torch
 
 import lorary
 from lorary.analysis.run_sections import Sample
-from lorary.layers.rope import max_context, text_config
-from lorary.model.state import eval_mode
+from lorary.model.state import eval_mode, max_text
 from lorary.train.data.encode import decode
 from lorary.train.data.tokenize import IGNORED, Row
 
@@ -32,7 +31,7 @@ def continuations(model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[Samp
     """
     if not model.can_generate():
         return ()
-    room = min(MOST_PROMPT, (max_context(text_config(model)) or MOST_PROMPT) - NEW_TOKENS)
+    room = min(MOST_PROMPT, (max_text(model) or MOST_PROMPT) - NEW_TOKENS)
     asked = list(_prompts(rows, room))
     with torch.no_grad(), eval_mode(model), lorary.cached(model):
         adapted = [_greedy(model, tokenizer, prompt) for prompt, _ in asked]

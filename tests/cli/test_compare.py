@@ -1,0 +1,239 @@
+"""`lorary compare`: a whole comparison, stopped, shown and gone on with; and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lorary.analysis.comparison import store
+from lorary.train.compare.asked import from_config
+from lorary.train.compare.settings import Settings
+from lorary.train.config.compare_section import CompareSection, one_arm
+from lorary.train.config.load import from_dict
+from lorary.train.config.yaml_source import dump
+from tests.cli.bad_comparisons import TABLE, Bad
+from tests.cli.command import Command
+from tests.cli.comparisons import fill
+from tests.train.compare.tiny import timeless, tree
+
+METHODS = "lora:r=2,slow=lora:r=2:rates=[1e-6,3e-6,1e-5]"
+ASKED = ("--methods", METHODS, "--rates", "1e-3,1e-2,3e-2", "--seeds", "2", "--general", "general.jsonl")
+
+
+@pytest.fixture
+def config(tmp_path: Path, command: Command) -> Path:
+    """A configuration whose runs take a second."""
+    words = tree(tmp_path)
+    words["compare"] = {"outward": 0, "halving": False}
+    (tmp_path / "c.yaml").write_text(dump(words))
+    return tmp_path / "c.yaml"
+
+
+@contextmanager
+def interrupted_at(runs: int, record: Path) -> Iterator[None]:
+    """Inside, this process gets Ctrl-C once so many runs are recorded."""
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            if record.is_file() and record.read_text().count('"ending"') >= runs:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    over, thread = threading.Event(), threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_comparison_from_its_announcement_to_its_page(command: Command, config: Path) -> None:
+    """Stopped once by Ctrl-C, it goes on; done, it is shown again."""
+    out, record = config.parent / "comparison", config.parent / "comparison" / "comparison.json"
+    shown = command("compare", "c.yaml", *ASKED, "--dry-run")
+    assert shown.code == 0, shown.err
+    assert not out.exists()
+    lines = shown.out.splitlines()
+    assert lines[0] == "To compare"
+    assert lines[1].split() == ["method", "presets", "options", "learning", "rates"]
+    assert lines[2].split() == ["lora:r=2", "lora", "r=2", "0.001", "0.01", "0.03"]
+    assert lines[3].split() == ["slow", "lora", "r=2", "1e-06", "3e-06", "1e-05"]
+    assert lines[5].startswith("data      ")
+    assert lines[5].endswith(": 12 rows to train on, 6 to choose rates on, 6 to judge methods on, 6 of general text")
+    assert lines[6] == ("runs      10 of 6 steps: every rate on one seed, and the best of each method on 2 seeds more")
+
+    with interrupted_at(2, record):
+        stopped = command("compare", "c.yaml", *ASKED)
+    assert stopped.code == 130
+    assert "note: stopped; the same command goes on, and so does: lorary compare comparison --resume" in stopped.err
+    assert stopped.out == ""
+    begun = store.read(record)
+    assert 2 <= len(begun.trials) < 10
+    half = command("compare", "comparison")
+    assert half.code == 0, half.err
+    assert "note: not finished: lora:r=2, slow; go on with: lorary compare comparison --resume" in half.err
+
+    done = command("compare", "comparison", "--resume", "--budget", "2h")
+    assert done.code == 0, done.err
+    assert f"{len(begun.trials)} are done already" in done.err
+    assert "Compared with lora:r=2: worse: slow." in done.out
+    assert done.out.splitlines()[-2:] == [
+        "page    comparison/comparison.html",
+        "record  comparison/comparison.json",
+    ]
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert "lora:r=2" in page
+    assert "<script" not in page
+    whole = store.read(record)
+    assert [len(whole.of(arm)) for arm in ("lora:r=2", "slow")] == [5, 5]
+
+    again = command("compare", "c.yaml", *ASKED)  # nothing is left to do
+    assert again.code == 0, again.err
+    assert timeless(store.read(record)).trials == whole.trials
+    assert command("compare", "comparison").out == again.out == done.out
+
+    other = command("compare", "comparison", "--reference", "slow", "--json")
+    found = json.loads(other.out)
+    assert found["finished"] is True
+    assert found["reference"] == "slow"
+    first, second = found["methods"]
+    assert (first["name"], first["against_reference"]["verdict"]) == ("lora:r=2", "better")
+    assert second["name"] == "slow"
+    assert {found["page"], found["record"]} == {"comparison/comparison.html", "comparison/comparison.json"}
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
+def test_a_request_that_is_refused_with_all_of_its_reasons(command: Command, tmp_path: Path, bad: Bad) -> None:
+    fill(tmp_path, bad.text)
+    before = sorted(tmp_path.rglob("*"))
+    ran = command("compare", *bad.arguments)
+    found = ran.err.replace(str(tmp_path), "FOLDER")
+    assert found[found.index("error: ") :] == bad.message  # libraries may say something before
+    assert (ran.code, ran.out) == (bad.code, "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_budget_for_less_than_one_run_is_refused_once_the_first_steps_are_measured(
+    command: Command, config: Path
+) -> None:
+    ran = command("compare", "c.yaml", *ASKED, "--budget", "0.1s")
+    assert ran.code == 2
+    assert re.search(
+        r"error: cannot compare:\n"
+        r"  - budget: one rate and one seed of lora:r=2 alone take about \d+ s, the budget is 0 s\n"
+        r"      hint: give it \d+ s or more, or fewer training.max_steps\n$",
+        ran.err,
+    )
+    assert not (config.parent / "comparison").exists()
+
+
+def test_there_are_many_of_them() -> None:
+    assert len(TABLE) >= 50
+
+
+# --- how methods are written ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "method"),
+    [
+        ("lora", "lora", {"name": ["lora"]}),
+        ("lora+", "lora+", {"name": ["lora+"]}),
+        ("lora++dora", "lora++dora", {"name": ["lora+", "dora"]}),
+        ("dora+lora+", "dora+lora+", {"name": ["dora", "lora+"]}),
+        ("qlora + dora + rslora", "qlora + dora + rslora", {"name": ["qlora", "dora", "rslora"]}),
+        ("wide=lora:r=64", "wide", {"name": ["lora"], "r": 64}),
+        ("a=b=lora", "a", {"name": ["b=lora"]}),
+        ("lora:targets=[q_proj, v_proj]", "lora:targets=[q_proj, v_proj]", {"targets": ["q_proj", "v_proj"]}),
+        ("lora-drop", "lora-drop", {"name": ["lora"], "drop": {"threshold": 0.9}}),
+        ("dora+lora-drop", "dora+lora-drop", {"name": ["dora"], "drop": {"threshold": 0.9}}),
+    ],
+)
+def test_a_method_in_one_text(text: str, name: str, method: dict[str, object]) -> None:
+    found = one_arm(text)
+    assert found["name"] == name
+    assert {key: found["method"][key] for key in method} == method
+
+
+def asked(compare: object, **sections: object) -> list[tuple[str, dict[str, object], tuple[float, ...]]]:
+    least = {"model": "builtin:base", "data": {"train": "builtin:docstrings", "validation_split": 0.5}}
+    return [
+        (a.name, dict(a.method), a.rates)
+        for a in from_config(from_dict({**least, "compare": compare, **sections})).arms
+    ]
+
+
+def test_commas_separate_methods_but_not_inside_brackets() -> None:
+    found = asked("lora:targets=[q_proj,v_proj]:rates=[1e-4,3e-4,1e-3],dora")
+    assert [name for name, _, _ in found] == ["lora:targets=[q_proj,v_proj]:rates=[1e-4,3e-4,1e-3]", "dora"]
+    assert found[0][1:] == ({"name": ["lora"], "targets": ["q_proj", "v_proj"]}, (1e-4, 3e-4, 1e-3))
+
+
+def test_methods_as_keys_and_values() -> None:
+    methods = [
+        "pissa",
+        {"name": "wide", "method": {"name": "lora", "r": 64}},
+        {"method": "dora, rslora", "rates": "1e-4, 3e-4, 1e-3"},
+        {"method": {"r": 8}},
+    ]
+    assert asked({"methods": methods}) == [
+        ("pissa", {"name": ["pissa"]}, ()),
+        ("wide", {"name": "lora", "r": 64}, ()),
+        ("dora+rslora", {"name": ["dora", "rslora"]}, (1e-4, 3e-4, 1e-3)),
+        ("lora", {"r": 8}, ()),
+    ]
+
+
+def test_rank_alpha_and_dropout_of_the_configuration_are_those_of_every_method_that_has_them() -> None:
+    found = asked("lora,dora:r=4,vera,rslora,bitfit", method={"r": 8, "alpha": 16, "dropout": 0.1})
+    both = {"r": 8, "alpha": 16, "dropout": 0.1}
+    assert [method for _, method, _ in found] == [
+        {"name": ["lora"], **both},
+        {"name": ["dora"], **both, "r": 4},
+        {"name": ["vera"], "r": 8, "dropout": 0.1},
+        {"name": ["rslora"], **both},
+        {"name": ["bitfit"]},
+    ]
+
+
+def test_a_method_is_checked_beside_the_rows_of_the_configuration() -> None:
+    data = {"train": "builtin:docstrings", "validation_split": 0.5, "max_length": 256}
+    assert asked("longlora:length=512", data=data) == [
+        ("longlora:length=512", {"name": ["longlora"], "length": 512}, ())
+    ]
+
+
+def test_the_rates_of_all_methods_but_those_that_have_their_own() -> None:
+    found = asked({"methods": "lora,dora:rates=[1e-5,1e-4,1e-3]", "rates": [1e-4, 1e-3, 1e-2]})
+    assert [rates for _, _, rates in found] == [(1e-4, 1e-3, 1e-2), (1e-5, 1e-4, 1e-3)]
+
+
+def test_the_section_has_the_defaults_of_the_settings() -> None:
+    section, settings = CompareSection().model_dump(), dataclasses.asdict(Settings())
+    assert {key: section[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("20min", 1200), ("1.5h", 5400), ("1h 30min", 5400), ("2 hours", 7200), ("1d", 86400)],
+)
+def test_times(text: str, seconds: float) -> None:
+    assert CompareSection(budget=text).budget == seconds
+
+
+def test_a_command_wins_over_the_section_and_a_run_has_none_of_it() -> None:
+    least = {"model": "builtin:base", "data": "builtin:docstrings", "compare": {"methods": "lora", "seeds": 3}}
+    config = from_dict(least, flags={"--seeds": ("compare.seeds", "5"), "--methods": ("compare.methods", "dora")})
+    assert (config.compare.seeds, config.compare.names) == (5, ["dora"])
+    assert "compare" not in config.record()
+    assert config == from_dict({key: value for key, value in least.items() if key != "compare"})
