@@ -201,9 +201,7 @@ def _standing(
     return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
 
 
-def _difference(
-    tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float
-) -> Difference:
+def _difference(tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float) -> Difference:
     """The difference of a pair, whose joint interval is wider by a factor."""
     test = tests[measure]
     at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
