@@ -9,6 +9,11 @@ gets the same requests, other adapters; rows take turns, and ratios are within a
 new, so that adapters are loaded from disk as they are asked for. Then an open loop at 60, 75 and 90 % of what the
 closed one has reached, and over HTTP our server beside vLLM's. PEFT's rows are batches of `generate`: one adapter at a
 time (`set_adapter`), or mixed (`adapter_names`).
+
+The figures are written after every turn of a row and every other part, so that a run that is cut off leaves what it has
+measured, with the ratios of the turns so far; `complete` says whether it reached its end, `seconds` when each part was
+written last. On a CPU with two cores --quick takes a minute, and the full run about half an hour: twenty rows in six
+turns of ten seconds each, and ten minutes for the adapters, the open loop and the servers.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ from rich.table import Table
 import serve_peers as peers
 from cases import MiB, machine, ratio
 from lorary.analysis.svg import line, style, to_svg
+from lorary.files.atomic import atomic_file
 from serve_replay import Answer, closed_loop, figures, in_process, open_loop, over_http
 from serve_workload import Call, Workload, calls, write
 from switching import resident
@@ -68,8 +74,8 @@ class Row:
         popularity = next(name for name, value in POPULARITIES.items() if value == self.popularity)
         return f"{self.name}, n = {self.adapters}, {popularity}" if self.adapters > 1 else self.name
 
-    def turn(self, arguments: argparse.Namespace, seed: int) -> list[Answer]:
-        """Serve the requests of a turn."""
+    def turn(self, arguments: argparse.Namespace, seed: int, *, counts: bool = True) -> list[Answer]:
+        """Serve the requests of a turn; its figures are kept if it counts."""
         work = workload(arguments, self.adapters, self.popularity, self.requests, seed)
         before = self.engine.statistics() if self.engine else {}
         answers, seconds = self.serve(calls(work))
@@ -80,8 +86,31 @@ class Row:
             asked = sum(bool(answer.call.adapter) for answer in answers)
             found["hit_rate"] = 1 - found["loads"] / asked if asked else None
             found |= {name: after[name] for name in ("adapter_bytes", "kv_bytes", "host_bytes")}
-        self.turns.append(found | {"resident_bytes": resident()})
+        if counts:
+            self.turns.append(found | {"resident_bytes": resident()})
         return answers
+
+
+class Results:
+    """What has been measured so far, in a file that is whole at any time.
+
+    Args:
+        path: of the file, which is replaced.
+        arguments: of the run.
+    """
+
+    def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._begun = path, time.perf_counter()
+        self.parts: dict[str, Any] = {"machine": machine(arguments), "complete": False, "seconds": {}}
+        self.keep()
+
+    def keep(self, **parts: Any) -> None:
+        """Write these parts beside those there are, and the seconds since the start."""
+        seconds = round(time.perf_counter() - self._begun, 1)
+        self.parts |= parts | {"seconds": self.parts["seconds"] | dict.fromkeys(parts, seconds)}
+        with atomic_file(self.path) as file:
+            file.write(json.dumps(self.parts, indent=2).encode() + b"\n")
 
 
 def workload(arguments: argparse.Namespace, adapters: int, popularity: str, requests: int, seed: int) -> Workload:
@@ -137,28 +166,30 @@ def rows(arguments: argparse.Namespace, base: Path, adapters: Sequence[Path], st
     yield Row("PEFT, switching", switched, "uniform", timed(switching, concurrency), some)
 
 
-def in_turns(found: Sequence[Row], arguments: argparse.Namespace) -> None:
+def in_turns(found: Sequence[Row], arguments: argparse.Namespace, results: Results) -> None:
     """One turn to warm up, then the measured ones, in an order that turns."""
-    for turn in track(range(arguments.repeats + 1), "closed loop"):
-        for row in [*found[turn % len(found) :], *found[: turn % len(found)]]:
-            row.turn(arguments, arguments.seed + turn)
-    for row in found:
-        del row.turns[0]
+    count = len(found)
+    order = [(turn, found[(turn + i) % count]) for turn in range(arguments.repeats + 1) for i in range(count)]
+    for turn, row in track(order, "closed loop"):
+        row.turn(arguments, arguments.seed + turn, counts=turn > 0)
+        results.keep(closed_loop={row.key: row.turns for row in found}, ratios=compared(found))
 
 
-def opened(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Latency by load: shares of the requests a second that the closed loop has reached."""
+def opened(row: Row, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Latency by load, as far as it is measured: shares of the requests a second that the closed loop has reached."""
     most = statistics.median(turn["requests_per_second"] for turn in row.turns)
     found = {}
     for share in (0.6, 0.75, 0.9):
         work = workload(arguments, row.adapters, row.popularity, row.requests, arguments.seed + 100)
         work = dataclasses.replace(work, rate=most * share)
         found[f"{share:.0%}"] = figures(*open_loop(in_process(row.engine), calls(work)), SLO)
-    return found
+        yield found
 
 
-def by_server(arguments: argparse.Namespace, base: Path, adapters: Sequence[Path]) -> dict[str, Any]:
-    """Our server beside vLLM's, with the same eight adapters, in turns."""
+def by_server(
+    arguments: argparse.Namespace, base: Path, adapters: Sequence[Path]
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """The turns so far of our server beside vLLM's, with the same eight adapters."""
     chosen = [adapter for i, adapter in enumerate(adapters) if arguments.ranks[i % len(arguments.ranks)] == 16][:8]
     if not chosen:
         raise SystemExit("--ranks: the servers are compared with adapters of rank 16, and there is none")
@@ -173,15 +204,16 @@ def by_server(arguments: argparse.Namespace, base: Path, adapters: Sequence[Path
             named = [call._replace(adapter=chosen[int(call.adapter[1:])].name) for call in calls(work)]
             for name, url in found.items():
                 turns[name].append(figures(*closed_loop(over_http(url, "base"), named, arguments.concurrency), SLO))
-    return {name: steps[1:] for name, steps in turns.items()}
+                yield {name: steps[1:] for name, steps in turns.items()}
 
 
 def compared(found: Sequence[Row]) -> dict[str, list[float]]:
-    """The ratios of throughput that are asked for: quartiles over the turns."""
+    """The ratios of throughput that are asked for: quartiles over the turns that both rows have had, if two or more."""
     by = {row.key: [turn["tokens_per_second"] for turn in row.turns] for row in found}
 
     def over(a: str, b: str) -> dict[str, list[float]]:
-        return {f"{a} / {b}": ratio(by[a], by[b])} if a in by and b in by else {}
+        both = min(len(by.get(a, ())), len(by.get(b, ())))
+        return {f"{a} / {b}": ratio(by[a][:both], by[b][:both])} if both >= 2 else {}
 
     result = over("no row with an adapter", "base") | over("lorary", "base") | over("lorary", "merged")
     for name in by:
@@ -220,7 +252,7 @@ def picture(found: Sequence[Row]) -> str:
         return to_svg(figure, title, f"base alone {base:.0f}; " + "; ".join(words))
 
 
-def report(result: dict[str, Any], found: Sequence[Row]) -> None:
+def report(result: Mapping[str, Any], found: Sequence[Row]) -> None:
     """The tables."""
     columns = ("tokens/s", "TTFT ms, p50", "p99", "TPOT ms, p50", "loads", "failed")
     table = Table("row", *columns, title=f"closed loop, {result['machine']['settings']['concurrency']} at a time")
@@ -289,36 +321,43 @@ def options() -> argparse.Namespace:
     return found
 
 
+def measure_beside(
+    found: Sequence[Row], arguments: argparse.Namespace, base: Path, adapters: Sequence[Path], results: Results
+) -> None:
+    """What is measured in process after the closed loop."""
+    ours = [row for row in found if row.name == "lorary"]
+    few = min(ours, key=lambda row: abs(row.adapters - 8))
+    loads: dict[str, Any] = {}
+    for row in (found[0], few, ours[-2]):
+        for shares in opened(row, arguments):
+            loads[row.key] = shares
+            results.keep(open_loop=loads)
+    answers = few.turn(arguments, arguments.seed + 200, counts=False)[: arguments.peft_requests]
+    results.keep(parity_with_peft=peers.parity(base, adapters[: few.adapters], answers))
+    results.keep(loading=peers.loading_over_reading(few.engine, adapters[:21]))
+    results.keep(adapter_mib=(adapters[0] / "adapter_model.safetensors").stat().st_size / MiB)
+
+
 def main() -> None:
     arguments = options()
     if arguments.trace:
         work = workload(arguments, 64, "uniform", arguments.requests, arguments.seed)
         write(arguments.trace, work, calls(work))
         return
+    results = Results(arguments.out, arguments)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         base = peers.base_folder(arguments.base, Path(folder) / "base", arguments)
         most = max([*arguments.counts, *arguments.mixed, *arguments.switched, 24])
         adapters = peers.make_adapters(base, Path(folder), most, arguments.ranks)
         found = list(rows(arguments, base, adapters, stack))
-        in_turns(found, arguments)
-        ours = [row for row in found if row.name == "lorary"]
-        few = min(ours, key=lambda row: abs(row.adapters - 8))
-        answers = few.turn(arguments, arguments.seed + 200)[: arguments.peft_requests]
-        del few.turns[-1]
-        result = {
-            "machine": machine(arguments),
-            "closed_loop": {row.key: row.turns for row in found},
-            "ratios": compared(found),
-            "open_loop": {row.key: opened(row, arguments) for row in (found[0], few, ours[-2])},
-            "parity_with_peft": peers.parity(base, adapters[: few.adapters], answers),
-            "loading": peers.loading_over_reading(few.engine, adapters[: min(most, 21)]),
-            "adapter_mib": (adapters[0] / "adapter_model.safetensors").stat().st_size / MiB,
-        }
+        in_turns(found, arguments, results)
+        measure_beside(found, arguments, base, adapters, results)
         stack.close()
-        result["over_http"] = {} if arguments.no_http else by_server(arguments, base, adapters)
-    report(result, found)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        results.keep(over_http={})
+        for turns in [] if arguments.no_http else by_server(arguments, base, adapters):
+            results.keep(over_http=turns)
+    results.keep(complete=True)
+    report(results.parts, found)
     arguments.out.with_suffix(".svg").write_text(picture(found), encoding="utf-8")
 
 

@@ -292,11 +292,12 @@ class _Picture(_Canvas):
             self.arrow((end - 30, _LANE), (end, _LANE), (end, _TOP + 15))
             self.node(end, _TOP, "+")
             x = self._join(x, self.placed)
-        self.arrow((x + 2, _TOP), (x + 29, _TOP))
-        self.node(x + 44, _TOP, "+")
-        self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
-        self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
-        x += 58
+        if self.site.bias:
+            self.arrow((x + 2, _TOP), (x + 29, _TOP))
+            self.node(x + 44, _TOP, "+")
+            self.chip(self._base("bias"), x + 44, _TOP + 62, "b", [self.site.out_features])
+            self.arrow((x + 44, _TOP + 50), (x + 44, _TOP + 15))
+            x += 58
         if self.placed and self.alone:
             x = self._join(x, self.placed)
         self.arrow((x + 2, _TOP), (x + 36, _TOP))
@@ -317,9 +318,10 @@ class _Picture(_Canvas):
         self.axes.add_patch(box)
         middle = x + 28 + width / 2
         self.text(middle, _TOP, name)
+        below = _TOP + (92 if self.alone and self.site.bias else 62)  # of the bias beside it
         for i, role in enumerate(role for role in placed.shapes if role in read):
-            self.chip(state(placed, role), middle, _TOP + 62 + 30 * i, role, placed.shapes[role])
-        self.arrow((middle, _TOP + 50), (middle, _TOP + 18))
+            self.chip(state(placed, role), middle, below + 30 * i, role, placed.shapes[role])
+        self.arrow((middle, below - 12), (middle, _TOP + 18))
         return x + 28 + width
 
     def _groups(self, x: float, groups: int) -> float:

@@ -51,7 +51,7 @@ def test_every_tensor_is_there(name: str) -> None:
     svg = method_svg(method, PRESETS[name].title)
     assert svg == method_svg(method, PRESETS[name].title)
     said = words(svg)
-    shapes = AdaptedSite(EXAMPLE, method).shapes if method.delta else {}
+    shapes = AdaptedSite(_pictures.example_site(method), method).shapes if method.delta else {}
     for role, shape in shapes.items():
         assert (role in said and str(list(shape)) in said) or f"{role} {list(shape)}" in said, role
     assert ("trains" in said) == bool(method.trained or method.full)

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 import lorary
-from lorary.cli._serve import storage_of
+from lorary.cli._serve import say, storage_of
 from lorary.cli.serve import _with_tenant
+from lorary.files.strict_json import show
 from lorary.layers.nf4 import NF4
 from tests import pages
 from tests.cli.command import Command
@@ -85,8 +86,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 @GROUP
 def test_it_says_where_it_is_and_what_to_try(server: Process) -> None:
     url = f"http://127.0.0.1:{server.port}"
-    first, models, example, page, last = server.welcome
+    first, facts, models, example, page, last = server.welcome
     assert first == f"lorary serves {BASE} at {url}"
+    found = re.fullmatch(
+        r"  (float32|bfloat16), not quantised, on cpu, in continuous batching; budget (\d+\.\d) MiB; 4 adapters found",
+        facts,
+    )
+    assert found, facts
+    assert float(found[2]) < 160  # what the small base needs, and not what the machine has
     assert models == f"  models: {BASE}, docs, parser, second, third"
     assert (page, last) == (f"  page: {url}/", "  Ctrl-C stops it.")
     assert server.ask("GET", "/")[0] == 200
@@ -214,6 +221,43 @@ def test_a_taken_port_is_found_before_the_base_is_loaded(command: Command, monke
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}: address already in use" in refused(command, "--port", str(port))
+
+
+def test_a_server_goes_on_where_nobody_reads_what_it_prints() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        say("a line", broken)
+        say("another", broken)
+    with open("/dev/full", "w") as full:
+        say("a line", full)
+
+
+def test_names_that_no_adapter_can_have_are_found_before_the_base_is_loaded(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorary.cli._serve.opened", lambda *_: pytest.fail("the base was loaded"))
+    folder = save_adapter(tmp_path / "été", 1)
+    long, names = "x" * 201, ("llama", "two words", "a\nb", "..", ".hidden")
+    given = [f"{name}={folder}" for name in (*names, long)]
+    err = refused(command, str(folder), *given, "--base", BASE, "--name", "llama", "--port", "0")
+    rule = "is not made of letters, digits, `.`, `_` and `-`, in at most 3 parts with `/`"
+    assert re.findall(r"^  - (.*)\n      hint: name it: NAME=FOLDER$", err, re.MULTILINE) == [
+        "'llama': is the base's",
+        *(f"{shown}: {rule}" for shown in ("'two words'", r"'a\nb'", "'..'", "'.hidden'")),
+        f"{show(long)}: has 201 characters; a name has 1 to 200",
+        f"'été': {rule}",
+    ]
+
+
+def test_a_budget_without_memory_for_it_says_what_to_lower(command: Command) -> None:
+    err = refused(command, "--budget", "900000GiB", "--port", "0")
+    assert re.fullmatch(
+        r"error: no memory for adapters, keys and values:\n"
+        r"  - budget: Memory footprint \d+ is more than available memory \d+\n"
+        r"      hint: 900000.0 GiB are reserved at the start; lower it: --budget, or budget=...\n",
+        err,
+    )
 
 
 def test_every_adapter_that_cannot_be_served_is_listed(command: Command, tmp_path: Path) -> None:

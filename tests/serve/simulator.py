@@ -1,7 +1,7 @@
 """A discrete-event simulation of an engine: a virtual clock, a cost model, and the real policy.
 
 Every step computes the prompts of the requests that were just admitted and one token of the others. What must hold at
-every step is asserted here: the limits of the policy, the memory budget, and that no adapter in use is evicted.
+every step is asserted here: the limits of the policy, and that the adapters in use leave room for those that join.
 """
 
 from __future__ import annotations
@@ -92,18 +92,13 @@ class _Engine:
         self.admission, self.policy, self.sizes = Admission(policy, choose), policy, sizes
         self.resident: dict[str, int] = {}
         self.left: dict[str, int] = {}  # id -> tokens that it will still generate
-        self.reserved: dict[str, int] = {}  # id -> bytes of its keys and values
 
     def admit(self, now: float, by_id: Mapping[str, Outcome]) -> tuple[int, int, int]:
         """Prompt tokens, bytes and adapters to load for what the policy admits."""
         budget = self.policy.budget
-        used = sum(self.resident.values()) + sum(self.reserved.values())
-        free = 2**62 if budget is None else budget - used
+        free = 2**62 if budget is None else budget - sum(self.resident.values())
         decision = self.admission.decide(now, free=free, resident=self.resident, sizes=self.sizes)
         in_use = self.admission.in_batch
-        for uid in decision.evict:
-            assert uid not in in_use, "an adapter in use was evicted"
-            del self.resident[uid]
         prompt, loaded, loads = 0, 0, 0
         for id in decision.admit:
             outcome = by_id[id]
@@ -111,9 +106,9 @@ class _Engine:
             outcome.admitted, arrival = now, outcome.arrival
             prompt += arrival.prompt
             self.left[id] = arrival.ends_after
-            self.reserved[id] = (arrival.prompt + arrival.generated) * self.policy.token_bytes
             for uid in arrival.adapters:
                 if uid not in self.resident:
+                    self.make_room(self.sizes[uid])
                     loaded, loads = loaded + self.sizes[uid], loads + 1
                 self.resident[uid] = self.resident.pop(uid, self.sizes[uid])  # the most recently used one
             self.admission.computed(id, prompt=arrival.prompt)
@@ -123,8 +118,15 @@ class _Engine:
             by_id[id].refused = reason
         assert len(self.left) <= self.policy.max_running
         assert len(in_use) <= self.policy.max_adapters
-        assert budget is None or sum(self.resident.values()) + sum(self.reserved.values()) <= budget
+        assert budget is None or sum(self.resident.values()) <= budget
         return prompt, loaded, loads
+
+    def make_room(self, size: int) -> None:
+        """Evict the least recently used adapters that no request of the batch has."""
+        budget, idle = self.policy.budget, [uid for uid in self.resident if uid not in self.admission.in_batch]
+        while budget is not None and sum(self.resident.values()) + size > budget:
+            assert idle, "an adapter was admitted that has no room beside those in use"
+            del self.resident[idle.pop(0)]
 
     def step(self) -> list[str]:
         """Generate a token for each; the ids that ended."""
@@ -135,7 +137,7 @@ class _Engine:
             if self.left[id] <= 0:
                 ended.append(id)
         for id in ended:
-            del self.left[id], self.reserved[id]
+            del self.left[id]
             self.admission.remove(id)
         return ended
 
@@ -199,29 +201,18 @@ def simulate(
 def fifo(snapshot: Snapshot, policy: Policy) -> Decision:
     """The plain policy: in order of arrival; the first that does not fit stops all behind it."""
     in_batch = {uid for request in snapshot.running for uid in request.adapters}
-    resident, room = dict(snapshot.resident), snapshot.free
-    admit, evict = list[str](), list[str]()
+    room = snapshot.free + sum(size for uid, size in snapshot.resident.items() if uid not in in_batch)
+    admit = list[str]()
     for request in snapshot.waiting:
         new = [uid for uid in request.adapters if uid not in in_batch]
         full = len(snapshot.running) + len(admit) >= policy.max_running
-        if full or len(in_batch) + len(new) > policy.max_adapters or not set(evict).isdisjoint(new):
-            break
-        need = request.tokens * policy.token_bytes + sum(snapshot.sizes[uid] for uid in new if uid not in resident)
-        idle = iter([uid for uid in resident if uid not in in_batch and uid not in new])
-        going = list[str]()
-        while room < need and (uid := next(idle, None)) is not None:
-            going.append(uid)
-            room += resident[uid]
-        if room < need:
+        need = sum(snapshot.sizes[uid] for uid in new)
+        if full or len(in_batch) + len(new) > policy.max_adapters or need > room:
             break
         room -= need
-        evict += going
-        resident = {uid: size for uid, size in resident.items() if uid not in going} | {
-            u: snapshot.sizes[u] for u in new
-        }
         in_batch.update(new)
         admit.append(request.id)
-    return Decision(tuple(admit), evict=tuple(evict))
+    return Decision(tuple(admit))
 
 
 def poisson(random: Random, rate: float, seconds: float, cv: float = 1.0) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lorary
 from lorary.errors import FileError, LoraryError, MethodError, StateError
 from lorary.methods.longlora import LongContext
+from lorary.model.base import Base
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.weighted import check_weights
 from lorary.serve.interface import RequestError
@@ -194,7 +195,7 @@ def test_every_reason_is_given_at_once() -> None:
 def test_force_takes_another_base() -> None:
     base = tiny.seeded("Qwen2ForCausalLM", seed=1, **QWEN)
     assert serving_form(plain(), base, force=True, uid="mine").uid == "mine"
-    assert serving_form(plain(), base, here=lorary.Fingerprint.of(qwen())).rank == 3
+    assert serving_form(plain(), Base(base, lorary.Fingerprint.of(qwen()))).rank == 3
 
 
 # --- several adapters -------------------------------------------------------------------------------------------------

@@ -24,9 +24,8 @@ adapter_sets = st.sets(st.sampled_from("abcde"), max_size=2).map(lambda names: t
 policies = st.builds(
     Policy,
     max_running=st.integers(1, 6),
-    max_adapters=st.integers(1, 3),
+    max_adapters=st.integers(1, 4),
     patience=st.sampled_from([0.0, 3.0, 100.0]),
-    token_bytes=st.integers(0, 1),
 )
 
 
@@ -57,15 +56,14 @@ def situations(draw: Any, tenants: str = "xyz") -> tuple[Snapshot, Policy]:
         if len(in_batch.union(request.adapters)) <= policy.max_adapters:
             in_batch.update(request.adapters)
             running.append(dataclasses.replace(request, deadline=None))
-    sizes = {uid: draw(st.integers(1, 9)) for uid in "abcde"}
+    sizes = {uid: draw(st.integers(1, 20)) for uid in "abcde"}
     others = draw(st.permutations(sorted(set("abcde") - in_batch)))[: draw(st.integers(0, 3))]
     resident = {uid: sizes[uid] for uid in [*others, *sorted(in_batch)]}
     pinned = frozenset(draw(st.sets(st.sampled_from(others), max_size=1))) if others else frozenset[str]()
-    used = sum(resident.values()) + sum(request.tokens for request in running) * policy.token_bytes
-    policy = dataclasses.replace(policy, budget=used + draw(st.integers(1, 40)))
+    free = draw(st.integers(1, 40))
+    policy = dataclasses.replace(policy, budget=sum(resident.values()) + free)
     since = {uid: draw(st.integers(0, int(NOW))) for uid in draw(st.sets(st.sampled_from("abcde"))) & in_batch}
     served = {tenant: float(draw(st.integers(0, 50))) for tenant in tenants}
-    free = (policy.budget or 0) - used
     return Snapshot(NOW, Waiting(waiting), running, resident, sizes, free, served, since, pinned), policy
 
 
@@ -88,7 +86,7 @@ def reference(snapshot: Snapshot, policy: Policy) -> Decision:
     def need(batch: list[Pending]) -> int:
         """Bytes that a batch takes, pinned adapters included."""
         uids = {uid for r in batch for uid in r.adapters} | snapshot.pinned
-        return sum(snapshot.sizes[uid] for uid in uids) + policy.token_bytes * sum(r.tokens for r in batch)
+        return sum(snapshot.sizes[uid] for uid in uids)
 
     assert policy.budget is not None
     while any(queues.values()) and len(running) < policy.max_running:
@@ -113,7 +111,7 @@ def reference(snapshot: Snapshot, policy: Policy) -> Decision:
                 old = [u for u in live - {*request.adapters} if since[u] + policy.patience <= snapshot.now]
                 lacks = len(live) + len(new) - policy.max_adapters
                 closing = set(sorted(old, key=lambda uid: (left[uid], uid))[:lacks])
-    return Decision(tuple(r.id for r in admitted), tuple(r.id for r in expired), (), refused)
+    return Decision(tuple(r.id for r in admitted), tuple(r.id for r in expired), refused)
 
 
 def _uids(batch: Any) -> set[str]:
@@ -145,15 +143,9 @@ def test_limits_hold(situation: tuple[Snapshot, Policy]) -> None:
     assert len(after) <= max(policy.max_running, len(snapshot.running))
     assert len(_uids(after)) <= policy.max_adapters
     assert all(r.deadline is None or r.deadline > snapshot.now for r in taken)
-    assert not {*decision.evict} & (_uids(after) | snapshot.pinned)
-    assert {*decision.evict} <= {*snapshot.resident}
-    loads = sum(snapshot.sizes[uid] for uid in _uids(taken) - {*snapshot.resident})
-    missing = loads + policy.token_bytes * sum(r.tokens for r in taken) - snapshot.free
-    sizes = [snapshot.resident[uid] for uid in decision.evict]
-    assert sum(sizes) >= missing
-    assert sum(sizes[:-1]) < missing or not sizes  # none too many
-    wanted = [uid in snapshot.waiting.wanted for uid in decision.evict]
-    assert wanted == sorted(wanted)
+    assert policy.budget is not None
+    staying = _uids(after) | (snapshot.pinned & {*snapshot.resident})
+    assert sum(snapshot.sizes[uid] for uid in staying) <= policy.budget
 
 
 @quick
@@ -163,17 +155,15 @@ def test_a_decision_that_was_carried_out_stands_until_it_says(situation: tuple[S
     decision = decide(snapshot, policy)
     by_id = {request.id: request for request in snapshot.waiting}
     taken = [by_id[id] for id in decision.admit]
-    resident = {uid: size for uid, size in snapshot.resident.items() if uid not in decision.evict}
-    free = snapshot.free + sum(snapshot.resident[uid] for uid in decision.evict)
-    for uid in sorted(_uids(taken) - {*resident}):
-        resident[uid] = snapshot.sizes[uid]
-        free -= resident[uid]
-    free -= policy.token_bytes * sum(r.tokens for r in taken)
+    running = [*snapshot.running, *taken]
+    staying = _uids(running) | snapshot.pinned  # everything idle was evicted
+    resident, free = {uid: snapshot.sizes[uid] for uid in staying}, snapshot.free
+    free += sum(snapshot.resident.values()) - sum(resident.values())
     gone = {*decision.admit, *decision.expired, *decision.refused}
     after = dataclasses.replace(
         snapshot,
         waiting=Waiting(r for r in snapshot.waiting if r.id not in gone),
-        running=[*snapshot.running, *taken],
+        running=running,
         resident=resident,
         free=free,
         since={**dict.fromkeys(_uids(taken) - _uids(snapshot.running), NOW), **snapshot.since},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, SimpleNamespace
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple, cast
 
 import torch
@@ -98,8 +100,9 @@ def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tupl
     return adapted.scale * B, A
 
 
-class BaseLayer(NamedTuple):
-    """The base's layer at a site, checked when its weight or bias is asked for.
+@dataclass(frozen=True, eq=False)
+class BaseLayer:
+    """The base's layer at a site, checked once, when its weight or bias is first asked for.
 
     Args:
         base: the base; None if it is not known.
@@ -111,20 +114,21 @@ class BaseLayer(NamedTuple):
     base: nn.Module | None
     adapted: AdaptedSite
     layer: nn.Module | None
-    values: Mapping[str, Tensor] = MappingProxyType({})
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weight(self) -> Tensor:
         """The unmodified weight [out, in], in fp32 on the CPU."""
-        base, layer = self._checked()
+        base, layer = self._checked
         W = self.values.get("weight")
         W = original_weight(base, self.adapted.site.name) if W is None else W
         return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).cpu().float()
 
     def bias(self) -> Tensor | None:
         """The bias [out], in fp32 on the CPU."""
-        b = self.values.get("bias", getattr(self._checked()[1], "bias", None))
+        b = self.values.get("bias", getattr(self._checked[1], "bias", None))
         return None if b is None else b.detach().cpu().float()
 
+    @cached_property
     def _checked(self) -> tuple[nn.Module, nn.Module]:
         if self.base is None:
             what = f"{type(self.adapted.join).__name__} has no such form without the base's weight"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import NAME
@@ -27,10 +27,9 @@ from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
 from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import TensorFile
-from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.kinds import kind_of, site
 from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
+from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -47,12 +46,12 @@ def is_mlx(folder: Path) -> bool:
     return os.path.lexists(folder / WEIGHTS) and not os.path.lexists(folder / PEFT_WEIGHTS)
 
 
-def read_mlx(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
+def read_mlx(folder: Path, base: Base | None, findings: Findings) -> Adapter:
     """The adapter that mlx-lm saved in `folder`.
 
     Args:
         folder: a resolved folder.
-        model: the base, if at hand: the tensors do not tell an embedding or GPT-2's Conv1D from a linear layer.
+        base: the base, if at hand: the tensors do not tell an embedding or GPT-2's Conv1D from a linear layer.
         findings: collects the problems, and raises them.
 
     Raises:
@@ -64,7 +63,7 @@ def read_mlx(folder: Path, model: nn.Module | None, findings: Findings) -> Adapt
     method = _method(config)
     with TensorFile(folder, WEIGHTS) as file:
         found = {name: entry.shape for name, entry in file.header.tensors.items()}
-        sites = tuple(AdaptedSite(s, method) for s in _sites(found, model, method, findings))
+        sites = tuple(AdaptedSite(s, method) for s in _sites(found, base, method, findings))
         findings.raise_refused()
         expected, vital = expected_tensors(sites, _layout, {})
         names = {name: name for name in found}
@@ -72,8 +71,8 @@ def read_mlx(folder: Path, model: nn.Module | None, findings: Findings) -> Adapt
         values = read_tensors(file, names, expected, findings, lambda name: explain, vital | set(expected), ())
     tensors = site_tensors(sites, values, expected, _decode, {}, findings)
     alert_if_zero(sites, tensors, findings)
-    base = config.get("model")
-    fingerprint = Fingerprint(name=base_name(base) if isinstance(base, str) else "")
+    name = config.get("model")
+    fingerprint = Fingerprint(name=base_name(name) if isinstance(name, str) else "")
     findings.notes.append("read from mlx-lm's files")
     return Adapter(method, sites, tensors, {}, fingerprint, findings.conclude())
 
@@ -106,28 +105,25 @@ def _method(config: Mapping[str, Any]) -> Method:
     )
 
 
-def _sites(
-    found: Mapping[str, tuple[int, ...]], model: nn.Module | None, method: Method, findings: Findings
-) -> list[Site]:
+def _sites(found: Mapping[str, tuple[int, ...]], base: Base | None, method: Method, findings: Findings) -> list[Site]:
     """The sites in the names of the tensors; every other name becomes a finding later."""
-    modules = unwrapped_modules(model) if model is not None else None
     sites = []
     for name in dict.fromkeys(n.rpartition(".")[0] for n in found if n.endswith((".lora_a", ".lora_b"))):
         a, b = (found.get(f"{name}.{_LEAVES[role]}", ()) for role in ("A", "B"))
         if len(a) == 3 or len(b) == 3:
             findings.fatal.append(Diagnostic(name, "adapts fused experts, which is not supported"))
-        elif modules is None and len(a) == len(b) == 2:
+        elif base is None and len(a) == len(b) == 2:
             sites.append(Site(name, "linear", b[1], a[0], bias=False))
-        elif modules is None:
+        elif base is None:
             findings.fatal.append(Diagnostic(name, f"has factors of the shapes {list(a)} and {list(b)}"))
-        elif (layer := modules.get(name)) is None or kind_of(layer) is None:
-            near = nearest(name, [n for n, m in modules.items() if kind_of(m) is not None], most=1)
+        elif name not in base.kinds:
+            near = nearest(name, base.kinds, most=1)
             fix = f"it has {named(near[0])}" if near else ""
             findings.fatal.append(Diagnostic(name, "adapts a layer that the model does not have", fix))
-        elif kind_of(layer) == "embedding" and isinstance(method.join, MagnitudeDirection):
+        elif base.kinds[name] == "embedding" and isinstance(method.join, MagnitudeDirection):
             findings.fatal.append(Diagnostic(name, "mlx-lm's DoRA of an embedding has a magnitude for each token"))
         else:
-            sites.append(site(name, layer))
+            sites.append(base.site(name))
     if not sites and not findings.fatal:
         findings.fatal.append(Diagnostic(WEIGHTS, "holds no factors of any layer"))
     return sites

@@ -14,6 +14,7 @@ from lorary.adapters.switch import activate, check_base
 from lorary.errors import Diagnostic, FileError, MethodError, StateError
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.ambient import mode_independent
+from lorary.model.base import Base
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.state import require_attached, state_of
@@ -151,7 +152,7 @@ def _hold(model: nn.Module, name: str, adapter: Adapter, *, force: bool) -> None
     if problems:
         raise FileError("cannot hold an adapter:", problems)
     held, state, here = held_by(model), state_of(model), Fingerprint.of(model)
-    check_base(model, adapter, here, f"the adapter {name!r}", force=force)
+    check_base(Base(model, here), adapter, f"the adapter {name!r}", force=force)
     before = held.get(name)
     if state is None or before is None or before not in state.active:
         hold(model, held | {name: _checked(name, adapter, model, here)})

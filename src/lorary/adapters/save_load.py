@@ -26,6 +26,7 @@ from lorary.files.safe_open import checked_path, existing_folder, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.model.ambient import mode_independent
+from lorary.model.base import Base
 
 CERTIFICATE = "certificate.json"  # of `lorary verify`, about the adapter beside it
 # every file that a reader of adapters looks at, or that is about the adapter: a new adapter replaces them all
@@ -78,10 +79,10 @@ def save_adapter(
             stacklevel=caller_stacklevel(),
         )
     config = None
-    if is_exact(adapter):
-        config, tensors = virtual_token_files(adapter, model)
-    elif peft_type is not None:
+    if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
+    elif is_exact(adapter):
+        config, tensors = virtual_token_files(adapter, model)
     if config is not None and for_trainer and (source := getattr(getattr(model, "config", None), "name_or_path", "")):
         config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
     needed = sum(t.nbytes for t in tensors.values())
@@ -97,12 +98,15 @@ def save_adapter(
 
 
 @mode_independent
-def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = None, strict: bool = True) -> Adapter:
+def load_adapter(
+    folder: str | os.PathLike[str], *, model: nn.Module | Base | None = None, strict: bool = True
+) -> Adapter:
     """Read an adapter folder: lorary's, PEFT's or mlx-lm's.
 
     Args:
         folder: the folder, or its Hub id: only the adapter's own files are then downloaded.
-        model: the base, if at hand: a PEFT folder must then have tensors for the modules that PEFT would adapt in it.
+        model: the base, if at hand: a PEFT folder must then have tensors for the modules that PEFT would adapt in it. A
+            `Base` of the model is walked once for all the adapters that are read with it.
         strict: refuse anything missing, unexpected, malformed or not finite. False tolerates what PEFT tolerates, with
             one warning that lists it all: a missing tensor is zero, an unexpected one is dropped and never overwrites a
             weight of the base.
@@ -114,15 +118,15 @@ def load_adapter(folder: str | os.PathLike[str], *, model: nn.Module | None = No
         FileError: every reason why it cannot be used, at once.
     """
     checked_path(folder, "cannot load an adapter:")
-    if problems := not_a(nn.Module | None, "a torch.nn.Module", model=model):
+    if problems := not_a(nn.Module | Base | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
     path = existing_folder(folder if os.path.lexists(folder) else local_folder(folder))
-    findings = Findings(subject(folder), strict)
+    findings, base = Findings(subject(folder), strict), None if model is None else Base.of(model)
     try:
         if os.path.lexists(path / native.NAME):
             return native.read_native(path, findings)
         if os.path.lexists(path / PEFT_CONFIG):
-            return read_mlx(path, model, findings) if is_mlx(path) else read_peft(path, model, findings)
+            return read_mlx(path, base, findings) if is_mlx(path) else read_peft(path, base, findings)
         weights_name(path)  # a lone pickle is the better reason
         raise FileError("", [_no_adapter(path)])
     except FileError as error:

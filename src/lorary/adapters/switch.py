@@ -19,13 +19,11 @@ from lorary.adapters.compose.mix import stacked
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, FileError, StateError, caller_stacklevel, deduplicated
-from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
-from lorary.layers.kinds import kind_of
-from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.layers.adapted import unwrapped_modules
 from lorary.model.ambient import mode_independent
 from lorary.model.attach import attach_tensors, remove
-from lorary.model.buffers import persistent_buffers
-from lorary.model.checks import changeable, layer_mismatches
+from lorary.model.base import Base
+from lorary.model.checks import changeable, layer_mismatches, site_mismatches
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.optim.watch import warn_of_idle_rules
 from lorary.model.quantize import already_quantized, quantizable_layers, warn_of_quantization
@@ -111,10 +109,10 @@ def put_on(
     Raises:
         FileError: it does not fit; `where` is its folder, and `fix` the hint if the base is another one.
     """
-    here = Fingerprint.of(model)
-    check_base(model, adapter, here, where, force=force, fix=fix)
+    base = Base(model)
+    check_base(base, adapter, where, force=force, fix=fix)
     with all_or_nothing(model) as undo:
-        _install(model, adapter, here, undo, trainable=trainable, quantize=quantize)
+        _install(model, adapter, base.fingerprint, undo, trainable=trainable, quantize=quantize)
 
 
 @mode_independent
@@ -158,15 +156,15 @@ def switch(
     if weights is not None:
         activate(inner, held_under(inner, weights), force=force, trainable=trainable)
         return model
-    here = Fingerprint.of(inner)
+    base = Base(inner)
     for a in several:
-        check_base(inner, a, here, "the adapter", force=force)
+        check_base(base, a, "the adapter", force=force)
     replacement = several[0] if len(several) == 1 else stacked(several, inner) if several else None
     with all_or_nothing(inner) as undo:
         if state_of(inner) is not None:
             remove(inner, undo)
         if replacement is not None:
-            _install(inner, replacement, here, undo, trainable=trainable)
+            _install(inner, replacement, base.fingerprint, undo, trainable=trainable)
     return model
 
 
@@ -179,7 +177,7 @@ def activate(model: nn.Module, weights: dict[HeldAdapter, float], *, force: bool
     if swapped(model, held, here, chosen, trainable=trainable):
         return
     view, where = held.view(), f"the adapter {held.name!r}"
-    check_base(model, view, here, where, force=force or held.checked == here)
+    check_base(Base(model, here), view, where, force=force or held.checked == here)
     with all_or_nothing(model) as undo:
         if state is not None:
             remove(model, undo)
@@ -205,41 +203,44 @@ def _adapters(adapters: Any) -> list[Adapter]:
     return several
 
 
-def check_base(
-    model: nn.Module, adapter: Adapter, here: Fingerprint, where: str, *, force: bool, fix: str = _OTHER_BASE
-) -> None:
-    problems = base_mismatches(model, adapter) + _meta_problems(unwrapped_modules(model), adapter)
+def check_base(base: Base, adapter: Adapter, where: str, *, force: bool, fix: str = _OTHER_BASE) -> None:
+    """Refuse an adapter that does not fit a base.
+
+    Raises:
+        FileError: every reason; `where` is its folder, and `fix` the hint if the base is another one.
+    """
+    problems = base_mismatches(base, adapter) + _meta_problems(base, adapter)
     if not force:
-        here = here.without(model, adapter.full)
+        here = base.fingerprint.without(base.model, adapter.full)
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
 
 
-def base_mismatches(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
-    """Why a model cannot take an adapter: layers, shapes, quantisation, context; it may be without values."""
-    modules, problems = unwrapped_modules(model), []
-    residual = {name for name, layer in adapted_layers(model).items() if layer.start}  # detaching makes them plain
+def base_mismatches(base: Base, adapter: Adapter) -> list[Diagnostic]:
+    """Why a base cannot take an adapter: layers, shapes, quantisation, context; it may be without values."""
+    problems = []
     for adapted in adapter.sites:
         name = adapted.site.name
-        problems += layer_mismatches(adapted.site, modules.get(name))
-        if adapted.starts and is_quantized(modules.get(name)) and name not in residual:
+        if name in base.kinds:
+            problems += site_mismatches(adapted.site, base.site(name))
+        else:
+            problems += layer_mismatches(adapted.site, base.modules.get(name))
+        if adapted.starts and name in base.quantized and name not in base.residual:  # detaching makes those plain
             problems.append(already_quantized(name, adapted.init))
         problems += tensor_problems(name, adapted.stored, adapter.tensors.get(name, {}))
-    every = [*base_parameters(model), *persistent_buffers(modules).items()] if adapter.full else []
-    parameters = {name: tuple(t.shape) for name, t in every}
     for name, tensor in adapter.full.items():
-        if parameters.get(name) != tuple(tensor.shape):
-            found = f"it is {parameters[name]}" if name in parameters else "it has no such parameter"
+        here = tuple(base.tensors[name].shape) if name in base.tensors else None
+        if here != tuple(tensor.shape):
+            found = "it has no such parameter" if here is None else f"it is {here}"
             problems.append(Diagnostic(name, f"the adapter holds {tuple(tensor.shape)} for it; in this model {found}"))
-    return problems + _context_problems(model, adapter)
+    return problems + _context_problems(base.model, adapter)
 
 
-def _meta_problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[Diagnostic]:
+def _meta_problems(base: Base, adapter: Adapter) -> list[Diagnostic]:
     """The layers without values, on which the adapter would lose its own."""
-    layers = {a.site.name: modules[a.site.name] for a in adapter.sites if a.site.name in modules}
     what, fix = "is on the meta device, where the adapter would lose its values", "load the base's weights first"
-    empty = [name for name, layer in layers.items() if kind_of(layer) and stored_tensors(layer)[0].is_meta]
+    empty = [adapted.site.name for adapted in adapter.sites if adapted.site.name in base.empty]
     return deduplicated(Diagnostic(name, what, fix) for name in empty)
 
 

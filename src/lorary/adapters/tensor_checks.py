@@ -36,9 +36,10 @@ def expected_tensors(
     """
     expected, vital = {}, set(shared.values())
     for adapted in sites:
+        starts, roles = adapted.starts, adapted.delta.roles
         for role, (name, shape) in layout(adapted).items():
             expected[name] = shape
-            if adapted.starts or role not in adapted.delta.roles:  # zero would not mean "no change" there
+            if starts or role not in roles:  # zero would not mean "no change" there
                 vital.add(name)
     common = shared_shapes(sites)
     return expected | {name: common[role] for role, name in shared.items() if role in common}, vital
@@ -170,12 +171,11 @@ def unusable_values(tensors: Mapping[str, Tensor], unbounded: Collection[str] = 
     return not_finite(suspect) + out_of_range(large)
 
 
-@torch.no_grad()
 def largest_value(tensor: Tensor) -> float:
     """The largest absolute value; NaN or infinity if a value is. One pass over the tensor, at the speed of memory."""
     if not tensor.numel():
         return 0.0
-    lowest, highest = torch.stack(torch.aminmax(tensor.detach())).tolist()
+    lowest, highest = (extreme.item() for extreme in torch.aminmax(tensor.detach()))
     return float("nan") if math.isnan(lowest) or math.isnan(highest) else max(-lowest, highest)
 
 
@@ -213,8 +213,7 @@ def tensor_problems(
     shapes = {role: tuple(t.shape) for role, t in found.items()}
     reasons = [
         f"{role} is {shapes.get(role, 'missing')}, expected {expected.get(role, 'no such tensor')}"
-        for role in sorted(expected.keys() | shapes.keys())
-        if expected.get(role) != shapes.get(role)
+        for role in sorted({role for role, _ in expected.items() ^ shapes.items()})
     ]
     for role, t in found.items():
         if t.is_meta:

@@ -19,6 +19,8 @@ def without_wrappers(name: str) -> tuple[str, list[str]]:
     """A name without the components that only wrappers have, and these components."""
     components = name.split(".")
     before = components.index(_PEFT) if _PEFT in components else 0
+    if not before and WRAPPERS.isdisjoint(components):
+        return name, []
     outside = set(components[:before]) <= {DDP, *WRAPPERS}
     gone = [c in WRAPPERS or (outside and i < before) for i, c in enumerate(components)]
     kept = [c for c, wrapper in zip(components, gone, strict=True) if not wrapper]

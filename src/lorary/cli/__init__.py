@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from lorary import __version__
+from lorary.cli._quiet import quiet_bitsandbytes
 from lorary.errors import LoraryError
 
 COMMANDS = (
@@ -25,6 +26,7 @@ COMMANDS = (
 
 def main() -> None:
     """Run the command line and exit with its code; `--debug` at any position adds the traceback of an error."""
+    quiet_bitsandbytes()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorary.cli import printable
-from lorary.cli._generation import Printer, Sampling, Writer, chat_ids, room
+from lorary.cli._generation import Printer, Writer, chat_ids, room
 from lorary.errors import LoraryError, did_you_mean
 from lorary.train.data.row_formats import Messages
 
@@ -30,16 +30,13 @@ class Conversation:
         writer: of the answers; it uses the first adapter.
         tokenizer: with a chat template.
         adapters: their names; the first is in use.
-        sampling: how answers are drawn.
         system: the system message; empty for none.
     """
 
-    def __init__(
-        self, writer: Writer, tokenizer: Any, adapters: Sequence[str], sampling: Sampling, system: str = ""
-    ) -> None:
+    def __init__(self, writer: Writer, tokenizer: Any, adapters: Sequence[str], system: str = "") -> None:
         self.writer, self.tokenizer = writer, tokenizer
         self.adapters, self.current = adapters, next(iter(adapters), OFF)
-        self.sampling, self.system = sampling, system
+        self.system = system
         self.turns: Messages = []
 
     def say(self, line: str) -> bool:

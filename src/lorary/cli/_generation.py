@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,28 +28,39 @@ class Sampling:
         max_new_tokens: length of an answer at most.
         temperature: 0 takes the likeliest token.
         top_p: nucleus sampling.
+        seed: of the draws.
     """
 
     max_new_tokens: int
     temperature: float
     top_p: float
+    seed: int
 
     def options(self) -> dict[str, Any]:
-        """For Transformers' `generate`, without the length."""
+        """For Transformers' `generate`, without the length and the seed."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
-class Size(NamedTuple):
-    """How much is computed at a time.
+@dataclass(frozen=True)
+class Generation:
+    """What a writer generates text with.
 
     Args:
-        prompts: all of them.
-        rows: prompts at a time.
-        tokens: of a prompt and its answer.
+        model: the base, without an adapter, in evaluation mode.
+        tokenizer: of the base.
+        folders: name -> folder of the adapters.
+        sampling: how tokens are drawn.
+        prompts: the number of prompts that are given at once.
+        rows: prompts that are computed at a time.
+        tokens: of the longest prompt and its answer, that memory is taken for.
     """
 
+    model: Any
+    tokenizer: Any
+    folders: Mapping[str, Path]
+    sampling: Sampling
     prompts: int
     rows: int
     tokens: int

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
 from lorary.adapters.hub import OWN_FILES
-from lorary.cli._generation import Answer, Printer, Sampling, Size
+from lorary.cli._generation import Answer, Generation, Printer
 from lorary.errors import Diagnostic, LoraryError
-from lorary.layers.rope import text_config
 from lorary.serve import request
-from lorary.serve.open import default_budget, engine_of
+from lorary.serve.budget import most_budget, token_bytes
+from lorary.serve.open import engine_of
 from lorary.serve.scheduler.policy import Policy
 
 _BASE = "the base"  # has a space: no adapter can have this name
@@ -26,33 +24,22 @@ _SPARE = 32 * 2**20  # bytes
 class EngineWriter:
     """See `lorary.cli._generation.Writer`.
 
-    Args:
-        model: the base, without an adapter, in evaluation mode.
-        tokenizer: of the base.
-        folders: name -> folder of the adapters.
-        sampling: how tokens are drawn.
-        seed: of the draws.
-        size: what memory is taken for.
-
     Raises:
         LoraryError: the engine does not compute this base.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, folders: Mapping[str, Path], sampling: Sampling, seed: int, size: Size
-    ) -> None:
-        self.tokenizer, self._folders, self._adapter = tokenizer, folders, ""
-        self._sampling, self._seeds = sampling, random.Random(seed)
+    def __init__(self, given: Generation) -> None:
+        self._given, self._adapter, self._seeds = given, "", random.Random(given.sampling.seed)
         # Transformers' `generate` draws from the 50 likeliest where a model names no number
-        top_k = model.generation_config.top_k
+        top_k = given.model.generation_config.top_k
         self._top_k = 50 if top_k is None else top_k
         self._engine = engine_of(
-            model,
-            tokenizer,
+            given.model,
+            given.tokenizer,
             _BASE,
-            budget=min(_budget(model, folders, size), default_budget(model.device)),
-            policy=Policy(max_running=size.rows),
-            most_waiting=size.prompts,
+            budget=min(_budget(given), most_budget(given.model.device)),
+            policy=Policy(max_running=given.rows),
+            most_waiting=given.prompts,
         )
         self._engine.start()
 
@@ -67,9 +54,10 @@ class EngineWriter:
         return self._engine.runner.most_tokens
 
     def use(self, name: str | None) -> None:
-        known = "" if name is None else f"adapter-{[*self._folders].index(name)}"  # any folder has a valid one
+        folders = self._given.folders
+        known = "" if name is None else f"adapter-{[*folders].index(name)}"  # any folder has a valid one
         if name is not None and known not in {card.name for card in self._engine.adapters()}:
-            self._engine.registry.load(known, str(self._folders[name]), replace=False, pinned=False, trusted=True)
+            self._engine.registry.load(known, str(folders[name]), replace=False, pinned=False, trusted=True)
         self._adapter = known
 
     def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
@@ -89,13 +77,8 @@ class EngineWriter:
 
     def _asked(self, row: Sequence[int]) -> request.Request:
         """The request, with a seed of its own: two that are equal are drawn independently."""
-        sampling = request.Sampling(
-            self._sampling.max_new_tokens,
-            self._sampling.temperature,
-            self._sampling.top_p,
-            self._top_k,
-            seed=self._seeds.getrandbits(64),
-        )
+        how, seed = self._given.sampling, self._seeds.getrandbits(64)
+        sampling = request.Sampling(how.max_new_tokens, how.temperature, how.top_p, self._top_k, seed=seed)
         return request.Request(tuple(row), {self._adapter: 1.0} if self._adapter else {}, sampling)
 
     def _answer(self, asked: request.Request, events: SimpleQueue[request.Event], printer: Printer | None) -> Answer:
@@ -110,16 +93,12 @@ class EngineWriter:
             raise LoraryError("cannot generate text:", [Diagnostic("", event.error or event.reason)])
         if printer is not None:
             printer.end()
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = str(self._given.tokenizer.decode(ids, skip_special_tokens=True))
         return Answer(text, ended=event.reason == "stop")
 
 
-def _budget(model: Any, folders: Mapping[str, Path], size: Size) -> int:
+def _budget(given: Generation) -> int:
     """Bytes for keys and values of as many sequences, and for the adapters; half of them are never adapters'."""
-    config = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    files = [folder / name for folder in folders.values() for name in OWN_FILES]
+    files = [folder / name for folder in given.folders.values() for name in OWN_FILES]
     adapters = sum(os.stat(file).st_size for file in files if file.is_file())
-    return int(2 * token * size.rows * size.tokens + 4 * adapters) + _SPARE
+    return 2 * token_bytes(given.model) * given.rows * given.tokens + 4 * adapters + _SPARE

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from lorary.cli import printable
 from lorary.cli._notes import print_notes
 from lorary.cli._progress import progress_bar
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.files.strict_json import show
 from lorary.serve.address import local_url
 from lorary.serve.http.settings import Settings
 
 if TYPE_CHECKING:
+    from lorary.serve.engine.batching import BatchingEngine
     from lorary.serve.interface import Engine
     from lorary.spec.interfaces import Storage
 
@@ -61,6 +65,7 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
     """
     folders = find_adapters(start.adapters)
     base = base_of(folders, start.base)
+    check_names(folders, base_name(start, base))
     from lorary.serve.address import bind
 
     with bind(host, port) as listener:
@@ -74,20 +79,26 @@ def run(start: Start, settings: Settings, host: str, port: int) -> None:
             engine.stop()
 
 
-def _serve(engine: Engine, settings: Settings, listener: Any) -> None:
+def _serve(engine: BatchingEngine, settings: Settings, listener: Any) -> None:
     from lorary.serve.http.app import create_app
     from lorary.serve.http.limits import Traffic
     from lorary.serve.http.server import Server
 
     traffic = Traffic()
     app = create_app(engine, settings, traffic)
-    text = welcome(engine, settings, listener.getsockname()[:2])
-
-    def ready() -> None:
-        print(printable(text), flush=True)
-
+    text = printable(welcome(engine, settings, listener.getsockname()[:2], summary(engine)))
+    ready = partial(say, text, sys.stdout)
     Server(app, settings, traffic, stop=engine.stop, ready=ready).run(sockets=[listener])
-    print("stopped", file=sys.stderr)
+    say("stopped", sys.stderr)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; a server goes on where nobody reads it any more, or the disk of its log is full."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:  # else the interpreter fails at its end on what is in the buffer
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def find_adapters(given: Iterable[str]) -> dict[str, Path]:
@@ -117,6 +128,23 @@ def find_adapters(given: Iterable[str]) -> dict[str, Path]:
     if problems:
         raise FileError("cannot serve these adapters:", problems)
     return found
+
+
+def check_names(names: Iterable[str], base: str) -> None:
+    """Refuse names that no adapter can have.
+
+    Raises:
+        FileError: every one that is not valid, or the base's.
+    """
+    from lorary.serve.pool.names import name_problems
+
+    problems = [
+        Diagnostic(show(name), problem.what.removeprefix(f"{show(name)} "), "name it: NAME=FOLDER")
+        for name in names
+        for problem in name_problems(name, (base,), taken=False)
+    ]
+    if problems:
+        raise FileError("cannot serve these adapters:", problems)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -186,7 +214,7 @@ def storage_of(folders: Mapping[str, Path], quantize: str) -> Storage | None:
     return found[0] if same and found[0] is not None and not found[0].writable else None
 
 
-def opened(start: Start, base: str, folders: Mapping[str, Path]) -> Engine:
+def opened(start: Start, base: str, folders: Mapping[str, Path]) -> BatchingEngine:
     """The engine for the base of these adapters, which are not loaded yet; it is not started."""
     from lorary.serve.open import open_engine
     from lorary.serve.pool.loader import Limits
@@ -220,13 +248,27 @@ def load_adapters(engine: Engine, folders: dict[str, Path]) -> None:
     _of_each(folders, lambda name, folder: engine.load(name, str(folder)))
 
 
-def welcome(engine: Engine, settings: Settings, address: tuple[str, int]) -> str:
-    """The text for the terminal: where the server is, its models, and a request to try."""
+def summary(engine: BatchingEngine) -> str:
+    """The base's dtype, storage and device, how it is computed, the budget, and the number of adapters, in a line."""
+    from lorary.layers.quantized_weight import is_quantized
+    from lorary.model.plan import human_bytes
+
+    model, count = engine.runner.model, len(engine.adapters())
+    dtype, budget = str(model.dtype).removeprefix("torch."), human_bytes(engine.statistics()["budget_bytes"])
+    quantized = sorted({type(layer).__name__ for layer in model.modules() if is_quantized(layer)})
+    storage = f"quantised in {', '.join(quantized)}" if quantized else "not quantised"
+    found = f"{count} adapter{'s' if count != 1 else ''} found"
+    return f"{dtype}, {storage}, on {model.device}, in {engine.runner.kind}; budget {budget}; {found}"
+
+
+def welcome(engine: Engine, settings: Settings, address: tuple[str, int], facts: str = "") -> str:
+    """The text for the terminal: where the server is, facts about it, its models, and a request to try."""
     url, names = local_url(*address), [card.name for card in engine.adapters()]
     shown = [engine.name, *names[:_SHOWN], *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])]
     body = json.dumps({"model": names[0] if names else engine.name, "prompt": "def parse(", "max_tokens": 32})
     key = " -H 'Authorization: Bearer KEY'" if settings.guarded else ""
-    lines = [f"lorary serves {engine.name} at {url}", f"  models: {', '.join(shown)}"]
+    lines = [f"lorary serves {engine.name} at {url}", *([f"  {facts}"] if facts else [])]
+    lines.append(f"  models: {', '.join(shown)}")
     if not names:
         lines.append("  no adapters yet: lorary serve FOLDER..., or --root DIR for all that lie in a folder")
     lines += [

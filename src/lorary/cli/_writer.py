@@ -6,19 +6,18 @@ configuration that it does not know, and for a prompt that its memory does not h
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorary.adapters.save_load import load_adapter
 from lorary.adapters.switch import check_base
-from lorary.cli._generation import Answer, Printer, Sampling, Size, Writer
+from lorary.cli._generation import Answer, Generation, Printer, Writer
 from lorary.cli._generation_batches import PlainWriter
 from lorary.cli._generation_engine import EngineWriter
 from lorary.cli._notes import print_notes
 from lorary.errors import ConfigError, Diagnostic, LoraryError
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.base import Base
 
 # What a generation configuration may set: the engine reads it, the command line replaces it, or it changes no answer.
 _KNOWN = {
@@ -30,30 +29,18 @@ _KNOWN = {
 
 
 class AnyWriter:
-    """See `lorary.cli._generation.Writer`. Once the engine cannot do what is asked, it is left for good, with a note.
+    """See `lorary.cli._generation.Writer`. What the engine cannot do ends its use, with a note."""
 
-    Args:
-        model: the base, without an adapter, in evaluation mode.
-        tokenizer: of the base.
-        folders: name -> folder of the adapters.
-        sampling: how tokens are drawn.
-        seed: of the draws.
-        size: what memory is taken for.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, folders: Mapping[str, Path], sampling: Sampling, seed: int, size: Size
-    ) -> None:
-        self._model, self._folders, self._sampling = model, folders, sampling
-        self._plain = functools.partial(PlainWriter, model, tokenizer, folders, sampling, seed, size.rows)
+    def __init__(self, given: Generation) -> None:
+        self._given = given
         self._in_use: str | None = None
         self._writer: Writer
         try:
-            _require_plain_choice(model)
-            self._writer = EngineWriter(model, tokenizer, folders, sampling, seed, size)
+            _require_plain_choice(given.model)
+            self._writer = EngineWriter(given)
         except LoraryError as error:
             _say_why(error)
-            self._writer = self._plain()
+            self._writer = PlainWriter(given)
 
     @property
     def context(self) -> int | None:
@@ -65,13 +52,13 @@ class AnyWriter:
         except LoraryError as error:
             if name is None or not isinstance(self._writer, EngineWriter):
                 raise
-            self._require_fit(self._folders[name])
+            self._require_fit(self._given.folders[name])
             self._leave_engine(error, name)
         self._in_use = name
 
     def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
         if isinstance(self._writer, EngineWriter) and (most := self._writer.most_tokens) is not None:
-            needed = max(map(len, rows), default=0) + self._sampling.max_new_tokens
+            needed = max(map(len, rows), default=0) + self._given.sampling.max_new_tokens
             needed = min(needed, self.context or needed)
             if needed > most:
                 what = f"the prompt and its answer may take {needed:,} tokens, and its memory holds {most:,}"
@@ -83,15 +70,16 @@ class AnyWriter:
 
     def _require_fit(self, folder: Path) -> None:
         """Refuse an adapter that does not fit the base, as `lorary.load` and `lorary.switch` do."""
-        adapter = load_adapter(folder, model=self._model)
+        base = Base(self._given.model)
+        adapter = load_adapter(folder, model=base)
         where = str(folder) if self._in_use is None else "the adapter"
-        check_base(self._model, adapter, Fingerprint.of(self._model), where, force=False)
+        check_base(base, adapter, where, force=False)
 
     def _leave_engine(self, error: LoraryError, name: str | None) -> None:
         """Compute without the engine from now on, with this adapter."""
         _say_why(error)
         self._writer.close()  # the model is as it was before
-        self._writer = self._plain()
+        self._writer = PlainWriter(self._given)
         self._writer.use(name)
 
 

@@ -39,19 +39,19 @@ def chat(
     """
     from lorary.cli._generation import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    with _conversation(models, base, system, template, sampling, seed) as conversation:
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    with _conversation(models, base, system, template, sampling) as conversation:
         _talk(conversation)
 
 
 @contextmanager
 def _conversation(
-    models: list[str], base: str | None, system: str, template: str | None, sampling: Sampling, seed: int
+    models: list[str], base: str | None, system: str, template: str | None, sampling: Sampling
 ) -> Iterator[Conversation]:
     from lorary.adapters import load_adapter
     from lorary.adapters.resolve import adapter_at, find_adapter, find_model
     from lorary.cli._chat import Conversation, names_of
-    from lorary.cli._generation import Size, require_chat_template, tokenizer_of
+    from lorary.cli._generation import Generation, require_chat_template, tokenizer_of
     from lorary.cli._model import ready_base
     from lorary.cli._writer import AnyWriter
     from lorary.layers.rope import max_context, text_config
@@ -66,10 +66,10 @@ def _conversation(
     for each in folders.values():  # those that cannot be read are refused before the first message
         load_adapter(each)
     model = ready_base(section, folder)
-    size = Size(1, 1, min(max_context(text_config(model)) or _MOST_TOKENS, _MOST_TOKENS))
-    with closing(AnyWriter(model, tokenizer, folders, sampling, seed, size)) as writer:
+    tokens = min(max_context(text_config(model)) or _MOST_TOKENS, _MOST_TOKENS)
+    with closing(AnyWriter(Generation(model, tokenizer, folders, sampling, 1, 1, tokens))) as writer:
         writer.use(first)
-        yield Conversation(writer, tokenizer, [*folders], sampling, system)
+        yield Conversation(writer, tokenizer, [*folders], system)
 
 
 def _talk(conversation: Conversation) -> None:

@@ -52,18 +52,18 @@ def generate(
     prompts = read_prompts(file) if file is not None else [Prompt(_text(prompt), "prompt")]
     if chat:
         prompts = [p if p.field == "messages" else _asked(p) for p in prompts]
-    from lorary.cli._generation import Sampling, Size, tokenizer_of
+    from lorary.cli._generation import Generation, Sampling, tokenizer_of
     from lorary.cli._model import ready_base
     from lorary.cli._writer import AnyWriter
 
     folder, section = find_model(model, base)
     tokenizer = tokenizer_of(section, folder, template)
     rows = _rows(tokenizer, prompts, model)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with _output(out) as written:
         base_alone, folders = ready_base(section, folder), {} if folder is None else {model: folder}
-        size = Size(len(rows), min(batch_size, len(rows)), max(map(len, rows)) + max_new_tokens)
-        with closing(AnyWriter(base_alone, tokenizer, folders, sampling, seed, size)) as writer:
+        size = (len(rows), min(batch_size, len(rows)), max(map(len, rows)) + max_new_tokens)
+        with closing(AnyWriter(Generation(base_alone, tokenizer, folders, sampling, *size))) as writer:
             writer.use(next(iter(folders), None))
             if file is not None:
                 _answer_file(writer, prompts, rows, written)

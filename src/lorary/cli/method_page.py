@@ -20,7 +20,7 @@ EXAMPLE = Site("layer", "linear", out_features=2048, in_features=1024, bias=True
 EXAMPLES = (
     EXAMPLE,
     Site("self_attn.k_proj", "linear", out_features=2048, in_features=1024, bias=True),
-    Site("embed_tokens", "embedding", out_features=1024, in_features=32000, bias=False),
+    Site("embed_tokens", "embedding", out_features=1024, in_features=4096, bias=False),
 )
 
 # The linear layers of one of LLaMA-2-7B's blocks: name -> (out_features, in_features).
@@ -42,7 +42,9 @@ def method_page(name: str, picture: str = "") -> str:
 
 
 def example_site(method: Method) -> Site:
-    """The first example layer that a method adapts."""
+    """The first example layer that a method adapts; any one for a method that adapts none."""
+    if method.delta is None:
+        return EXAMPLE
     return next((site for site in EXAMPLES if not (a := AdaptedSite(site, method)).problems() and a.shapes), EXAMPLE)
 
 

@@ -30,7 +30,8 @@ def serve(
         Path | None, typer.Option("--root", help="Folder of adapters that requests and admins may load by name.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Memory of adapters and keys and values together, as 2GiB.")
+        str | None,
+        typer.Option("--budget", help="Memory of adapters, keys and values, as 2GiB; else what a full batch needs."),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: any.")] = 8000,
@@ -74,7 +75,7 @@ def serve(
     """Serve a base and its adapters over HTTP, as OpenAI's interface.
 
     lorary serve out/ sql=runs/7/ serves two adapters: a request names one as its `model`. Without arguments it serves
-    the built-in base. SIGTERM and Ctrl-C let running requests end; a second one does not.
+    the built-in base. SIGTERM and Ctrl-C let running requests end; a second one ends them.
 
     With --engine vllm, adapters are converted to what vLLM computes, or refused, and verified once it runs. With
     --engine ray, replicas on this machine or the cluster of RAY_ADDRESS share the requests.

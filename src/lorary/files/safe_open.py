@@ -6,6 +6,7 @@ Nothing is memory-mapped: a file truncated while it is read raises an error and 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -84,8 +85,12 @@ def open_inside(folder: Path, name: str, limit: int) -> tuple[BinaryIO, int]:
     """
     # O_NONBLOCK: opening a FIFO must not wait for its other end; O_NOFOLLOW: the path is resolved already
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = -1
+    if os.sep not in name:  # a file of the folder itself, if it is no link: then there is nothing to resolve
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / name, flags)
     try:
-        descriptor = os.open(_contained(folder, name), flags)
+        descriptor = os.open(_contained(folder, name), flags) if descriptor < 0 else descriptor
     except OSError as error:
         raise _refused(name, f"cannot be opened: {reason(error)}") from error
     status = os.fstat(descriptor)

@@ -132,7 +132,7 @@ def _scaled_settings(config: Any, form: str, factor: float) -> dict[str, Any]:
 
 
 def scaled_modules(model: nn.Module, form: str, factor: float) -> dict[str, nn.Module]:
-    """path -> the module of rotary angles with this scaling; the model is not changed.
+    """path -> the module of rotary angles with this scaling; the model is not changed, and may be running.
 
     Args:
         model: a model of Transformers.
@@ -140,7 +140,9 @@ def scaled_modules(model: nn.Module, form: str, factor: float) -> dict[str, nn.M
         factor: the scaling factor.
     """
     config = text_config(model)
-    scaled = copy.deepcopy(config)
+    # Every forward pass of continuous batching adds `is_causal` to the configuration and removes it again. A shallow
+    # copy takes all attributes in one step; a deep copy iterates over them, and fails when another thread adds one.
+    scaled = copy.deepcopy(copy.copy(config))
     for name, value in _scaled_settings(config, form, factor).items():
         setattr(scaled, name, value)
     rotary = _rotary(model, config)

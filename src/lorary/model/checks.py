@@ -222,7 +222,13 @@ def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Diagnostic
     if kind_of(layer) is None:
         what = f"is of class {type(layer).__name__}, expected a layer of kind {expected.kind}"
         return [Diagnostic(expected.name, what)]
-    found = site(expected.name, layer)
+    return site_mismatches(expected, site(expected.name, layer))
+
+
+def site_mismatches(expected: Site, found: Site) -> list[Diagnostic]:
+    """How the site of a model's layer differs from a planned or saved one."""
+    if found == expected:
+        return []
     differences = []
     # a linear layer and GPT-2's transposed one are the same matrix
     if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:

@@ -89,6 +89,8 @@ def without_pruned_directions(
     sites: tuple[AdaptedSite, ...], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[tuple[AdaptedSite, ...], dict[str, Mapping[str, Tensor]]]:
     """The adapter with its pruned rank directions removed."""
+    if not _prunable(sites):
+        return sites, {p.site.name: tensors[p.site.name] for p in sites}
     small, values = [], {}
     for p in sites:
         own = tensors[p.site.name]
@@ -100,6 +102,11 @@ def without_pruned_directions(
         small.append(p)
         values[p.site.name] = own
     return tuple(small), values
+
+
+def _prunable(sites: tuple[AdaptedSite, ...]) -> bool:
+    """Whether a delta can be pruned at all. Python compares an object with a protocol slowly: one of each class."""
+    return any(isinstance(delta, PrunableDelta) for delta in {type(p.delta): p.delta for p in sites}.values())
 
 
 def _select(tensor: Tensor, kept: Tensor, dim: int) -> Tensor:

@@ -35,10 +35,10 @@ class AdapterCard:
         form: how it is served: "low rank", "low rank with gain", "shared projections", "replica" and so on.
         rank: the highest of its sites; None if nothing of it has a rank.
         bytes: of its tensors as they are served; 0 before it is loaded.
-        method: its method, as printed.
+        method: its presets, as `--method` takes them: "dora,rslora"; empty before it is loaded.
         running, waiting: its requests.
         error: why it failed.
-        created: Unix time of its registration.
+        created: Unix time of its folder's last change; 0 if it is gone.
         max_context: the context that its RoPE scaling gives; None for the base's.
         notes: what a user should know: an approximation, what its form costs.
     """

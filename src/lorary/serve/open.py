@@ -14,8 +14,11 @@ from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
 from lorary.model.loading.source import ModelSection
+from lorary.model.out_of_memory import allocator_message, is_out_of_memory
+from lorary.model.plan import human_bytes
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.merged import spare_bytes
+from lorary.serve.budget import default_budget, most_budget
 from lorary.serve.engine.batching import BatchingEngine
 from lorary.serve.engine.in_flight import end_tokens
 from lorary.serve.engine.padded import PaddedRunner
@@ -31,6 +34,7 @@ from lorary.spec.interfaces import Storage
 logger = logging.getLogger(__name__)
 
 _SHARE_OF_MERGED = 1 / 8  # of the budget, at most, for a copy of the base's weights
+_LESS = "{} are reserved at the start; lower it: --budget, or budget=..."
 
 
 def open_engine(
@@ -60,9 +64,7 @@ def open_engine(
         >>> engine.start()
     """
     section = ModelSection.of(base, dtype=dtype)
-    model: Any = load_model(section, storage)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    model = _loaded(section, storage)
     engine = engine_of(model, load_tokenizer(section), name or base, **options)
     problems = list[Diagnostic]()
     for adapter, folder in (adapters or {}).items():
@@ -74,6 +76,20 @@ def open_engine(
         engine.stop()
         raise FileError("cannot serve these adapters:", problems)
     return engine
+
+
+def _loaded(section: ModelSection, storage: Storage | None) -> Any:
+    """The base, on the GPU if there is one."""
+    try:
+        model: Any = load_model(section, storage)
+        return model.to("cuda") if torch.cuda.is_available() else model
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = "serve it quantised (--quantize nf4) or in --dtype bfloat16, or take a smaller one"
+        raise LoraryError(
+            "the base does not fit into memory:", [Diagnostic(section.id, allocator_message(error), fix)]
+        ) from None
 
 
 def engine_of(
@@ -98,10 +114,10 @@ def engine_of(
         name: as requests call it.
         root: the folder below which adapters are found by name, and to which loading is confined once it has started;
             None: neither.
-        budget: bytes of adapters, keys and values beside the base; None for `default_budget`. If a
-            second copy of the base's linear weights takes little of it, an adapter that has all batches to itself for
-            long is merged into one.
-        host_budget: bytes of adapters on the host; None for twice the budget.
+        budget: bytes of adapters, keys and values beside the base; None for `default_budget`.
+            If a second copy of the base's linear weights takes little of it, an adapter that has all batches to itself
+            for long is merged into one.
+        host_budget: bytes of adapters on the host; None for twice the budget, or twice `most_budget`.
         limits: of an adapter.
         policy: of the queue.
         most_waiting: requests that wait, at most.
@@ -113,15 +129,17 @@ def engine_of(
         LoraryError: the root or the budget cannot be used, or no way of computing the model gives its own logits.
     """
     found = AdapterRoot(root) if root is not None else None
-    policy, budget = policy or Policy(), default_budget(model.device) if budget is None else budget
+    policy, most = policy or Policy(), most_budget(model.device) if budget is None else budget
     if most_tokens_of_batch is None:
         most_tokens_of_batch = 512 if model.device.type == "cpu" else 4096
     spare = spare_bytes(model)
-    merged = spare if spare <= budget * _SHARE_OF_MERGED else 0
+    merged = spare if spare <= most * _SHARE_OF_MERGED else 0
+    if budget is None:
+        budget = default_budget(model, policy, page=page, merged=merged)
     layers = ServedLayers(model, merged_budget=merged)
     shape = Shape(budget - merged, page, most_tokens_of_batch, policy.max_running)
     runner = choose_runner(model, layers, name, shape)
-    pool = Pool(runner.arena, host_bytes=host_budget or 2 * budget, keep=runner.kept)
+    pool = Pool(runner.arena, host_bytes=host_budget or 2 * most, keep=runner.kept)
     runner.make_room = pool.make_room
     if policy.budget is None:
         policy = replace(policy, budget=pool.space.capacity)
@@ -138,15 +156,6 @@ def engine_of(
         max_context=max_context(text_config(model)),
         most_waiting=most_waiting,
     )
-
-
-def default_budget(device: torch.device) -> int:
-    """In bytes, all taken at once: 80 % of a GPU's free memory; on the host a quarter of it, 2 GiB at most."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    import psutil
-
-    return min(int(psutil.virtual_memory().available) // 4, 2 * 2**30)
 
 
 def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> Runner:
@@ -181,6 +190,9 @@ def choose_runner(model: Any, layers: ServedLayers, name: str, shape: Shape) -> 
         except ConfigError:
             raise
         except Exception as failure:
+            if is_out_of_memory(failure):  # another way would take as much
+                problem = Diagnostic("budget", allocator_message(failure), _LESS.format(human_bytes(shape.budget)))
+                raise LoraryError("no memory for adapters, keys and values:", [problem]) from None
             reasons.append(f"{way}: {_first_line(failure)}")
             continue
         try:

@@ -91,7 +91,8 @@ class AdaptedSite:
     @property
     def stored(self) -> Shapes:
         """role -> shape of every tensor that a file holds for this site, the start of a residual init included."""
-        return self.shapes | {start_name(role): shape for role, shape in self.starts.items()}
+        starts = self.starts
+        return self.shapes | {start_name(role): shape for role, shape in starts.items()} if starts else self.shapes
 
     @property
     def starts(self) -> Shapes:
@@ -136,6 +137,11 @@ def family(method: Method) -> tuple[Any, ...]:
     """
     kinds = type(method.delta), type(method.scale)
     return *kinds, method.init, method.join, method.frozen, method.lr, method.rules, method.dropout
+
+
+def joins_of(sites: Iterable[AdaptedSite]) -> list[tuple[Site, Join]]:
+    """Each site with its join."""
+    return [(s.site, s.join) for s in sites]
 
 
 def by_method(sites: Iterable[AdaptedSite]) -> list[list[AdaptedSite]]:

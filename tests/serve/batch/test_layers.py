@@ -20,7 +20,7 @@ from lorary.serve.batch import mixed
 from lorary.serve.batch.batch import Batch, Segment, Weighted
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.ops import cpu
-from lorary.serve.batch.step import RowsError
+from lorary.serve.batch.prepared import RowsError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 from lorary.spec.presets import presets
@@ -33,7 +33,8 @@ LENGTHS = pytest.mark.parametrize("length", [1, 5, 19], ids=["one row", "short",
 
 @pytest.fixture(autouse=True, params=["compiled", "without a compiler"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways of short segments."""
+    """Both ways of short segments; of these narrow layers, all would be short."""
+    monkeypatch.setattr(cpu, "SHORT_ROWS", (8, 8))
     if request.param != "compiled":
         monkeypatch.setenv("LORARY_NATIVE", "0")
     elif cpu.native() is None:
@@ -510,7 +511,7 @@ def test_bad_batches(case: str) -> None:
     batch, message = batches(form, gained, strange)[case]
     with pytest.raises(StateError, match=re.escape(message)), served.computing(batch):
         raise AssertionError("nothing is computed")
-    assert served.step is None
+    assert served.batch is None
 
 
 def test_rows_that_the_batch_does_not_describe() -> None:

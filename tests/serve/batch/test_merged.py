@@ -15,7 +15,7 @@ from lorary.serve.batch import merged
 from lorary.serve.batch.batch import Batch, Weighted
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.merged import steps_worth_merging, why_not_merged
-from lorary.serve.batch.step import RowsError
+from lorary.serve.batch.prepared import RowsError
 from tests import tiny
 
 from .test_layers import adapter_of, alone, close, seeded

@@ -16,6 +16,7 @@ from torch import Tensor
 import lorary
 from lorary.adapters.content_hash import content_hash
 from lorary.errors import MethodError
+from lorary.model.base import Base
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm
 from tests import architectures, tiny
@@ -329,7 +330,7 @@ def test_a_plain_form_does_not_read_the_base(name: str) -> None:
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.fill_(torch.nan)
-    blind = serving_form(adapter, base, here=here)
+    blind = serving_form(adapter, Base(base, here))
     for path, site in form.sites.items():
         assert torch.equal(site.A, blind.sites[path].A)
         assert torch.equal(site.B, blind.sites[path].B)

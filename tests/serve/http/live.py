@@ -39,10 +39,10 @@ def tokenizer() -> Any:
     return load_tokenizer(ModelSection.of(BASE))
 
 
-def save_adapter(folder: Path, seed: int, method: str = "lora", **options: Any) -> Path:
+def save_adapter(folder: Path, seed: int, *presets: str, **options: Any) -> Path:
     """A trained-looking adapter of the built-in base."""
     model = base()
-    lorary.attach(model, lorary.plan(model, lorary.method(method, **({"r": 4, "alpha": 8} | options))))
+    lorary.attach(model, lorary.plan(model, lorary.method(*(presets or ("lora",)), **({"r": 4, "alpha": 8} | options))))
     lorary.save(shaken(model, 0.05, seed), folder)
     return folder
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,14 @@ def is_cut_off(connection: socket.socket, part: bytes, times: int, pause: float 
     except ConnectionError:
         return True
     return False
+
+
+def eventually(true: Callable[[], bool]) -> bool:
+    """Whether this becomes true."""
+    until = time.monotonic() + 20
+    while not (found := true()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
 
 
 def error(data: bytes) -> tuple[int, str]:
@@ -279,6 +290,59 @@ def test_an_impossible_token_is_json(engine: Engine) -> None:
         streamed = server.post("/v1/completions", COMPLETION | {"logprobs": 1, "stream": True}).body
         assert b"-9999.0" in streamed
         assert b"Infinity" not in streamed
+
+
+def test_connections_that_are_too_many_are_told_so(engine: Engine) -> None:
+    with live(engine, Settings(connections=4)) as server:
+        with ExitStack() as stack:
+            held = [stack.enter_context(closing(server.raw())) for _ in range(4)]
+            held[-1].sendall(request("GET", "/health"))
+            assert held[-1].recv(12) == b"HTTP/1.1 200"
+            refused, cut = server.raw(), server.raw()
+            said = answers(refused)
+            assert b"\r\nRetry-After: 5\r\n" in said
+            assert error(said) == (503, "the server has 4 connections already")
+            with suppress(ConnectionError):
+                assert answers(cut) == b""
+        assert eventually(lambda: server.ask("GET", "/health").status == 200)  # when it has seen that they have gone
+        server.alive()
+
+
+FLOODED = """
+import logging, resource, socket, sys, threading, time
+from fastapi import FastAPI
+from lorary.serve.address import bind
+from lorary.serve.http.limits import Traffic
+from lorary.serve.http.server import Server
+from lorary.serve.http.settings import Settings
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+listener, traffic, ready = bind("127.0.0.1", 0), Traffic(), threading.Event()
+server = Server(FastAPI(), Settings(), traffic, stop=lambda: None, ready=ready.set)
+thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+thread.start()
+ready.wait(30)
+print(listener.getsockname()[1], flush=True)
+while not sys.stdin.readline():
+    pass
+print(open(sys.executable, "rb").readable())  # a file can still be opened
+traffic.drain(0)
+thread.join()
+"""
+
+
+def test_a_flood_of_connections_leaves_descriptors_for_files() -> None:
+    """They are refused, and nothing is logged for each of them."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", FLOODED], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        port = int(process.stdout.readline())
+        with ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(closing(socket.create_connection(("127.0.0.1", port), timeout=20)))
+            out, err = process.communicate("go\n", timeout=60)
+    assert (process.returncode, out) == (0, "True\n")
+    assert re.fullmatch(r"at most \d+ connections at a time: the process may open 64 files \(ulimit -n\)\n", err)
 
 
 def test_an_address_that_another_server_has_begun_to_listen_at_meanwhile() -> None:

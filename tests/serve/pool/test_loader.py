@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorary
 from lorary.adapters import tensor_checks
 from lorary.files import safe_open
+from lorary.layers import adapted
 from lorary.serve.forms.form import serving_form
 from lorary.serve.interface import BusyError
+from lorary.serve.open import engine_of
 from lorary.serve.pool import loader as loader_module
 from lorary.serve.pool.adapter_root import AdapterRoot
 from lorary.serve.pool.arena import PlainArena
 from lorary.serve.pool.loader import Limits, Loader, folder_digest
 from lorary.serve.pool.pool import Pool
 from lorary.serve.pool.registry import Registry
+from lorary.serve.request import Request, Sampling
 from tests import tiny
 from tests.serve.flats import own_tensors
+from tests.serve.running import saved_adapter, submitted, words
 
 METHODS = {
     "lora": lorary.method("lora", r=3, alpha=6),
@@ -100,6 +106,26 @@ def test_the_base_is_measured_once(lora: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("lorary.model.fingerprint._plain_samples", lambda model: calls.append(model))
     reader.load(lora, "a")
     assert calls == []
+
+
+def test_the_base_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [saved(tmp_path / name, METHODS[name]) for name in ("lora", "dora", "vera", "pissa")]
+    peft = Path(shutil.copytree(folders[0], tmp_path / "peft"))
+    (peft / "lorary.json").unlink()
+    model = base()
+    reader, walks = Loader(model), list[str]()
+
+    def count(owner: Any, name: str) -> None:
+        walk = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (walks.append(name), walk(*args, **kwargs))[1])
+
+    for owner, name in ((adapted, "named_modules"), (nn.Module, "named_modules"), (nn.Module, "named_children")):
+        count(owner, name)
+    for folder in (*folders, peft):
+        assert reader.load(folder, "a").flat.bytes
+    assert walks == []
+    Loader(model)
+    assert set(walks) == {"named_modules", "named_children"}
 
 
 def test_values_are_looked_at_once_and_not_copied(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,3 +313,41 @@ def test_a_loader_that_is_closed_says_that_the_server_stops(lora: Path) -> None:
     registry.loader.close()
     with pytest.raises(BusyError, match="the server stops"):
         registry.lease("a")
+
+
+class _CopiedBesideAPass:
+    """A setting of a base: while it is copied, the engine begins a forward pass, and waits inside a layer."""
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.inside, self.over = base, threading.Event(), threading.Event()
+        self.begin: Callable[[], object] = lambda: None
+        self.before, self.during = set[str](), set[str]()  # names of the base's settings
+
+    def __deepcopy__(self, memo: object) -> None:
+        self.before = {*vars(self.base.config)}
+        self.begin()
+        assert self.inside.wait(60), "no forward pass began"
+
+    def wait(self, *_: object) -> None:
+        self.during = {*vars(self.base.config)}
+        self.inside.set()
+        assert self.over.wait(60)
+
+
+def test_an_adapter_is_read_while_a_forward_pass_begins(tmp_path: Path) -> None:
+    def short() -> Any:
+        return tiny.seeded("Qwen2ForCausalLM", max_position_embeddings=64)
+
+    folder, model = saved_adapter(short(), lorary.method("longlora", "lora", r=2, length=128), tmp_path / "a"), short()
+    engine = engine_of(model, words(model.config.vocab_size), "base", budget=2**20, page=4)
+    model.config.other = beside = _CopiedBesideAPass(model)
+    model.model.layers[0].register_forward_pre_hook(beside.wait)
+    beside.begin = lambda: submitted(engine, Request((1, 2, 3), sampling=Sampling(max_tokens=1)))
+    engine.start()
+    try:
+        loaded = engine.registry.loader.load(Path(folder), "a")
+    finally:
+        beside.over.set()
+        engine.stop()
+    assert beside.during > beside.before, "a pass adds nothing to the settings: there is nothing to test"
+    assert loaded.flat.form.rotary.keys() == {"model.rotary_emb"}

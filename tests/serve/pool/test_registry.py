@@ -21,7 +21,7 @@ import lorary
 from lorary.errors import Diagnostic
 from lorary.serve.forms.flat import Flat
 from lorary.serve.interface import BusyError, UnknownAdapterError
-from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name
+from lorary.serve.pool.adapter_root import AdapterRoot, changed_at, invalid_name
 from lorary.serve.pool.arena import PlainArena
 from lorary.serve.pool.lease import Lease
 from lorary.serve.pool.loader import Limits, Loader, folder_digest
@@ -144,6 +144,26 @@ def test_a_root_that_has_not_changed_is_not_looked_through_again(
     write(tmp_path / "team" / "c", "1")
     assert root.names() == sorted([*names, "team/c"])
     assert len(looked) == 1
+
+
+@pytest.mark.parametrize("path", ["", "no such folder", "a\0b", "x" * 5000, "file/below"])
+def test_what_is_gone_has_no_time(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert changed_at(tmp_path) > 0
+    assert changed_at(f"{tmp_path}/{path}" if path else path) == 0
+
+
+def test_an_adapters_time_is_its_folders_before_and_after_it_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a", "1")
+    os.utime(tmp_path / "a", (10**9, 10**9))
+    with serving(tmp_path) as registry:
+        assert [card.created for card in registry.cards()] == [10**9]
+        registry.lease("a").future.result(10)
+        assert registry.card("a").created == 10**9
+        write(tmp_path / "a", "2")  # replaced: the folder's time goes on
+        assert registry.card("a").created > 10**9
+        shutil.rmtree(tmp_path / "a")
+        assert registry.cards() == []
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_ten_thousand_adapters(exponent: float, cv: float) -> None:
     """All are served, and with a budget for few adapters, no slower than in order of arrival."""
     requests = workload(0, 20, 60, lambda random: simulator.zipf(random, 10_000, exponent), cv=cv)
     sizes = {f"a{i}": 10_000_000 * (1 + i % 4) for i in range(10_000)}
-    policy = dataclasses.replace(POLICY, token_bytes=100_000, budget=2_000_000_000)
+    policy = dataclasses.replace(POLICY, budget=500_000_000)
     ours = simulate(requests, policy, sizes=sizes)
     plain = simulate(requests, policy, sizes=sizes, choose=simulator.fifo)
     assert all(outcome.ended for outcome in ours.outcomes)
@@ -130,19 +130,15 @@ def test_an_overloaded_engine_still_clusters() -> None:
     assert late(report, policy) == []
 
 
-def small_flood(seconds: float) -> list[Arrival]:
-    return [Arrival(i / 100, (), prompt=8, generated=8, ends_after=8) for i in range(int(100 * seconds))]
-
-
-def test_a_large_request_gets_its_memory() -> None:
-    policy = Policy(max_running=64, token_bytes=1, budget=800, patience=2.0)
-    cost = dataclasses.replace(Cost(), step=0.05)
-    big = Arrival(1.0, ("big",), prompt=600, generated=16, ends_after=16)
-    requests = simulator.merged(small_flood(30), [big])
-    report = simulate(requests, policy, cost=cost)
+def test_a_large_adapter_gets_its_memory() -> None:
+    """Eight small adapters fill the memory for as long as anybody asks for them."""
+    policy = Policy(max_running=64, budget=800, patience=2.0)
+    cost, sizes = dataclasses.replace(Cost(), step=0.05), {"big": 700} | {f"hot{i}": 100 for i in range(8)}
+    requests = simulator.merged(flood(100, 30, 8, length=8), [Arrival(1.0, ("big",), generated=16, ends_after=16)])
+    report = simulate(requests, policy, cost=cost, sizes=sizes)
     assert late(report, policy) == []
     assert report.waits("big")[0] < 5
-    starved = simulate(requests, dataclasses.replace(policy, patience=1e9), cost=cost, stop=30)
+    starved = simulate(requests, dataclasses.replace(policy, patience=1e9), cost=cost, sizes=sizes, stop=30)
     assert starved.waits("big") == []
 
 
@@ -207,44 +203,48 @@ def test_deadlines() -> None:
 
 
 def test_a_request_that_can_never_fit_is_refused() -> None:
-    policy = Policy(max_adapters=2, token_bytes=10, budget=1000)
-    sizes = {"a": 400, "b": 400, "c": 100}
-    requests = [
-        Arrival(0, ("a",), prompt=50, generated=11, ends_after=1),
-        Arrival(0, ("a", "b", "c"), prompt=50, generated=50),
-        Arrival(0, ("a",), prompt=50, generated=10, ends_after=1),
-    ]
+    policy = Policy(max_adapters=2, budget=1000)
+    sizes = {"a": 400, "b": 601, "c": 600}
+    requests = [Arrival(0, ("a", "b")), Arrival(0, ("a", "b", "c")), Arrival(0, ("a", "c"))]
     first, second, third = (o for o in simulate(requests, policy, sizes=sizes).outcomes)
     outcomes = {o.arrival: o.refused for o in (first, second, third)}
-    assert outcomes[requests[0]] == "it needs 1,010 bytes, 400 of them for its adapters, and the budget is 1,000"
+    assert outcomes[requests[0]] == "its adapters need 1,001 bytes, and the budget is 1,000"
     assert outcomes[requests[1]] == (
-        "it has 3 adapters, and a batch takes 2; "
-        "it needs 1,900 bytes, 900 of them for its adapters, and the budget is 1,000"
+        "it has 3 adapters, and a batch takes 2; its adapters need 1,601 bytes, and the budget is 1,000"
     )
     assert outcomes[requests[2]] == ""
-    assert why_never(Pending("x", tokens=60), policy, 0, 500) == (
-        "it needs 600 bytes, 0 of them for its adapters, and the budget is 1,000 beside 500 of pinned adapters"
+    assert why_never(Pending("x", ("a",)), policy, 501, 500) == (
+        "its adapters need 501 bytes, and the budget is 1,000 beside 500 of pinned adapters"
     )
+    assert why_never(Pending("x", ("a",)), policy, 500, 500) == ""
 
 
-def test_the_least_recently_used_idle_adapters_go_first_and_those_that_are_waited_for_last() -> None:
+def test_idle_adapters_give_way_and_those_in_use_and_pinned_ones_do_not() -> None:
     resident = {"waited": 10, "pinned": 10, "old": 10, "used": 10, "new": 10}
     snapshot = Snapshot(
         0.0,
-        Waiting([Pending("r", ("cold",)), Pending("s", ("colder",), tokens=1), Pending("t", ("waited", "x"))]),
+        Waiting([Pending("r", ("cold",)), Pending("s", ("colder",)), Pending("t", ("x",))]),
         [Pending("q", ("used",))],
         resident,
-        {"cold": 15, "colder": 10, "waited": 10, "x": 1},
+        {"cold": 15, "colder": 15, "x": 1},
         pinned=frozenset({"pinned"}),
     )
-    decision = decide(snapshot, Policy(max_adapters=4, patience=5))
-    assert decision == Decision(("r", "s"), evict=("old", "new", "waited"), until=5.0)
+    assert decide(snapshot, Policy(max_adapters=4, patience=5)) == Decision(("r", "s"), until=5.0)
+    assert decide(dataclasses.replace(snapshot, free=1), Policy(max_adapters=4)).admit == ("r", "s", "t")
+
+
+def test_a_request_that_joins_its_adapter_does_not_keep_it_open() -> None:
+    waiting = Waiting([Pending(id, (uid,), arrived=0.0) for id, uid in (("a", "hot"), ("b", "cold"), ("c", "hot"))])
+    snapshot = Snapshot(10.0, waiting, [Pending("r", ("hot",))], {"hot": 1}, {"cold": 1}, free=1, since={"hot": 0.0})
+    policy = Policy(max_adapters=1, patience=5)
+    assert decide(snapshot, policy).admit == ("a",)
+    assert decide(dataclasses.replace(snapshot, since={"hot": 6.0}), policy).admit == ("a", "c")
 
 
 def test_a_pinned_adapter_that_is_not_resident_needs_room() -> None:
     waiting, pinned = Waiting([Pending("a", ("x",), arrived=0.0)]), frozenset({"x"})
     snapshot = Snapshot(0.0, waiting, resident={"old": 6}, sizes={"x": 5}, free=0, pinned=pinned)
-    assert decide(snapshot, POLICY) == Decision(("a",), evict=("old",))
+    assert decide(snapshot, POLICY) == Decision(("a",))
     assert decide(dataclasses.replace(snapshot, resident={"x": 5}), POLICY) == Decision(("a",))
     assert decide(dataclasses.replace(snapshot, resident={}), POLICY).admit == ()
 
@@ -275,7 +275,7 @@ def test_nothing_is_asked_again_while_nothing_changes() -> None:
         (lambda: Policy(patience=math.nan), ConfigError, "patience: is nan, and must be a number from 0"),
         (lambda: Policy(patience=math.inf), ConfigError, "patience: is inf, and must be a number from 0"),
         (lambda: Policy(budget=0), ConfigError, "budget: is 0, and must be a number from 1"),
-        (lambda: Policy(token_bytes=-2), ConfigError, "token_bytes: is -2, and must be a number from 0"),
+        (lambda: Policy(input_weight=-2), ConfigError, "input_weight: is -2, and must be a number from 0"),
         (
             lambda: Policy(input_weight=0, output_weight=0),
             ConfigError,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerState
 
@@ -26,7 +25,7 @@ from lorary.train.runner import build, run
 from lorary.train.runner.folder import RunFolder
 from lorary.train.runner.recorder import Recorder
 from lorary.train.trainer import checkpoint
-from lorary.train.trainer.failure_messages import allocator_message, is_out_of_memory, model_too_large
+from lorary.train.trainer.failure_messages import model_too_large
 from tests.train.resume.processes import forked
 from tests.train.runs import base_folder, changed, configuration, llama, rows, sft
 from tests.train.small import tokenizer
@@ -267,12 +266,7 @@ def test_a_model_that_does_not_fit_is_said_before_anything_trains(words: dict[st
     assert lines[3].startswith("  - prediction: ")
 
 
-def test_which_errors_are_about_memory() -> None:
-    for spent in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("std::bad_alloc")):
-        assert is_out_of_memory(spent)
-    for other in (RuntimeError("shapes do not match"), ValueError("DefaultCPUAllocator: can't allocate memory")):
-        assert not is_out_of_memory(other)
-    assert allocator_message(MemoryError()) == "there is no memory left"
+def test_a_prediction_without_activations_says_so() -> None:
     unknown = Memory(MIB, 0, 0, MIB, None, None, None)
     assert str(model_too_large(MemoryError(), unknown)).endswith(
         "prediction: more than 2.0 MiB at the peak (weights 1.0 MiB, optimizer 1.0 MiB)"

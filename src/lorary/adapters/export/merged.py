@@ -31,6 +31,7 @@ from lorary.files.syscalls import fault_point
 from lorary.files.tensor_file import write_tensors
 from lorary.kernels.torch_internals import storage_id
 from lorary.model.ambient import mode_independent
+from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.loading.base_weights import BaseWeights
 from lorary.model.loading.from_pretrained import empty_model, load_config
@@ -95,7 +96,8 @@ def export_merged(
     section = base if isinstance(base, ModelSection) else ModelSection.of(checked_path(base, _HEADLINE))
     section, saved, target = _precisions(section, dtype)
     model: Any = empty_model(section, model_class or class_of_base(section, adapter))
-    _refuse(section, [*base_mismatches(model, adapter), *_other_base(adapter, Fingerprint.of(model), force)])
+    known = Base(model)
+    _refuse(section, [*base_mismatches(known, adapter), *_other_base(adapter, known.fingerprint, force)])
     with WeightFiles(model_folder(section)) as files:
         weights = BaseWeights(model, files)
         merged = merged_model(adapter, weights)

@@ -8,6 +8,7 @@ directions left; which ones they were is not stored here, so the first ones are 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
@@ -65,14 +66,8 @@ class AdaLora(PeftType):
         # PEFT accepts a target above the initial rank, which prunes nothing
         betas = config["beta1"], config["beta2"]
         budget = RankBudget(min(config["target_r"], r), config["tinit"], config["tfinal"], config["deltaT"], *betas)
-        return Method(
-            SVDDelta(r, None if mask is None else sum(mask)),
-            SVDDeltaInit(),
-            AlphaOverInitialRank(config["lora_alpha"]),
-            Add(),
-            rules=(budget, OrthogonalityPenalty(config["orth_reg_weight"])),
-            dropout=config["lora_dropout"],
-        )
+        delta, scale = SVDDelta(r, None if mask is None else sum(mask)), AlphaOverInitialRank(config["lora_alpha"])
+        return _method(delta, scale, budget, OrthogonalityPenalty(config["orth_reg_weight"]), config["lora_dropout"])
 
     def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
         r, found = config["init_r"], []
@@ -135,6 +130,13 @@ def _masks(adapter: Adapter) -> dict[str, list[bool]]:
     """`rank_pattern`: a mask for each layer that has lost directions."""
     sizes = {f"{a.site.name}{_E}": (a.shapes["E"][0], a.r) for a in adapter.sites}
     return {name: [i < left for i in range(r)] for name, (left, r) in sorted(sizes.items()) if left < r}
+
+
+@lru_cache(maxsize=1024, typed=True)  # every site asks
+def _method(
+    delta: SVDDelta, scale: AlphaOverInitialRank, budget: RankBudget, penalty: OrthogonalityPenalty, dropout: float
+) -> Method:
+    return Method(delta, SVDDeltaInit(), scale, Add(), rules=(budget, penalty), dropout=dropout)
 
 
 register(AdaLora())

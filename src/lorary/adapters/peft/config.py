@@ -57,10 +57,13 @@ class PeftConfig:
 
     def targets_parameter(self, path: str) -> bool:
         """Whether `target_parameters` names the weight of the module at this path."""
-        return _names(self.values.get("target_parameters") or (), f"{path}.weight")
+        parameters = self.values.get("target_parameters") or ()
+        return bool(parameters) and _names(parameters, f"{path}.weight")
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
+        if not self["modules_to_save"]:
+            return False
         components = path.split(".")
         ancestors = [".".join(components[:i]) for i in range(1, len(components))]
         return any(a.endswith(m) for a in ancestors for m in self["modules_to_save"])

@@ -20,8 +20,10 @@ def _shared() -> set[str]:
 
 def short(name: str) -> str:
     """A tensor's name without its prefix."""
+    if name.startswith(PREFIX):
+        return name.removeprefix(PREFIX)
     inner = name.removeprefix(_OUTER)
-    return inner if inner in _shared() else name.removeprefix(PREFIX)
+    return inner if inner in _shared() else name
 
 
 def full(name: str) -> str:

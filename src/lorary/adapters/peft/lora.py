@@ -179,10 +179,10 @@ class Lora(PeftType):
         return encode_factors(adapted.site, A, B, roles.get("m"))
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        site, names = adapted.site, {role: name for role, (name, _) in self.layout(adapted).items()}
-        A = tensors[names["A"]].reshape(_rank(adapted), site.in_features)
-        B = tensors[names["B"]].reshape(site.out_features, _rank(adapted))
-        found = {"m": tensors[names["m"]].reshape(site.out_features)} if "m" in names else {}
+        site, rank, (name_A, name_B) = adapted.site, _rank(adapted), factor_names(adapted.site)
+        A = tensors[name_A].reshape(rank, site.in_features)
+        B = tensors[name_B].reshape(site.out_features, rank)
+        found = {"m": tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)} if is_dora(adapted) else {}
         if "A_past" in adapted.shapes:
             sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
@@ -192,7 +192,7 @@ class Lora(PeftType):
             B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
             if not torch.equal(site.place(B), full):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
-                raise FileError("", [Diagnostic(names["B"], what)])
+                raise FileError("", [Diagnostic(name_B, what)])
         return {"A": A, "B": B} | found
 
 

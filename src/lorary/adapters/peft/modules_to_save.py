@@ -14,7 +14,7 @@ from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
-from lorary.model.buffers import persistent_buffers
+from lorary.model.base import Base
 
 _BASE = ".base_layer."
 
@@ -59,32 +59,29 @@ class ModulesToSave:
 
 
 def modules_to_save(
-    config: PeftConfig, model: nn.Module | None, sites: set[str], found: Mapping[str, Entry], findings: Findings
+    config: PeftConfig, base: Base | None, sites: set[str], found: Mapping[str, Entry], findings: Findings
 ) -> ModulesToSave:
     """The base parameters among a file's tensors.
 
     Args:
         config: the file's configuration.
-        model: the base, or None.
+        base: the base, if at hand.
         sites: the paths of the adapted modules.
         found: the file's tensors by short name.
         findings: collects tied parameters that would be untied.
     """
-    base = None
-    if model is not None:
-        base = dict[str, Tensor](base_parameters(model)) | persistent_buffers(unwrapped_modules(model))
-    saved = ModulesToSave(base=base)
-    first = _first_names(base or {})
+    tensors, first = (None, {}) if base is None else (base.tensors, base.first_names)
+    saved = ModulesToSave(base=tensors)
     for name, entry in found.items():
         site, inside, leaf = name.rpartition(_BASE)
         parameter = f"{site}.{leaf}" if inside and site in sites else name
         if inside and site in sites and leaf == "weight":
-            if base is None or (parameter in base and base[parameter].shape == entry.shape):
+            if tensors is None or (parameter in tensors and tensors[parameter].shape == entry.shape):
                 saved.copies[name] = parameter
-        elif _asked_for(config, parameter, site in sites) and (base is None or parameter in base):
+        elif _asked_for(config, parameter, site in sites) and (tensors is None or parameter in tensors):
             saved.parameters[name] = first.get(parameter, parameter)
-            saved.expected[name] = entry.shape if base is None else tuple(base[parameter].shape)
-    for parameter, tensor in (base or {}).items():
+            saved.expected[name] = entry.shape if tensors is None else tuple(tensors[parameter].shape)
+    for parameter, tensor in (tensors or {}).items():
         if config.saves_module_of(parameter):
             saved.parameters.setdefault(parameter, first[parameter])
             saved.expected[parameter] = tuple(tensor.shape)
@@ -98,12 +95,6 @@ def _asked_for(config: PeftConfig, parameter: str, at_site: bool) -> bool:
     return config.saves_module_of(parameter) or (
         is_bias and (config["bias"] == "all" or (config["bias"].endswith("_only") and at_site))
     )
-
-
-def _first_names(base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every path of a parameter -> the first path of the same parameter."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in base.items()}
 
 
 def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, str], findings: Findings) -> None:

@@ -27,8 +27,8 @@ from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
 from lorary.files.tensor_file import TensorFile
-from lorary.layers.adapted import base_parameters, unwrapped_modules
-from lorary.layers.kinds import kind_of, site
+from lorary.layers.adapted import base_parameters
+from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.model.reach.bypass import Bypass
 from lorary.spec.placement import AdaptedSite, shared_shapes
@@ -38,12 +38,12 @@ WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
 
 
-def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adapter:
+def read_peft(folder: Path, base: Base | None, findings: Findings) -> Adapter:
     """The adapter that PEFT saved in `folder`.
 
     Args:
         folder: a resolved folder.
-        model: the base, plain or adapted, which is not changed.
+        base: the base, if at hand.
         findings: collects the problems, and raises them.
 
     Raises:
@@ -57,8 +57,8 @@ def read_peft(folder: Path, model: nn.Module | None, findings: Findings) -> Adap
         if config is None or findings.fatal:  # problems that follow from a wrong configuration would mislead
             raise FileError("")
         if config.peft_type in FIELDS:
-            return read_virtual_tokens(config, model, findings, file)
-        return _Reader(config, model, findings, file).adapter()
+            return read_virtual_tokens(config, base, findings, file)
+        return _Reader(config, base, findings, file).adapter()
 
 
 def weights_name(folder: Path) -> str:
@@ -78,13 +78,12 @@ def weights_name(folder: Path) -> str:
 class _Reader:
     """The reading of one folder."""
 
-    def __init__(self, config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> None:
+    def __init__(self, config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile) -> None:
         self.config, self.findings, self.file = config, findings, file
         self.type = PEFT_TYPES[config.peft_type]
-        self.layers = unwrapped_modules(model) if model is not None else None
-        self.model = model
+        self.base = base
         self.leaves = self.type.leaves_of(config)
-        translation = translate(file.header.tensors, self.leaves, self.type.canonical_name, self.layers)
+        translation = translate(file.header.tensors, self.leaves, self.type.canonical_name, base)
         findings.fatal += translation.problems
         findings.notes += translation.notes
         if translation.ambiguous:
@@ -95,7 +94,7 @@ class _Reader:
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
         findings, sites = self.findings, self._sites()
-        saved = modules_to_save(self.config, self.model, {a.site.name for a in sites}, self.found, findings)
+        saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
         if not sites and not findings.fatal:
@@ -109,7 +108,8 @@ class _Reader:
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         full = saved.values(values, findings)
         alert_if_zero(sites, tensors, findings)
-        method = self.type.to_method(self.config).replace(full=tuple(full))
+        method = self.type.to_method(self.config)
+        method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
         fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
         return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
 
@@ -119,6 +119,8 @@ class _Reader:
         for role, (name, shape) in layout.items():
             if name in self.found:
                 found = self.found[name].shape
+                if found == shape:
+                    continue
                 layout[role] = name, found  # so that a refused shape is reported once
                 with self.findings.gathering():
                     layout[role] = name, self.type.read_shape(adapted, role, shape, found)
@@ -134,12 +136,12 @@ class _Reader:
         return regenerate(sites, dict.fromkeys(roles, torch.float32))
 
     def _sites(self) -> tuple[AdaptedSite, ...]:
-        if not self.type.factors and self.layers is None:
+        if not self.type.factors and self.base is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
             self.findings.raise_refused()
         try:
-            sites = list(self._sites_of_file() if self.layers is None else self._sites_of_model(self.layers))
+            sites = list(self._sites_of_file() if self.base is None else self._sites_of_base(self.base))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
             adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
@@ -150,21 +152,19 @@ class _Reader:
             self.findings.raise_refused()
         return adapted
 
-    def _sites_of_model(self, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
-        in_file = self._sites_in_names()
-        for name, layer in modules.items():
-            if not name or kind_of(layer) is None or not self.config.targets_module(self._named(name)):
+    def _sites_of_base(self, base: Base) -> Iterator[Site]:
+        in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
+        for name in base.kinds:
+            if not name or name not in in_file or not self.config.targets_module(self._named(name)):
                 continue
-            if self.config["target_modules"] is None and name not in in_file:
-                continue
-            found = site(name, layer)
-            if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            found = base.site(name)
+            if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
             elif self.config.targets_parameter(name) and found.kind != "linear":
                 what = f"is of kind {found.kind}, and only linear layers are read from `target_parameters`"
                 self.findings.fatal.append(Diagnostic(name, what))
-            elif what := self.type.why_not_adaptable(found, layer):
+            elif what := self.type.why_not_adaptable(found, base.modules[name]):
                 fix = "it can neither be merged nor read here" if found.kind.startswith("conv") else ""
                 self.findings.fatal.append(Diagnostic(name, what, fix))
             else:
@@ -200,9 +200,9 @@ class _Reader:
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""
-        if self.layers is None:
+        if self.base is None:
             return Diagnostic(WEIGHTS, "holds no pair of factors of any module that `target_modules` names")
-        endings = sorted({n.rpartition(".")[2] for n, layer in self.layers.items() if n and kind_of(layer) is not None})
+        endings = sorted({name.rpartition(".")[2] for name in self.base.kinds if name})
         asked = self.config["target_modules"] if isinstance(self.config["target_modules"], tuple) else ()
         near = [name for entry in asked[:5] for name in nearest(entry.rpartition(".")[2], endings, most=1)]
         layers = f"its layers: {', '.join(endings[:20])}"
@@ -215,9 +215,9 @@ class _Reader:
         if name in self.type.shared.values():
             return "is there, and the configuration says that it is drawn from its seed"
         if at is None:
-            base = None if self.model is None else {n for n, _ in base_parameters(self.model)}
+            base = None if self.base is None else {n for n, _ in base_parameters(self.base.model)}
             return keys.why_unexpected(name, self.type, base)
-        if self.layers is not None and at not in self.layers:
+        if self.base is not None and at not in self.base.modules:
             return "adapts a module that the model does not have"
         try:
             targeted = self.config.targets_module(self._named(at))

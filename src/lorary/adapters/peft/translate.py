@@ -9,16 +9,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-
-from torch import nn
 
 from lorary.adapters.peft import keys
 from lorary.adapters.wrapper_names import DDP, left_out, without_wrappers
 from lorary.errors import Diagnostic
 from lorary.files.strict_json import named
-from lorary.layers.kinds import kind_of
+from lorary.model.base import Base
 
 
 @dataclass
@@ -44,7 +42,7 @@ def translate(
     names: Iterable[str],
     leaves: Iterable[str],
     canonical: Callable[[str], str],
-    modules: Mapping[str, nn.Module] | None,
+    base: Base | None,
 ) -> Translation:
     """The translation of a file's names.
 
@@ -52,18 +50,18 @@ def translate(
         names: the names in the file.
         leaves: the ends of the names of a site's tensors.
         canonical: PEFT's spelling of a short name.
-        modules: the modules of the base by path, if at hand.
+        base: the base, if at hand.
     """
     found, leaves, dropped = Translation(), tuple(leaves), list[str]()
     for name in names:
         plain, components = without_wrappers(name)
         short = canonical(keys.short(plain))
-        if modules is not None:
+        if base is not None:
             site = keys.site_of(short, leaves)
             path = site or short.rpartition(".")[0].removesuffix(".base_layer")
-            real = _without_module(path, modules, found)
+            real = _without_module(path, base, found)
             components += [DDP] if real != path else []
-            layer = _inside(real, modules) if site else real
+            layer = _inside(real, base) if site else real
             found.inner |= {layer: real} if layer != real else {}
             short = layer + short.removeprefix(path)
         dropped += components
@@ -82,25 +80,25 @@ def _why_twice(name: str, short: str, found: Translation) -> str:
     return f"with and without its {'prefix' if name in (keys.PREFIX + short, short) else 'ending'}"
 
 
-def _without_module(path: str, modules: Mapping[str, nn.Module], found: Translation) -> str:
+def _without_module(path: str, base: Base, found: Translation) -> str:
     """A path without those components `module` that the model does not have; unchanged if it has it so, or neither."""
     parts = path.split(".")
     at = [i for i, part in enumerate(parts) if part == DDP]
-    if not at or path in modules:
+    if not at or path in base.modules:
         return path
     removals = (gone for n in range(1, len(at) + 1) for gone in itertools.combinations(at[:4], n))
     shorter = [".".join(part for i, part in enumerate(parts) if i not in gone) for gone in removals]
-    fitting = sorted({p for p in shorter if p in modules})
-    fitting = [p for p in fitting if kind_of(modules[p]) is not None] or fitting  # a layer rather than a container
+    fitting = sorted({p for p in shorter if p in base.modules})
+    fitting = [p for p in fitting if p in base.kinds] or fitting  # a layer rather than a container
     if len(fitting) > 1:
         what = f"may mean {' or '.join(map(named, fitting))}: `{DDP}` is a wrapper's name, and a module's here"
         found.ambiguous[path] = Diagnostic(named(path), what, "rename its tensors to the paths of the base")
     return fitting[0] if fitting else path
 
 
-def _inside(path: str, modules: Mapping[str, nn.Module]) -> str:
+def _inside(path: str, base: Base) -> str:
     """The one adaptable layer inside a module that is none itself; the path unchanged otherwise."""
-    if path not in modules or kind_of(modules[path]) is not None:
+    if path not in base.modules or path in base.kinds:
         return path
-    layers = [n for n, m in modules.items() if n.startswith(f"{path}.") and kind_of(m) is not None]
+    layers = [name for name in base.kinds if name.startswith(f"{path}.")]
     return layers[0] if len(layers) == 1 else path

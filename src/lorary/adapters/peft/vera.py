@@ -8,6 +8,7 @@ With `save_projection` false, the two projections are regenerated from `projecti
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,10 +44,7 @@ class Vera(PeftType):
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
         init = SharedProjectionInit(config["projection_prng_key"], config["d_initial"], config["save_projection"])
-        delta = SharedProjectionDelta(config["r"])
-        return Method(
-            delta, init, ConstantScale(1.0), Add(), frozen=SharedProjectionDelta.shared, dropout=config["vera_dropout"]
-        )
+        return _method(config["r"], init, config["vera_dropout"])
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
@@ -69,6 +67,12 @@ class Vera(PeftType):
             "save_projection": shared.stored,
             "init_weights": True,
         }
+
+
+@lru_cache(maxsize=1024, typed=True)  # every site asks
+def _method(r: int, init: SharedProjectionInit, dropout: float) -> Method:
+    delta = SharedProjectionDelta(r)
+    return Method(delta, init, ConstantScale(1.0), Add(), frozen=delta.shared, dropout=dropout)
 
 
 register(Vera())

@@ -23,13 +23,13 @@ from lorary.adapters.tensor_checks import read_tensors
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import TensorFile
-from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.block_names import projects_to
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import site
 from lorary.layers.prepended import attention_layers, token_embedding
 from lorary.methods.prefix_tuning import Prefix, prefix_tuning
 from lorary.methods.prompt_tuning import Prompt, prompt_tuning
+from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.spec.fields import COUNT, FLAG, TEXT, optional
 from lorary.spec.method import Method
@@ -60,12 +60,12 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 
 
-def read_virtual_tokens(config: PeftConfig, model: nn.Module | None, findings: Findings, file: TensorFile) -> Adapter:
+def read_virtual_tokens(config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile) -> Adapter:
     """The prefix or the prompt that PEFT saved.
 
     Args:
         config: the checked configuration.
-        model: the base, plain or adapted; needed.
+        base: the base; needed.
         findings: collects the problems, and raises them.
         file: the open file of tensors.
 
@@ -75,17 +75,17 @@ def read_virtual_tokens(config: PeftConfig, model: nn.Module | None, findings: F
     tokens = config["num_virtual_tokens"]
     if tokens is None:
         findings.fatal.append(Diagnostic(f"{NAME}: num_virtual_tokens", "is missing"))
-    if model is None:
+    if base is None:
         what = f"the layers that a {config.peft_type} adapter belongs to are known only to the model"
         findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
     findings.raise_refused()
-    assert model is not None
+    assert base is not None
     prefix = config.peft_type == "PREFIX_TUNING"
     method = Method(**(prefix_tuning if prefix else prompt_tuning)(tokens))
     assert method.context is not None
-    findings.fatal += [Diagnostic("", *why) for why in method.context.problems(model)]
+    findings.fatal += [Diagnostic("", *why) for why in method.context.problems(base.model)]
     findings.raise_refused()
-    sites = tuple(AdaptedSite(s, method) for s in (_prefix_sites(model) if prefix else [_prompt_site(model)]))
+    sites = tuple(AdaptedSite(s, method) for s in (_prefix_sites(base) if prefix else [base.site(token_embedding(base.model))]))
     tensors = virtual_tokens(sites, file, findings)
     fingerprint = Fingerprint(name=base_name(config["base_model_name_or_path"]))
     return Adapter(method, sites, tensors, {}, fingerprint, findings.conclude())
@@ -121,21 +121,16 @@ def _columns(sites: Sequence[AdaptedSite]) -> list[tuple[str, str, int]]:
     return [(name, role, width) for columns in layers.values() for role, name, width in sorted(columns)]
 
 
-def _prefix_sites(model: nn.Module) -> list[Site]:
+def _prefix_sites(base: Base) -> list[Site]:
     """The projections of keys and values of a language model."""
-    modules, layers, projects = unwrapped_modules(model), set(attention_layers(model)), projects_to("kv")
-    config, found = getattr(modules[""], "config", None), []
-    for name, layer in modules.items():
+    layers, projects, found = set(attention_layers(base.model)), projects_to("kv"), []
+    config = getattr(base.model, "config", None)
+    for name in base.kinds:
         parent, _, last = name.rpartition(".")
         if parent in layers and projects(name):
-            parts = fused_parts(name, layer, config) if last in FUSED else {}
-            found.append(site(name, layer, (parts["k"], parts["v"]) if parts else ()))
+            parts = fused_parts(name, base.modules[name], config) if last in FUSED else {}
+            found.append(site(name, base.modules[name], (parts["k"], parts["v"])) if parts else base.site(name))
     return found
-
-
-def _prompt_site(model: nn.Module) -> Site:
-    path = token_embedding(model)
-    return site(path, unwrapped_modules(model)[path])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from lorary.serve.batch.batch import Batch
 from lorary.serve.batch.merged import MergedWeights
 from lorary.serve.batch.mixed import Covered, forward_of
 from lorary.serve.batch.ops.table import AdapterTable
-from lorary.serve.batch.step import Step
+from lorary.serve.batch.prepared import PreparedBatch
 from lorary.serve.batch.token_axis import token_axes
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
@@ -56,11 +57,13 @@ class ServedLayers:
         self._by_path = dict(model.named_modules(remove_duplicate=False))
         rowwise = {path: m for path, m in model.named_modules() if (kind := kind_of(m)) and KINDS[kind].rowwise}
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.table = AdapterTable({path: compute_dtype(m, model) for path, m in rowwise.items()}, device)
+        widths = [sum(KINDS[str(kind_of(m))].size(m)) for m in rowwise.values()] or [1]
+        dtypes = {path: compute_dtype(m, model) for path, m in rowwise.items()}
+        self.table = AdapterTable(dtypes, device, statistics.median_low(widths))
         self._paths = {module: path for path, module in model.named_modules()}
         self.merged = MergedWeights(rowwise, merged_budget, merge_after) if merged_budget else None
         self._covered: dict[nn.Module, Covered] = {}
-        self.step: Step | None = None
+        self.batch: PreparedBatch | None = None
 
     def cover(self, form: ServingForm) -> None:
         """Let the modules that a form changes compute mixed batches. What is covered already stays so.
@@ -96,13 +99,13 @@ class ServedLayers:
         Raises:
             StateError: an adapter is not covered, or the segments are not rows in order.
         """
-        before, step = self.step, None if batch.idle else Step.of_batch(batch, self.table, self.merged)
-        self.step = step
+        before = self.batch
+        self.batch = None if batch.idle else PreparedBatch.of(batch, self.table, self.merged)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.step = before
+            self.batch = before
 
     @functools.cached_property
     def _axes(self) -> Mapping[str, int | None]:

@@ -18,16 +18,16 @@ from lorary.serve.batch.merged import MergedWeights, Pair
 from lorary.serve.batch.ops import cpu
 from lorary.serve.batch.ops.reference import with_terms
 from lorary.serve.batch.ops.table import AdapterTable
-from lorary.serve.batch.step import Rows, RowsError, Step
+from lorary.serve.batch.prepared import PreparedBatch, Rows, RowsError
 from lorary.serve.forms.serving_form import SiteForm
 
 Forward = Callable[..., Any]
 
 
 class Served(Protocol):
-    """The layers of a model, and the step that they compute."""
+    """The layers of a model, and the batch that they compute."""
 
-    step: Step | None
+    batch: PreparedBatch | None
     table: AdapterTable
 
 
@@ -59,17 +59,17 @@ def forward_of(served: Served, covered: Covered) -> Forward:
     plain, compute = covered.plain, _compute(covered)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        step = served.step
-        if step is None:
+        batch = served.batch
+        if batch is None:
             return plain(*args, **kwargs)
-        if step.merged is not None and (pair := _merged(covered.path, step, step.merged, args, kwargs)) is not None:
+        if batch.merged is not None and (pair := _merged(covered.path, batch, batch.merged, args, kwargs)) is not None:
             return F.linear(_input(args, kwargs), *pair)
-        return compute(served, covered, step, plain(*args, **kwargs), args, kwargs)
+        return compute(served, covered, batch, plain(*args, **kwargs), args, kwargs)
 
     return forward
 
 
-def _compute(covered: Covered) -> Callable[[Served, Covered, Step, Any, Any, Any], Any]:
+def _compute(covered: Covered) -> Callable[[Served, Covered, PreparedBatch, Any, Any, Any], Any]:
     kind = covered.kind
     if kind is None:
         return _other
@@ -85,29 +85,29 @@ def _owned(covered: Covered, y: Tensor) -> Tensor:
     return y if covered.own is None else y.clone()
 
 
-def _merged(path: str, step: Step, merged: MergedWeights, args: Any, kwargs: Any) -> Pair | None:
+def _merged(path: str, batch: PreparedBatch, merged: MergedWeights, args: Any, kwargs: Any) -> Pair | None:
     """The merged weight and bias of a linear layer of which all rows have the same adapters."""
     if path not in merged:
         return None
     x = _input(args, kwargs)
-    rows = step.of(path, x.numel() // x.shape[-1])
+    rows = batch.rows_of(path, x.numel() // x.shape[-1])
     return merged.of(path, rows.pieces)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _linear(served: Served, covered: Covered, batch: PreparedBatch, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     """[..., in] -> [..., out]: a row for every token."""
     x, y, path = _input(args, kwargs), _owned(covered, y).contiguous(), covered.path
     x, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    rows = step.of(path, len(x))
+    rows = batch.rows_of(path, len(x))
     if rows.overriding:
         _override(covered, rows.overriding, flat, x)
     long = rows.long
-    if rows.short is not None and step.kernels is not None:
-        if x.dtype is flat.dtype is served.table.dtypes[path] and x.dtype in step.kernels.types:
-            step.kernels.add_rows(step.table, served.table.layers[path], rows.short, x.contiguous(), flat)
+    if rows.short is not None and batch.kernels is not None:
+        if x.dtype is flat.dtype is served.table.dtypes[path] and x.dtype in batch.kernels.types:
+            batch.kernels.add_rows(batch.table, served.table.layers[path], rows.short, x.contiguous(), flat)
         else:
             long = rows.pieces
     for start, stop, form, weight in long:
@@ -119,17 +119,17 @@ def _linear(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, 
     return y
 
 
-def _embedding(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _embedding(served: Served, covered: Covered, batch: PreparedBatch, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     x = _input(args, kwargs).reshape(-1)
     flat = _owned(covered, y).reshape(-1, y.shape[-1])
-    _by_definition(covered, step.of(covered.path, len(x)), flat, x)
+    _by_definition(covered, batch.rows_of(covered.path, len(x)), flat, x)
     return flat.view(y.shape)
 
 
-def _convolution(served: Served, covered: Covered, step: Step, y: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _convolution(served: Served, covered: Covered, batch: PreparedBatch, y: Tensor, args: Any, kwargs: Any) -> Tensor:
     x = _input(args, kwargs)
     y = _owned(covered, y)
-    _by_definition(covered, step.of(covered.path, len(x)), y, x)
+    _by_definition(covered, batch.rows_of(covered.path, len(x)), y, x)
     return y
 
 
@@ -186,11 +186,11 @@ def _add_group(members: Sequence[tuple[slice, SiteForm, float]], y: Tensor, x: T
 # --- other modules ----------------------------------------------------------------------------------------------------
 
 
-def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwargs: Any) -> Any:
+def _other(served: Served, covered: Covered, batch: PreparedBatch, y: Any, args: Any, kwargs: Any) -> Any:
     """A module that is no layer: a rotary embedding, or one with parameters to override."""
-    if any(covered.path in piece.form.rotary for rows in step.rows.values() for piece in rows.pieces):
-        return _rotary(served, covered, step, y, args, kwargs)
-    if not any(covered.path in piece.form.overrides for rows in step.rows.values() for piece in rows.overriding):
+    if any(covered.path in piece.form.rotary for rows in batch.rows.values() for piece in rows.pieces):
+        return _rotary(served, covered, batch, y, args, kwargs)
+    if not any(covered.path in piece.form.overrides for rows in batch.rows.values() for piece in rows.overriding):
         return y  # another adapter covers it, for other batches
     x, axis = _input(args, kwargs), covered.axis
     if axis == -1:  # not known: a row, or a sequence of rows
@@ -201,7 +201,7 @@ def _other(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwar
         raise RowsError("cannot compute the batch:", [Diagnostic(covered.path, what)])
     y = _owned(covered, y)
     rows_x, rows_y = _rows_first(x, axis), _rows_first(y, axis)
-    rows = step.of(covered.path, len(rows_x))
+    rows = batch.rows_of(covered.path, len(rows_x))
     _override(covered, rows.overriding, rows_y, rows_x)
     return y if rows_y.data_ptr() == y.data_ptr() else _rows_back(rows_y, y, axis)
 
@@ -216,16 +216,16 @@ def _rows_back(rows: Tensor, like: Tensor, axis: int) -> Tensor:
     return batched.movedim(1, axis)
 
 
-def _rotary(served: Served, covered: Covered, step: Step, y: Any, args: Any, kwargs: Any) -> Any:
+def _rotary(served: Served, covered: Covered, batch: PreparedBatch, y: Any, args: Any, kwargs: Any) -> Any:
     """(cos, sin) [batch, tokens, ...]: those of an adapter with RoPE scaling of its own are its module's."""
     named = dict(zip(("x", "position_ids"), args, strict=False)) | kwargs
     x, ids = named.pop("x"), named.pop("position_ids")
-    batch, tokens = x.shape[:2]
-    ids = ids.expand(batch, -1).reshape(1, -1)
-    parts = [part.expand(batch, *part.shape[1:]).flatten(0, 1).clone() for part in y]
-    for start, stop, form, _ in step.of(covered.path, batch * tokens).pieces:
+    size, tokens = x.shape[:2]
+    ids = ids.expand(size, -1).reshape(1, -1)
+    parts = [part.expand(size, *part.shape[1:]).flatten(0, 1).clone() for part in y]
+    for start, stop, form, _ in batch.rows_of(covered.path, size * tokens).pieces:
         if covered.path in form.rotary:
             own = form.rotary[covered.path](x, ids[:, start:stop], *args[2:], **named)
             for whole, part in zip(parts, own, strict=True):
                 whole[start:stop] = part[0]
-    return tuple(part.unflatten(0, (batch, tokens)) for part in parts)
+    return tuple(part.unflatten(0, (size, tokens)) for part in parts)

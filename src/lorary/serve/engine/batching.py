@@ -17,10 +17,10 @@ import torch
 from lorary.errors import Diagnostic, LoraryError
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.engine.arrivals import Arrivals
+from lorary.serve.engine.forward_passes import ForwardPasses
 from lorary.serve.engine.in_flight import InFlight
 from lorary.serve.engine.request_checks import length_problems, request_problems
 from lorary.serve.engine.runner import Row, Runner
-from lorary.serve.engine.steps import Steps
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.forms.weighted import check_weights
 from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics
@@ -76,7 +76,7 @@ class BatchingEngine:
         self._closing = False
         self._dead: str | None = None
         self._admission = Admission(policy)
-        self._steps = Steps(runner, self._flights)
+        self._passes = ForwardPasses(runner, self._flights)
         self._ended = deque[float](maxlen=32)  # times
         self._counts: Statistics = {"begun": 0, "queue_seconds": 0.0, "prefix_queries": 0, "prefix_hits": 0}
         self._thread: threading.Thread | None = None
@@ -298,7 +298,7 @@ class BatchingEngine:
         self._counts["queue_seconds"] += time.monotonic() - flight.arrived
 
     def _step(self) -> None:
-        outcome = self._steps.step(self._admission.running)
+        outcome = self._passes.step(self._admission.running)
         for id, reason in outcome.failed.items():
             self._end(id, "error", reason)
         for flight, drawn in outcome.drawn:

@@ -22,7 +22,6 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
-from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorary.errors import ConfigError, Diagnostic, changed_release, check_overridden
@@ -30,6 +29,7 @@ from lorary.layers.rope import text_config
 from lorary.layers.transformers_internals import attention_of, set_attention
 from lorary.serve.batch.batch import Batch
 from lorary.serve.batch.layers import ServedLayers
+from lorary.serve.budget import token_bytes
 from lorary.serve.engine.attention import NAME, attention_of_each_request
 from lorary.serve.engine.runner import Choose, Row, Shape
 from lorary.serve.forms.serving_form import ServingForm
@@ -281,9 +281,9 @@ class PagedRunner:
 
 def _pages(model: Any, shape: Shape) -> int:
     """The pages of all layers that fit into a budget."""
-    config = text_config(model)
-    heads, dim = find_num_key_value_heads(config), find_head_dim(config)
-    size = int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize * shape.page)
+    size = token_bytes(model) * shape.page
+    if not size:
+        raise ValueError("its configuration has no attention heads")
     if shape.budget < 4 * size:
         what = f"it is {shape.budget:,} bytes, and keys and values of {shape.page} tokens take {size:,}"
         raise ConfigError("the budget is too small:", [Diagnostic("budget", what, f"give at least {4 * size:,} bytes")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,9 @@ from lorary.layers.transformers_internals import cache_of
 from lorary.serve.engine.in_flight import InFlight, end_tokens
 from lorary.serve.engine.sampler import draw
 from lorary.serve.interface import AdapterCard, BusyError, RequestError, Statistics, UnknownAdapterError
+from lorary.serve.pool.adapter_root import changed_at
 from lorary.serve.request import Deliver, Request
+from lorary.spec.presets import presets_of
 
 
 class OneAtATime:
@@ -82,7 +83,8 @@ class OneAtATime:
         adapter = load_adapter(folder, model=self.model)
         ranks = [site.r for site in adapter.sites]
         uid, r = content_hash(adapter), max(ranks, default=None)
-        card = AdapterCard(name, uid, folder, "ready", "low rank", r, method=str(adapter.method), created=time.time())
+        method = ",".join(presets_of(adapter.method))
+        card = AdapterCard(name, uid, folder, "ready", "low rank", r, method=method, created=changed_at(folder))
         self._adapters[name], self._cards[name] = adapter, card
         return card
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -67,6 +67,7 @@ class Runner(Protocol):
     """Computes the next tokens of sequences.
 
     Attributes:
+        model: the base.
         kind: how it computes, for logs.
         most_tokens: of a sequence, prompt and continuation together; None for no limit.
         current: the ids of the sequences in the forward pass that is computed, or was computed last.
@@ -75,6 +76,7 @@ class Runner(Protocol):
         make_room: called when keys and values need sectors: has adapters give way, and says whether they did.
     """
 
+    model: Any
     kind: str
     most_tokens: int | None
     current: list[str]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.layers.quantized_weight import is_quantized
 from lorary.serve.forms.serving_form import SiteForm
 
 Overrides = Mapping[str, Mapping[str, Tensor]]
@@ -45,11 +44,17 @@ def override_bytes(overrides: Overrides) -> int:
     return sum(t.numel() * t.element_size() for own in overrides.values() for t in own.values())
 
 
-def notes_of(adapter: Adapter, modules: Mapping[str, nn.Module], overrides: Overrides) -> tuple[str, ...]:
-    """The adapter's own notes, and what its form costs or approximates."""
+def notes_of(adapter: Adapter, quantised: Collection[str], overrides: Overrides) -> tuple[str, ...]:
+    """The adapter's own notes, and what its form costs or approximates.
+
+    Args:
+        adapter: the adapter.
+        quantised: the paths of the base's quantised layers.
+        overrides: of its form.
+    """
     notes = list(adapter.notes)
     trained = adapter.method.storage
-    quantized = {is_quantized(modules[a.site.name]) for a in adapter.sites}
+    quantized = {a.site.name in quantised for a in adapter.sites}
     if not trained.writable and False in quantized:
         kind = type(trained).__name__
         notes.append(f"it was trained on a base quantised to {kind}; this base has the weights from before")

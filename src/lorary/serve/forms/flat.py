@@ -42,9 +42,10 @@ class Slot(NamedTuple):
 
     def view(self, buffer: Tensor) -> Tensor:
         """The tensor, without a copy."""
-        if not math.prod(self.shape):  # PyTorch gives no views of other dtypes of nothing
+        stop = self.stop
+        if stop == self.offset:  # PyTorch gives no views of other dtypes of nothing
             return buffer.new_empty(self.shape, dtype=self.dtype)
-        return buffer[self.offset : self.stop].view(self.dtype).view(self.shape)
+        return buffer[self.offset : stop].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)

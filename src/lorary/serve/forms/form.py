@@ -25,15 +25,13 @@ from lorary.adapters.low_rank_form import BaseLayer, LowRankForm, factors_on_bas
 from lorary.adapters.shared_tensors import whole_tensors
 from lorary.adapters.switch import check_base
 from lorary.errors import Diagnostic, MethodError, StateError, deduplicated, not_a
-from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.kinds import KINDS, kind_of
-from lorary.layers.quantized_weight import compute_dtype, is_quantized, stored_tensors
+from lorary.layers.quantized_weight import stored_tensors
 from lorary.layers.shared_projections import leading_slice
-from lorary.layers.wrappers import unwrapped
 from lorary.methods.lora import Add, LowRank
 from lorary.methods.vera import SharedProjectionDelta
 from lorary.model.ambient import mode_independent
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.base import Base
 from lorary.model.state import state_of
 from lorary.serve.forms._overrides import foreign_rows, trained_values
 from lorary.serve.forms._summary import kind_of_form, notes_of
@@ -41,6 +39,7 @@ from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
+from lorary.spec.presets import presets_of
 
 _HEADLINE = "this adapter cannot be served beside others:"
 _NOT_FINITE = "check its training; or serve the base in a precision of more range"
@@ -50,10 +49,9 @@ _NOT_FINITE = "check its training; or serve the base in a precision of more rang
 @torch.no_grad()
 def serving_form(
     adapter: Adapter,
-    base: nn.Module,
+    base: nn.Module | Base,
     *,
     uid: str = "",
-    here: Fingerprint | None = None,
     force: bool = False,
     where: str = "the adapter",
 ) -> ServingForm:
@@ -61,9 +59,8 @@ def serving_form(
 
     Args:
         adapter: of any method.
-        base: the served base, without an adapter; it is not changed.
+        base: the served base, without an adapter; it is not changed. A `Base` of it is walked once for many adapters.
         uid: its content hash, if known.
-        here: the base's fingerprint, if known: taking it reads numbers of every parameter.
         force: accept an adapter of another base, if every tensor fits.
         where: its name or folder, for errors.
 
@@ -77,12 +74,13 @@ def serving_form(
         >>> form.kind, form.rank
         ('low rank', 16)
     """
-    if problems := not_a(nn.Module, "a torch.nn.Module", base=base) + not_a(Adapter, "an Adapter", adapter=adapter):
+    problems = not_a(nn.Module | Base, "a torch.nn.Module", base=base)
+    if problems := problems + not_a(Adapter, "an Adapter", adapter=adapter):
         raise StateError("cannot serve:", problems)
-    base = unwrapped(base)
-    if state_of(base) is not None:
+    base = Base.of(base)
+    if state_of(base.model) is not None:
         raise StateError("cannot serve:", [Diagnostic("base", "has an adapter attached", "detach it first")])
-    check_base(base, adapter, here or Fingerprint.of(base), where, force=force)
+    check_base(base, adapter, where, force=force)
     return _Forming(without_empty_sites(adapter), base).form(uid or content_hash(adapter))
 
 
@@ -94,10 +92,9 @@ class _Forming:
         base: the base, which it fits.
     """
 
-    def __init__(self, adapter: Adapter, base: nn.Module) -> None:
-        self.adapter, self.base = adapter, base
-        self.modules = unwrapped_modules(base)
-        self.trained, self.problems = trained_values(adapter.full, base, self.modules)
+    def __init__(self, adapter: Adapter, base: Base) -> None:
+        self.adapter, self.base, self.modules = adapter, base, base.modules
+        self.trained, self.problems = trained_values(adapter.full, base.model, self.modules)
         self.overrides: dict[str, dict[str, Tensor]] = {}
         self.sites: dict[str, SiteForm] = {}
         self.shared: dict[str, dict[str, Tensor]] = {}
@@ -109,7 +106,7 @@ class _Forming:
         Raises:
             MethodError: it has none; every reason.
         """
-        rotary, max_context, problems = scaled_rotary(self.base, self.adapter.method.context)
+        rotary, max_context, problems = scaled_rotary(self.base.model, self.adapter.method.context)
         self.problems += problems
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
@@ -128,16 +125,16 @@ class _Forming:
             self.overrides,
             rotary,
             self.shared,
-            kind_of_form(self.base, self.sites, self.overrides, rotary),
+            kind_of_form(self.base.model, self.sites, self.overrides, rotary),
             max(ranks, default=None),
-            str(self.adapter.method),
-            notes_of(self.adapter, self.modules, self.overrides),
+            ",".join(presets_of(self.adapter.method)),
+            notes_of(self.adapter, self.base.quantized, self.overrides),
             max_context,
         )
 
     def _form_site(self, adapted: AdaptedSite, module: nn.Module) -> None:
         name = adapted.site.name
-        layer = BaseLayer(self.base, adapted, module, self.trained.get(name, {}))
+        layer = BaseLayer(self.base.model, adapted, module, self.trained.get(name, {}))
         if "weight" in layer.values:
             self._merge_site(layer)
             return
@@ -154,13 +151,13 @@ class _Forming:
             if why := not_mergeable([(name, adapted.join)]):
                 self.problems += why
                 return
-            if not is_quantized(module):
+            if name not in self.base.quantized:
                 self._merge_site(layer)
                 return
             whats = [f"{problem.what}; and the base's weight is quantised" for problem in error.problems]
             self.problems += [Diagnostic(name, what, "serve it on a base that is not quantised") for what in whats]
             return
-        dtype = compute_dtype(module, self.base)
+        dtype = self.base.dtype(name)
         form = _folded(found, _bias_change(layer, found.gain), dtype)
         if on_shared:
             form = self._on_shared(adapted, form, dtype)
@@ -168,7 +165,7 @@ class _Forming:
 
     def _low_rank(self, layer: BaseLayer) -> SiteForm:
         """The form of plain LoRA: its A as it is, without a pass through fp32."""
-        adapted, dtype = layer.adapted, compute_dtype(cast(nn.Module, layer.layer), self.base)
+        adapted, dtype = layer.adapted, self.base.dtype(layer.adapted.site.name)
         B, A = adapted.delta.factors(adapted.site, self.adapter.tensors[adapted.site.name])
         shift = _bias_change(layer, None)
         B = (adapted.scale * B.float()).to(dtype)
@@ -191,7 +188,7 @@ class _Forming:
         trained = self.trained[path]
         if trained.keys() == {"bias"} and kind_of(module) not in (None, "embedding"):
             change = trained["bias"].float() - cast(Tensor, module.bias).detach().float().cpu()
-            self.sites[path] = SiteForm(shift=change.to(compute_dtype(module, self.base)))
+            self.sites[path] = SiteForm(shift=change.to(self.base.dtype(path)))
         else:
             self.overrides[path] = trained
 

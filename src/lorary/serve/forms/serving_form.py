@@ -51,7 +51,7 @@ class ServingForm:
         shared: key (a content hash) -> role -> the whole shared tensor; adapters with equal ones keep them once.
         kind: in words, such as "low rank with gain"; see `AdapterCard.form`.
         rank: the highest of its sites; None without any.
-        method: the method, as printed.
+        method: its presets, as `--method` takes them.
         notes: what a user should know: an approximation, a replica's cost.
         max_context: the context that its RoPE scaling gives; None for the base's.
     """

@@ -37,9 +37,8 @@ class Traffic:
         return self.until is not None
 
     def drain(self, seconds: float) -> None:
-        """Take no new request from now on."""
-        if self.until is None:
-            self.until = time.monotonic() + seconds
+        """Take no new request from now on, and leave those in flight these seconds at most."""
+        self.until = min(time.monotonic() + seconds, math.inf if self.until is None else self.until)
 
     @property
     def drained(self) -> bool:

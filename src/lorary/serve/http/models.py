@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
 from lorary.files.strict_json import show
 from lorary.serve.http.errors import ApiError, printed_in_one_line
@@ -17,18 +18,19 @@ from lorary.serve.interface import AdapterCard, Engine
 def models_router(engine: Engine, settings: Settings) -> APIRouter:
     """The routes /v1/models and /v1/models/{id}."""
     router, started = APIRouter(), int(time.time())
+    below = resolved_root(settings)
 
     def of_base() -> dict[str, Any]:
         return _card(engine.name, started, engine.name, None, engine.max_context)
 
     def of_adapter(card: AdapterCard) -> dict[str, Any]:
-        root = shown_folder(card.folder, settings)
+        root = shown_folder(card.folder, below)
         found = _card(card.name, int(card.created), root, engine.name, card.max_context or engine.max_context)
         return found | {"lorary": shown_state(card)}
 
     @router.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [of_base(), *map(of_adapter, engine.adapters())]}
+    def models() -> JSONResponse:  # FastAPI would walk through thousands of cards once more
+        return JSONResponse({"object": "list", "data": [of_base(), *map(of_adapter, engine.adapters())]})
 
     @router.get("/v1/models/{id:path}")
     def model(id: str) -> dict[str, Any]:
@@ -75,15 +77,22 @@ def adapters_of(
 def shown_state(card: AdapterCard) -> dict[str, Any]:
     """An adapter's state as clients see it."""
     keys = ("state", "form", "rank", "bytes", "method", "notes", "running", "waiting")
-    return {key: getattr(card, key) for key in keys} | {"error": printed_in_one_line(card.error)}
+    return {key: getattr(card, key) for key in keys} | {"error": card.error and printed_in_one_line(card.error)}
 
 
-def shown_folder(folder: str, settings: Settings) -> str:
-    """A folder as clients see it: below the root, or its name alone."""
-    path = Path(folder)
-    if settings.root is not None and path.is_relative_to(root := settings.root.resolve()):
-        return str(path.relative_to(root))
-    return path.name
+def resolved_root(settings: Settings) -> Path | None:
+    """The root as it stands at the beginning of adapters' folders; to be asked for once, not for each adapter."""
+    return None if settings.root is None else settings.root.resolve()
+
+
+def shown_folder(folder: str, root: Path | None) -> str:
+    """A folder as clients see it: below the resolved root, or its name alone.
+
+    >>> shown_folder("/srv/adapters/team/french", Path("/srv/adapters")), shown_folder("/data/ann/out", None)
+    ('team/french', 'out')
+    """
+    inside = folder.removeprefix(f"{root}/")
+    return Path(folder).name if inside == folder else inside
 
 
 def _card(id: str, created: int, root: str, parent: str | None, length: int | None) -> dict[str, Any]:

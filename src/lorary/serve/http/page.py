@@ -90,7 +90,7 @@ def status(engine: Observed, find: str = "", known: str = "") -> dict[str, Any]:
         "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
         "context": engine.max_context,
         "dead": engine.why_dead(),
-        "time": time.time(),
+        "time": time.monotonic(),  # the page counts tokens between two of them
         "tokens": engine.tokens,
         "first_token": median(first_tokens) if first_tokens else None,
         "running": figures["running"],

@@ -1,4 +1,4 @@
-"""uvicorn around the application: a time limit on connections, a drain on SIGTERM.
+"""uvicorn around the application: limits on connections, a drain on SIGTERM.
 
 The one file that builds on uvicorn's classes.
 """
@@ -6,7 +6,10 @@ The one file that builds on uvicorn's classes.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -19,12 +22,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorary.errors import check_overridden
 from lorary.serve.address import cannot_listen
-from lorary.serve.http.errors import ApiError
+from lorary.serve.http.errors import ApiError, log
 from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
 
 _HEADER_BYTES = 16 * 1024  # of a request at most
-_CONNECTIONS = 2000
+_FILES = 8192  # descriptors that a process with many connections asks for
+_WAITING = 2048  # connections that the system holds until they are accepted
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 _CLOSING = 2  # seconds for the last bytes of the answers, after the drain
 
@@ -46,7 +50,8 @@ for _cls, _methods in OVERRIDDEN.items():
 class Server(uvicorn.Server):
     """A server that answers SIGTERM and Ctrl-C with a drain: no new requests, the running ones end, then it returns.
 
-    A second signal ends it at once.
+    A second signal leaves them no time: they end with an error, and the server returns. A third ends the process, as
+    the engine may hang.
 
     Args:
         app: the application, made with the same traffic.
@@ -65,38 +70,44 @@ class Server(uvicorn.Server):
         stop: Callable[[], Any],
         ready: Callable[[], Any] = lambda: None,
     ) -> None:
+        most, burst = _connections(settings.connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_protocol(settings.body_seconds),
+                http=_protocol(settings.body_seconds, most),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=_CONNECTIONS,
+                backlog=burst,
                 timeout_keep_alive=_KEEP_ALIVE,
                 timeout_graceful_shutdown=_CLOSING,
                 h11_max_incomplete_event_size=_HEADER_BYTES,
             )
         )
         self._traffic, self._drain, self._stop, self._ready = traffic, settings.drain, stop, ready
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for one in sockets or ():
             try:
-                one.listen(self.config.backlog)
+                one.listen(_WAITING)
             except OSError as error:  # another program has bound the address too, and listens since
                 host, port = one.getsockname()[:2]
                 raise cannot_listen(host, port, error) from None
         await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(_WAITING)  # asyncio has set it to the number that it accepts at once
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._traffic.draining:
-            self.should_exit = self.force_exit = True
-        self._traffic.drain(self._drain)
+        self._signals += 1
+        if self._signals > 2:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._traffic.drain(self._drain if self._signals == 1 else 0)
 
     async def on_tick(self, counter: int) -> bool:
         if self._traffic.drained and not self.should_exit:
@@ -105,8 +116,31 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes connections whose request does not arrive in time: headers and body."""
+def _connections(wanted: int) -> tuple[int, int]:
+    """(connections at most, of them accepted at once), so that file descriptors are left to read adapters.
+
+    Without descriptors, asyncio tries again and again to accept what waits, and logs each time.
+    """
+    if sys.platform == "win32":
+        return wanted, _WAITING
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:  # 1,024 by default, for programs that use select()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    spare = (_FILES if soft == resource.RLIM_INFINITY else soft) - len(os.listdir("/dev/fd"))
+    most = max(1, min(wanted, spare // 2))
+    if most < wanted:
+        log.warning("at most %d connections at a time: the process may open %d files (ulimit -n)", most, soft)
+    return most, max(1, min(_WAITING, spare // 16))
+
+
+def _protocol(seconds: float, most: int) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes connections whose request does not arrive in time, headers and body, and those
+    that are too many.
+    """
 
     class Protocol(H11Protocol):
         _arrival: asyncio.TimerHandle | None = None
@@ -114,7 +148,14 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._watch()
+            over = len(self.connections) - most
+            if over > most // 4:
+                transport.abort()
+            elif over > 0:
+                what = f"the server has {most:,} connections already"
+                self._refuse(ApiError(503, what, headers={"Retry-After": "5"}))
+            else:
+                self._watch()
 
         def data_received(self, data: bytes) -> None:
             if not self._refused:
@@ -152,7 +193,10 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def send_400_response(self, msg: str) -> None:
             what = f"this is no valid HTTP request, or its headers have more than {_HEADER_BYTES:,} bytes"
-            self.transport.write(_raw(ApiError(400, what)))
+            self._refuse(ApiError(400, what))
+
+        def _refuse(self, error: ApiError) -> None:
+            self.transport.write(_raw(error))
             self.transport.write_eof()
             # what still comes is dropped for a while: closed at once, the client would be reset before it has read
             self._refused = True
@@ -166,5 +210,6 @@ def _raw(error: ApiError) -> bytes:
     """The answer to a request that cannot be read."""
     response = error.response()
     body = bytes(response.body)
-    head = f"HTTP/1.1 {error.status} Error\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    headers = {"content-type": "application/json", "connection": "close", **error.headers}
+    head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {error.status} Error", *map(": ".join, headers.items())))
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -22,6 +22,7 @@ class Settings:
         body_bytes: of a request at most.
         body_seconds: for the arrival of a request at most, headers and body.
         headers: of a request at most.
+        connections: at a time at most; fewer if the process may not open so many files.
         choices: answers to one request at most: its prompts times `n`.
         adapters: of one request at most.
         drain: seconds that running requests get to end when the server stops.
@@ -34,6 +35,7 @@ class Settings:
     body_bytes: int = 4 * MIB
     body_seconds: float = 30.0
     headers: int = 100
+    connections: int = 2000
     choices: int = 128
     adapters: int = 16
     drain: float = 30.0

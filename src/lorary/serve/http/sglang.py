@@ -16,7 +16,7 @@ from lorary.serve.http.adapters import load_adapter, unload_adapter
 from lorary.serve.http.bodies import Body, Choices, NewTokens, Stops, Unsupported, check_body, read_body, read_json
 from lorary.serve.http.continuation import Continuation, start
 from lorary.serve.http.errors import ApiError, shaped_errors
-from lorary.serve.http.models import adapters_of, shown_folder
+from lorary.serve.http.models import adapters_of, resolved_root, shown_folder
 from lorary.serve.http.prompts import plain_prompt
 from lorary.serve.http.running import DONE, Answer, EventStream, Running, collect, sse
 from lorary.serve.http.security import require_admin
@@ -232,10 +232,11 @@ class _Unload(Body):
 
 def sglang_router(engine: Engine, settings: Settings) -> APIRouter:
     """SGLang's routes for adapters; /generate is in `lorary.serve.http.generate`."""
+    below = resolved_root(settings)
 
     def outcome(error: ApiError | None = None) -> Response:
         cards = (card for card in engine.adapters() if card.state != "on disk")
-        loaded = {card.name: shown_folder(card.folder, settings) for card in cards}
+        loaded = {card.name: shown_folder(card.folder, below) for card in cards}
         body = {"success": error is None, "error_message": error and error.message, "loaded_adapters": loaded}
         return JSONResponse(body, error.status if error else 200, error.headers if error else None)
 

@@ -53,6 +53,14 @@ def stamp(folder: Path) -> Stamp:
     return tuple(found)
 
 
+def changed_at(folder: str | os.PathLike[str]) -> float:
+    """The Unix time of an adapter's last change, its folder's; 0 if it is gone."""
+    try:
+        return os.stat(folder).st_mtime
+    except (OSError, ValueError):
+        return 0.0
+
+
 def wait_for_a_tick(found: Stamp) -> None:
     """Let the file system's clock go on if files have just been written: a later write gets another time then."""
     left = max((changed for *_, changed in found), default=0) + _TICK - time.time_ns()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
@@ -13,7 +12,7 @@ from lorary.errors import FileError, LoraryError, MethodError
 from lorary.serve.forms.flat import Flat
 from lorary.serve.forms.serving_form import ServingForm
 from lorary.serve.interface import AdapterCard, BusyError
-from lorary.serve.pool.adapter_root import Stamp
+from lorary.serve.pool.adapter_root import Stamp, changed_at
 from lorary.serve.pool.pool import Pool
 
 
@@ -111,7 +110,6 @@ class Entry:
         source: its folder as it was given; None if it was found below the root.
         trusted: whether the folder comes from the server's owner.
         pinned: whether it stays in memory.
-        created: Unix time.
         folder: where the source led when it was last looked at.
         stamp: of the files there, and what `uid` or `error` comes from.
         checked: when that was, on the monotonic clock.
@@ -128,7 +126,6 @@ class Entry:
     source: str | None = None
     trusted: bool = False
     pinned: bool = False
-    created: float = field(default_factory=time.time)
     folder: Path = Path()
     stamp: Stamp = ()
     checked: float = float("-inf")
@@ -162,7 +159,7 @@ class Entry:
             self.bytes,
             form.method if form is not None else "",
             error=str(error) if error is not None else "",
-            created=self.created,
+            created=changed_at(self.folder),
             max_context=form.max_context if form is not None else None,
             notes=form.notes if form is not None else (),
         )

@@ -20,7 +20,7 @@ from lorary.adapters.save_load import load_adapter
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
-from lorary.model.fingerprint import Fingerprint
+from lorary.model.base import Base
 from lorary.serve.forms.flat import Flat, flatten
 from lorary.serve.forms.form import serving_form
 from lorary.serve.interface import BusyError
@@ -59,7 +59,7 @@ class Loader:
     """Reads adapters for a base.
 
     Args:
-        base: the served base; its fingerprint is taken once.
+        base: the served base, which is walked and measured once.
         limits: on an adapter.
         threads: how many are read at a time.
         pin_memory: whether their buffers are page-locked, for fast copies to a GPU.
@@ -68,9 +68,9 @@ class Loader:
     def __init__(
         self, base: nn.Module, *, limits: Limits | None = None, threads: int = 2, pin_memory: bool = False
     ) -> None:
-        self.base, self.limits, self.pin_memory = base, limits or Limits(), pin_memory
-        self._here = Fingerprint.of(base)
+        self.base, self.limits, self.pin_memory = Base(base).walk(), limits or Limits(), pin_memory
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter")
+        self._hashing = ThreadPoolExecutor(threads, thread_name_prefix="hash")
         self._waiting = threading.Semaphore(self.limits.waiting)
         self._counting = threading.Lock()
         self.count, self.seconds = 0, 0.0  # of the adapters that were read
@@ -109,7 +109,7 @@ class Loader:
             for _ in range(2):
                 before = stamp(folder)
                 wait_for_a_tick(before)
-                flat = self._read_once_more(folder, name, within)
+                flat = self._read(folder, name, within)
                 if stamp(folder) == before:
                     with self._counting:
                         self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - begun
@@ -123,27 +123,14 @@ class Loader:
     def close(self) -> None:
         """Wait for what is being read; what waits is cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _read_once_more(self, folder: Path, name: str, within: Path | None) -> Flat:
-        """The result of `_read`, tried twice if a dictionary changed while it was copied.
-
-        Seen once in 3,900 loads beside running requests. The dictionary is not known: PyTorch's and Transformers'
-        objects are not made for several threads.
-        """
-        try:
-            return self._read(folder, name, within)
-        except RuntimeError as error:
-            if "changed size during iteration" not in str(error):
-                raise
-            return self._read(folder, name, within)
+        self._hashing.shutdown(wait=True)
 
     def _read(self, folder: Path, name: str, within: Path | None) -> Flat:
         if problems := self._file_problems(folder, within):
             raise FileError("", problems)
-        with ThreadPoolExecutor(1) as beside:  # hashing takes longer than reading
-            digest = beside.submit(folder_digest, folder)
-            adapter = load_adapter(folder, model=self.base)
-            form = serving_form(adapter, self.base, uid=digest.result(), here=self._here)
+        digest = self._hashing.submit(folder_digest, folder)  # hashing takes longer than reading
+        adapter = load_adapter(folder, model=self.base)
+        form = serving_form(adapter, self.base, uid=digest.result())
         if self.limits.rank is not None and (form.rank or 0) > self.limits.rank:
             what = f"it is served with rank {form.rank}, and this server accepts {self.limits.rank}"
             raise FileError("", [Diagnostic("rank", what, "give it a lower rank: lorary compress")])

@@ -18,7 +18,7 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.serve.interface import AdapterCard, BusyError, UnknownAdapterError
-from lorary.serve.pool.adapter_root import AdapterRoot, invalid_name, stamp
+from lorary.serve.pool.adapter_root import AdapterRoot, changed_at, invalid_name, stamp
 from lorary.serve.pool.lease import Entry, Lease, Reading, lies_in_files
 from lorary.serve.pool.loader import Loaded, Loader, failure
 from lorary.serve.pool.names import name_problems, unknown_name
@@ -152,8 +152,8 @@ class Registry:
         with self._lock:
             for name in [n for n, entry in self._entries.items() if entry.source is None and n not in found]:
                 self._replace(name, None)  # its folder is gone
-            hidden = self._unloaded | set(self.reserved)
-            cards = {n: AdapterCard(n, folder=folder) for n, folder in found.items() if n not in hidden}
+            hidden = self._unloaded | self._entries.keys() | set(self.reserved)
+            cards = {n: AdapterCard(n, folder=f, created=changed_at(f)) for n, f in found.items() if n not in hidden}
             cards |= {name: self._card(entry) for name, entry in self._entries.items()}
         return [cards[name] for name in sorted(cards)]
 

@@ -29,7 +29,7 @@ _MOST_PASSED_OVER = 64  # for want of memory, in one decision: a look at thousan
 
 
 def decide(snapshot: Snapshot, policy: Policy) -> Decision:
-    """Which waiting requests join the batch, which are too late, and which adapters make room.
+    """Which waiting requests join the batch, and which are too late.
 
     Equal snapshots give equal decisions. Where slots are what is short, the time does not depend on how many requests
     wait: the index is asked for those that have an adapter of the batch.
@@ -59,7 +59,7 @@ def decide(snapshot: Snapshot, policy: Policy) -> Decision:
         else:
             heapq.heappop(turns)
     until = min(until, batch.until) if batch.places else until
-    return Decision(tuple(batch.admitted), expired, tuple(batch.evictions()), batch.refused, until)
+    return Decision(tuple(batch.admitted), expired, batch.refused, until)
 
 
 def _in_turn(waiting: Waiting, tenant: str, batch: _Batch, late: frozenset[str]) -> Iterator[Pending]:
@@ -105,9 +105,8 @@ class _Batch:
             self._count(request)
         self.since = {uid: snapshot.since.get(uid, -math.inf) for uid in self.left}
         self.staying = snapshot.pinned.intersection(snapshot.resident)
-        self.idle = {u: n for u, n in snapshot.resident.items() if u not in self.left and u not in self.staying}
-        self.room = snapshot.free + sum(self.idle.values())  # bytes, if everything idle were evicted
-        self.taken = 0  # bytes of keys, values and adapters that were not resident
+        idle = snapshot.resident.keys() - self.left.keys() - self.staying
+        self.room = snapshot.free + sum(snapshot.resident[uid] for uid in idle)  # bytes, if these were evicted
         self.places = policy.max_running - len(snapshot.running)
         self.admitted: dict[str, None] = {}
         self.refused: dict[str, str] = {}
@@ -146,17 +145,6 @@ class _Batch:
                 break
         return False
 
-    def evictions(self) -> Iterator[str]:
-        """The adapters to evict: the least recently used, those that a waiting request names after all others."""
-        missing = self.taken - self.snapshot.free
-        if missing <= 0:
-            return
-        for uid in sorted(self.idle, key=self.snapshot.waiting.wanted.__contains__):
-            if missing <= 0:
-                return
-            missing -= self.idle[uid]
-            yield uid
-
     def _lacks(self, request: Pending) -> Literal["", "slot", "memory"]:
         if request.adapters:
             new = sum(uid not in self.left for uid in request.adapters)
@@ -168,11 +156,7 @@ class _Batch:
 
     def _bytes(self, request: Pending) -> int:
         """What its admission takes of the room, in which everything idle counts as evicted."""
-        own = request.tokens * self.policy.token_bytes
-        for uid in request.adapters:
-            if uid not in self.left and uid not in self.staying:
-                own += self._size(uid)
-        return own
+        return sum(self._size(uid) for uid in request.adapters if uid not in self.left and uid not in self.staying)
 
     def _size(self, uid: str) -> int:
         size = self.snapshot.resident.get(uid, self.snapshot.sizes.get(uid))
@@ -182,12 +166,7 @@ class _Batch:
 
     def _take(self, request: Pending) -> None:
         self.room -= self._bytes(request)
-        self.taken += request.tokens * self.policy.token_bytes
-        for uid in request.adapters:
-            if uid not in self.left:
-                self.since[uid] = self.snapshot.now
-                if self.idle.pop(uid, None) is None and uid not in self.staying:
-                    self.taken += self._size(uid)
+        self.since |= {uid: self.snapshot.now for uid in request.adapters if uid not in self.left}
         self._count(request)
         self.places -= 1
         self.admitted[request.id] = None

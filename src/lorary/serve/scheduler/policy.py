@@ -19,15 +19,13 @@ class Policy:
         max_adapters: distinct adapters in the batch at most.
         patience: seconds for which a request may be passed over, and for which an adapter may stay in the batch while
             others wait for its place.
-        token_bytes: bytes of keys and values for each token of a request; 0 if others see to their memory.
-        budget: bytes of adapters, keys and values together; None for no limit of its own: only `Snapshot.free` counts.
+        budget: bytes of the adapters of a batch at most; None for no limit of its own: only `Snapshot.free` counts.
         input_weight, output_weight: what a token of the prompt, and a generated one, adds to a tenant's counter.
     """
 
     max_running: int = 64
     max_adapters: int = 32
     patience: float = 2.0
-    token_bytes: int = 0
     budget: int | None = None
     input_weight: float = 1.0
     output_weight: float = 2.0
@@ -37,7 +35,6 @@ class Policy:
             "max_running": (self.max_running, 1),
             "max_adapters": (self.max_adapters, 1),
             "patience": (self.patience, 0),
-            "token_bytes": (self.token_bytes, 0),
             "budget": (self.budget, 1),
             "input_weight": (self.input_weight, 0),
             "output_weight": (self.output_weight, 0),
@@ -67,10 +64,9 @@ class Snapshot:
         now: the clock, in seconds.
         waiting: the requests whose adapters are in memory.
         running: the requests in the batch.
-        resident: uid -> bytes of the adapters beside the base, in use or not, least recently used first.
+        resident: uid -> bytes of the adapters beside the base, in use or not.
         sizes: uid -> bytes of every adapter that is waited for.
-        free: bytes that are free for adapters and for keys and values, beside what can be evicted. What the running
-            requests may still take is not free.
+        free: bytes that are free for adapters, beside what can be evicted.
         served: tenant -> tokens served so far, weighted.
         since: uid -> when an adapter in the batch joined it; one that is not named may be closed at any time.
         pinned: uids that are never evicted.
@@ -94,14 +90,12 @@ class Decision:
     Args:
         admit: the ids to take into the batch, in order.
         expired: the ids whose deadline has passed.
-        evict: uids to evict for them, in order.
         refused: id -> why it can never be admitted.
         until: when it is worth asking again although no request came or ended and no memory became free.
     """
 
     admit: tuple[str, ...] = ()
     expired: tuple[str, ...] = ()
-    evict: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     until: float = math.inf
 
@@ -116,10 +110,7 @@ def why_never(request: Pending, policy: Policy, own: int = 0, pinned: int = 0) -
     reasons = []
     if len(request.adapters) > policy.max_adapters:
         reasons.append(f"it has {len(request.adapters)} adapters, and a batch takes {policy.max_adapters}")
-    needed = own + request.tokens * policy.token_bytes
-    if policy.budget is not None and needed > policy.budget - pinned:
+    if policy.budget is not None and own > policy.budget - pinned:
         beside = f" beside {pinned:,} of pinned adapters" if pinned else ""
-        reasons.append(
-            f"it needs {needed:,} bytes, {own:,} of them for its adapters, and the budget is {policy.budget:,}{beside}"
-        )
+        reasons.append(f"its adapters need {own:,} bytes, and the budget is {policy.budget:,}{beside}")
     return "; ".join(reasons)

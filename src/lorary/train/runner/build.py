@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 import lorary
 from lorary.adapters.switch import put_on
 from lorary.model.loading.from_pretrained import load_model, load_storage
+from lorary.model.out_of_memory import is_out_of_memory
 from lorary.train.config.previous_tasks import check_base, path_of
 from lorary.train.data.sequence_packing import check_packing
 from lorary.train.data.tokenize import Row
@@ -21,7 +22,7 @@ from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
 from lorary.train.trainer.classification import ClassificationTrainer
 from lorary.train.trainer.dpo import DPOTrainer
-from lorary.train.trainer.failure_messages import is_out_of_memory, model_too_large
+from lorary.train.trainer.failure_messages import model_too_large
 from lorary.train.trainer.grpo import GRPOTrainer
 from lorary.train.trainer.kto import KTOTrainer
 from lorary.train.trainer.resume import plan_with_saved_start

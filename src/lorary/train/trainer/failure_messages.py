@@ -7,16 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorary.analysis.memory.memory import Memory
 from lorary.errors import Diagnostic, FileError, LoraryError, TrainingError
 from lorary.files.atomic import FULL, write_error
+from lorary.model.out_of_memory import allocator_message, is_out_of_memory
 from lorary.model.plan import human_bytes
 from lorary.train.trainer import checkpoint
-
-# Allocators that raise a plain RuntimeError: PyTorch's for CPUs, its one for Apple's GPUs, and C++ itself.
-_ALLOCATOR_ERRORS = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "std::bad_alloc")
 
 
 @contextmanager
@@ -44,24 +40,11 @@ def with_failure_help(trainer: Any) -> Iterator[None]:
         raise _with_checkpoint(write_error(Path(trainer.args.output_dir), error), trainer) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or in the machine's own memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATOR_ERRORS)
-
-
 def model_too_large(error: BaseException, predicted: Memory) -> TrainingError:
     """The error of a model whose weights alone do not fit into memory."""
     fix = "set model.dtype: bfloat16 for half of the weights' bytes, or take a smaller model"
     problems = [Diagnostic("model", allocator_message(error), fix), _prediction(predicted)]
     return TrainingError("the model does not fit into memory:", problems)
-
-
-def allocator_message(error: BaseException) -> str:
-    """The first line of an allocator's message, without the location in PyTorch's source."""
-    text = str(error).strip().splitlines()
-    return text[0].rpartition("] . ")[2].rpartition("err == 0. ")[2] if text else "there is no memory left"
 
 
 def _with_checkpoint(error: LoraryError, trainer: Any) -> LoraryError:

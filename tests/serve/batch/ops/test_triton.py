@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from lorary.serve.batch import step as serve_step
+from lorary.serve.batch import prepared
 from lorary.serve.batch.batch import Batch
 from lorary.serve.batch.layers import ServedLayers
 from lorary.serve.batch.ops import triton
@@ -125,7 +125,7 @@ def test_layers_with_the_same_input_share_a_launch(monkeypatch: pytest.MonkeyPat
 def test_a_model_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short segments by the kernels, in the layers of a model."""
     launcher = triton.Launcher(capacity=6)
-    monkeypatch.setattr(serve_step, "kernels_for", lambda _: launcher)
+    monkeypatch.setattr(prepared, "kernels_for", lambda _: launcher)
     model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)).to(DEVICE)
     served, forms = ServedLayers(model), list[ServingForm]()
     for rank in (1, 5, 17):
@@ -142,7 +142,7 @@ def test_a_model_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch.of([(weighted, rows, rows) for weighted, rows in zip(adapters, lengths, strict=True)])
     with served.computing(batch):
         found = model(x)
-    monkeypatch.setattr(serve_step, "kernels_for", lambda _: None)
+    monkeypatch.setattr(prepared, "kernels_for", lambda _: None)
     with served.computing(batch):
         close(found, model(x))
     served.remove()

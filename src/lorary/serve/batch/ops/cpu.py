@@ -29,7 +29,9 @@ _REORDERED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fa
 OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", *_REORDERED)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _USUAL_RANK = 16  # by which work is shared among threads
-SHORT = 8  # rows of a segment at most, for compiled code to be faster than matrix products
+# rows of a segment times the layer's inputs and outputs, for compiled code to be faster than two matrix products
+_SHORT = 2**15
+SHORT_ROWS = (8, 128)  # least and most
 
 
 class PieceStruct(ctypes.Structure):
@@ -47,7 +49,6 @@ class Native:
     """
 
     types = tuple(TYPES)
-    short = SHORT
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -55,6 +56,11 @@ class Native:
         self._rows = library.lorary_rows
         self._rows.argtypes = [address, number, number, address, number, address, address, number, number, flag, flag]
         self._rows.restype = None
+
+    def short(self, width: int) -> int:
+        """The rows of a short segment, at most; one of wide layers is faster by matrix products sooner."""
+        least, most = SHORT_ROWS
+        return max(least, min(most, _SHORT // width))
 
     def prepare(self, pieces: Sequence[tuple[int, int, int, float]], rows: int, device: torch.device) -> Any:
         """The pieces (slot, start, stop, weight) of a step, as `add_rows` takes them."""

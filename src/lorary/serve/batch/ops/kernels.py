@@ -18,14 +18,14 @@ class Kernels(Protocol):
 
     Attributes:
         types: the dtypes that they compute in.
-        short: rows of a segment at most; longer ones are faster by matrix products.
     """
 
     @property
     def types(self) -> Sequence[torch.dtype]: ...
 
-    @property
-    def short(self) -> int: ...
+    def short(self, width: int) -> int:
+        """The rows of a segment at most, for layers of so many inputs and outputs; longer ones take matrix products."""
+        ...
 
     def prepare(self, pieces: Sequence[tuple[int, int, int, float]], rows: int, device: torch.device) -> Any:
         """Pieces (slot, start, stop, weight) of a step of so many rows, as `add_rows` takes them."""

@@ -40,10 +40,11 @@ class AdapterTable:
     Args:
         layers: path -> dtype of the layers that kernels compute; an adapter's tensors must have it.
         device: of the adapters' tensors; the table lies there.
+        width: inputs and outputs of the usual layer, by which kernels are chosen.
     """
 
-    def __init__(self, layers: Mapping[str, torch.dtype], device: torch.device) -> None:
-        self.dtypes = dict(layers)
+    def __init__(self, layers: Mapping[str, torch.dtype], device: torch.device, width: int = 2048) -> None:
+        self.dtypes, self.width = dict(layers), width
         self.layers = {path: index for index, path in enumerate(layers)}
         self.tensor = torch.zeros(0, len(layers), FIELDS, dtype=torch.int64, device=device)
         self._known: dict[int, Known] = {}

@@ -48,7 +48,6 @@ class Launcher:
     """
 
     types = TYPES
-    short = 256  # longer segments fill the GPU in plain matrix products
 
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
@@ -56,6 +55,9 @@ class Launcher:
         self._siblings: dict[int, list[int]] = {}  # the first layer with an input -> all of them
         self._chosen: dict[tuple[int, ...], Tensor] = {}
         self._last: _Shrunk | None = None
+
+    def short(self, width: int) -> int:
+        return 256  # longer segments fill the GPU in plain matrix products
 
     def prepare(self, pieces: Sequence[Piece], rows: int, device: torch.device) -> Items:
         """The items of the pieces (slot, start, stop, weight), in the buffers for so many rows."""

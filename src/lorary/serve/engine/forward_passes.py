@@ -29,7 +29,7 @@ class Outcome:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-class Steps:
+class ForwardPasses:
     """The forward passes of an engine. In its thread only.
 
     The requests of a forward pass that raises are computed again one by one, from their first token, so that the

@@ -1,4 +1,4 @@
-"""A batch as the layers need it: made once for each forward pass, not in each layer."""
+"""The batch as the layers need it: prepared once for each forward pass, not in each layer."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A forward pass.
+class PreparedBatch:
+    """The batch of a forward pass, with the work of every layer.
 
     Args:
-        table: [slots, layers, FIELDS] the table of adapters as it was when the pass began.
+        table: [slots, layers, FIELDS] the table of adapters as it was when the batch was prepared.
         kernels: for short segments; None without any.
         rows: number of rows -> the work.
         merged: the merged weights of the only adapters; None if layers add terms.
@@ -54,7 +54,7 @@ class Step:
     rows: Mapping[int, Rows]
     merged: MergedWeights | None = None
 
-    def of(self, path: str, count: int) -> Rows:
+    def rows_of(self, path: str, count: int) -> Rows:
         """The work of a layer that got so many rows.
 
         Raises:
@@ -68,8 +68,8 @@ class Step:
         return found
 
     @staticmethod
-    def of_batch(batch: Batch, table: AdapterTable, merged: MergedWeights | None = None) -> Step:
-        """The pass of a batch.
+    def of(batch: Batch, table: AdapterTable, merged: MergedWeights | None = None) -> PreparedBatch:
+        """Prepare a batch.
 
         Args:
             batch: the batch.
@@ -85,7 +85,7 @@ class Step:
         rows = {n: _rows(n, parts, table, kernels, problems) for n, parts in batch.tables.items()}
         if problems:
             raise StateError("cannot compute the batch:", problems)
-        return Step(tensor, kernels, rows, merged.begin(batch) if merged else None)
+        return PreparedBatch(tensor, kernels, rows, merged.begin(batch) if merged else None)
 
 
 def _rows(
@@ -93,12 +93,12 @@ def _rows(
 ) -> Rows:
     """The pieces of these segments; what is wrong with them is added to `problems`."""
     pieces, short, long, shared = list[Piece](), list[tuple[int, int, int, float]](), list[Piece](), list[Piece]()
-    end = 0
+    end, most = 0, kernels.short(table.width) if kernels else 0
     for start, stop, adapters in segments:
         if not (end <= start < stop <= count):
             problems.append(Diagnostic(f"rows {start} to {stop} of {count}", f"are no rows after {end}"))
         end = stop
-        few = kernels is not None and stop - start <= kernels.short
+        few = stop - start <= most
         for form, weight in adapters:
             piece, known = Piece(start, stop, form, weight), table.get(form)
             if known is None:

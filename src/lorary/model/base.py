@@ -1,0 +1,96 @@
+"""Base: what is known of a base, walked once for all the adapters that are read for it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
+from lorary.layers.kinds import kind_of, site
+from lorary.layers.quantized_weight import compute_dtype, is_quantized, stored_tensors
+from lorary.layers.wrappers import unwrapped
+from lorary.model.buffers import persistent_buffers
+from lorary.model.fingerprint import Fingerprint
+from lorary.spec.site import Site
+
+
+class Base:
+    """The base of adapters, as it was when each of these was first asked for: make another if the model changes.
+
+    Args:
+        model: the base, plain or adapted; adapted layers appear as the layers inside.
+        fingerprint: its fingerprint, if known: taking it reads numbers of every parameter.
+    """
+
+    def __init__(self, model: nn.Module, fingerprint: Fingerprint | None = None) -> None:
+        self.model = unwrapped(model)
+        self._sites: dict[str, Site] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
+
+    @staticmethod
+    def of(model: nn.Module | Base) -> Base:
+        """The base of a model; itself, if it is one."""
+        return model if isinstance(model, Base) else Base(model)
+
+    def walk(self) -> Base:
+        """This base, with every walk made now: other threads may then use it while the model computes."""
+        _ = self.modules, self.kinds, self.quantized, self.empty, self.residual
+        _ = self.tensors, self.first_names, self.fingerprint
+        return self
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """path -> module of the plain model."""
+        return unwrapped_modules(self.model)
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """path -> layer kind of every module with an adaptable weight."""
+        return {path: kind for path, module in self.modules.items() if (kind := kind_of(module)) is not None}
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """The paths of the quantised layers."""
+        return frozenset(path for path, module in self.modules.items() if is_quantized(module))
+
+    @cached_property
+    def empty(self) -> frozenset[str]:
+        """The paths of the layers without values, on the meta device."""
+        return frozenset(path for path in self.kinds if stored_tensors(self.modules[path])[0].is_meta)
+
+    @cached_property
+    def residual(self) -> frozenset[str]:
+        """The paths of the layers whose weight an attached adapter has reduced by its start."""
+        return frozenset(path for path, layer in adapted_layers(self.model).items() if layer.start)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """name -> every parameter and persistent buffer; tied ones appear under each of their names."""
+        return dict[str, Tensor](base_parameters(self.model)) | persistent_buffers(self.modules)
+
+    @cached_property
+    def first_names(self) -> dict[str, str]:
+        """name -> the first name of the same tensor."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the base."""
+        return Fingerprint.of(self.model)
+
+    def dtype(self, path: str) -> torch.dtype:
+        """The precision in which the module at a path computes."""
+        if path not in self._dtypes:
+            self._dtypes[path] = compute_dtype(self.modules[path], self.model)
+        return self._dtypes[path]
+
+    def site(self, path: str) -> Site:
+        """The site of the layer at a path of `kinds`: its whole weight."""
+        if path not in self._sites:
+            self._sites[path] = site(path, self.modules[path])
+        return self._sites[path]
