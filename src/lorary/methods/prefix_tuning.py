@@ -245,7 +245,7 @@ def _by_head(P: Tensor, like: Tensor) -> Tensor:
     "prefix-tuning",
     citation="Li & Liang 2021, arXiv:2101.00190",
     aliases=("prefix",),
-    lr=1e-2,
+    lr=3e-2,
     when="As a baseline, or where the weights must not change at all: attention reads l trained keys and values more.",
 )
 def prefix_tuning(tokens: int = 10, mlp: int = 0, std: float = 1.0) -> dict[str, Any]:
