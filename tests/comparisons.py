@@ -55,7 +55,9 @@ def comparison(
                     test = scores(generator, test_rows + own + at - level, tokens, 0.9 - effect)
                     general = scores(generator, general_rows + 0.05 + own, tokens, 0.4)
                 folder = f"runs/{name}-{lr:g}-{run}"
-                trials.append(Trial(name, lr, 1000 + 17 * len(trials), steps, validation, ending, test, general, folder))
+                trials.append(
+                    Trial(name, lr, 1000 + 17 * len(trials), steps, validation, ending, test, general, folder)
+                )
     costs = {name: cost(generator, name) for name in effects}
     arms = tuple(Arm(name, {"method": name.split("-")[0], "r": 8}, RATES) for name in effects)
     base = None if classifier else scores(generator, test_rows + 1.6, tokens, 0.2)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,7 +16,17 @@ from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.page import comparison_page
 from lorary.analysis.comparison.record import Comparison, Cost
 from lorary.analysis.comparison.statistics import Findings, Interval, Standing, findings
-from lorary.analysis.comparison.tables import as_record, costs, limits, quality, quartiles, runs, settings, summary, views
+from lorary.analysis.comparison.tables import (
+    as_record,
+    costs,
+    limits,
+    quality,
+    quartiles,
+    runs,
+    settings,
+    summary,
+    views,
+)
 from lorary.analysis.comparison.words import change, level, names, rate, remarks, signed, verdict
 from tests.analysis.test_html_report import read
 from tests.comparisons import RATES, comparison
@@ -29,7 +40,10 @@ def found() -> Findings:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (comparison(), "pissa is better than all 5 other methods: 3.323 nats per token, 0.072 [0.035, 0.109] below dora."),
+        (
+            comparison(),
+            "pissa is better than all 5 other methods: 3.323 nats per token, 0.072 [0.035, 0.109] below dora.",
+        ),
         (
             comparison({"lora": 0.0, "bad": 0.3}),
             "lora is better than bad: 3.412 nats per token, 0.285 [0.255, 0.316] below bad.",
@@ -60,7 +74,8 @@ def test_verdict(record: Comparison, sentence: str) -> None:
 def test_a_better_classifier_is_ahead_by_points() -> None:
     found = findings(comparison({"lora": 0.4, "good": 0.0}, classifier=True, rows=400))
     assert re.fullmatch(
-        r"good is better than lora: \d\d\.\d % of the test rows right, \d\d\.\d points \[\d\d\.\d, \d\d\.\d\] above lora\.",
+        r"good is better than lora: \d\d\.\d % of the test rows right, "
+        r"\d\d\.\d points \[\d\d\.\d, \d\d\.\d\] above lora\.",
         verdict(found),
     )
 
@@ -251,7 +266,7 @@ def test_what_is_smaller_and_better_is_the_front(found: Findings) -> None:
 def test_names_of_points_do_not_touch() -> None:
     places = pictures.spread([0.1, 0.1, 0.1, 0.98, 0.99, 1.0], 0.1)
     assert places == sorted(places)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(places))
     assert places[-1] <= 1
 
 
@@ -274,7 +289,9 @@ ODD = {
     "identical runs": comparison({"lora": 0.0, "again": 0.0}, seed_noise=0.0),
     "thirty methods": comparison({f"method-with-a-long-name-{i}": 0.02 * i for i in range(30)}, rows=20),
     "hostile names": comparison({"<b>$x^": 0.0, "_": 0.1, "漢字🙂": 0.2, "n" * 300: 0.3}, rows=20),
-    "hostile settings": replace(comparison(rows=20), settings={"</pre><script>": "a\nb\x1b[31m", "x": {}, "command": 3}),
+    "hostile settings": replace(
+        comparison(rows=20), settings={"</pre><script>": "a\nb\x1b[31m", "x": {}, "command": 3}
+    ),
     "no step times": with_cost(comparison(rows=20), "lora", step_seconds=(), trained=0),
     "a classifier": comparison(classifier=True),
 }

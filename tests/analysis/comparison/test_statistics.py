@@ -124,7 +124,7 @@ def test_the_width_is_that_of_students_t() -> None:
 
 
 def test_the_joint_width_is_tukeys() -> None:
-    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom at 95 % is 4.529 (any table)."""
+    """Without noise of rows: the studentised range of 4 means with 8 degrees of freedom is 4.529 (any table)."""
     spread = np.array([-1.0, 0.0, 1.0])[:, None]
     found = Measured({str(i): np.ones((3, 50)) + 0.01 * spread for i in range(4)}, np.ones(50))
     joint = found.joint_factor([*combinations("0123", 2)]) * found.half_width("0", "1")
@@ -161,7 +161,7 @@ def test_verdicts(found: Findings) -> None:
         "ia3": "worse",
     }
     assert {d.verdict for d in found.against_best.values()} == {"worse"}
-    assert [s.arm for s in found.standings][0] == "pissa"
+    assert found.standings[0].arm == "pissa"
     assert [s.arm for s in found.standings][-2:] == ["vera", "ia3"]
 
 
@@ -267,7 +267,10 @@ def without(record: Comparison, arm: str, *rates: float) -> Comparison:
         (without(comparison(), "lora", RATES[2]), "its best rate, 0.0003, is the highest that was tried"),
         (without(comparison(), "lora", RATES[0], RATES[2]), "0.0003 is the only rate that was tried"),
         (without(comparison(), "lora", *RATES), "it was not run"),
-        (at_rate(comparison(), "lora", RATES[2], ending="budget"), "its best rate, 0.0003, is the highest that was tried"),
+        (
+            at_rate(comparison(), "lora", RATES[2], ending="budget"),
+            "its best rate, 0.0003, is the highest that was tried",
+        ),
         (at_rate(comparison(), "lora", RATES[2], ending="diverged"), ""),  # too large a rate is an answer
         (at_rate(comparison(), "lora", RATES[0], ending="hopeless"), ""),
     ],
@@ -318,14 +321,17 @@ def test_rows_that_cannot_be_paired(rows: Mapping[str, int]) -> None:
         findings(record)
     assert len(caught.value.problems) == 2  # both seeds
     total = sum(scores.tokens)
-    assert f"was scored on {count} rows with {total} tokens of {field} text, and the base on 120 rows" in str(caught.value)
+    assert f"was scored on {count} rows with {total} tokens of {field} text, and the base on 120 rows" in str(
+        caught.value
+    )
 
 
 def test_an_unknown_reference() -> None:
     with pytest.raises(DataError) as caught:
         findings(comparison(), "lorra")
     assert str(caught.value) == (
-        "cannot compare:\n  - reference: there is no method 'lorra'\n      hint: did you mean `lora` or `lora+` or `dora`?"
+        "cannot compare:\n  - reference: there is no method 'lorra'\n"
+        "      hint: did you mean `lora` or `lora+` or `dora`?"
     )
 
 

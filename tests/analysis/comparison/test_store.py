@@ -33,7 +33,9 @@ def path(tmp_path: Path) -> Path:
         comparison(rows=9, seeds=1),
         replace(comparison(rows=9), trials=(), costs={}, left_out={}, base_test=None, base_general=None),
         Comparison({}, "sft", ()),
-        Comparison({"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/ß", {"r": 8, "targets": ["q"]}, (1e-4,)),)),
+        Comparison(
+            {"a name": ["ä", None, 1.5, {"x": True}]}, "sft", (Arm("ü/ß", {"r": 8, "targets": ["q"]}, (1e-4,)),)
+        ),
     ],
 )
 def test_round_trip(record: Comparison, path: Path) -> None:
@@ -201,7 +203,7 @@ def test_truncated_anywhere(path: Path) -> None:
 
 
 def test_places_that_are_no_file(tmp_path: Path, path: Path) -> None:
-    with pytest.raises(FileError, match="comparison.json: is missing"):
+    with pytest.raises(FileError, match=r"comparison\.json: is missing"):
         read(path)
     with pytest.raises(FileError, match="the path cannot be followed"):
         read(tmp_path / "nowhere" / "comparison.json")

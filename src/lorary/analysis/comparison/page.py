@@ -29,7 +29,7 @@ _QUALITY = (
     "Means over the seeds, with 95 % intervals. Those of the loss are wide, as some rows are harder than others; the "
     "difference between two methods on the same rows is known more precisely, and decides. The intervals of all "
     "differences between two methods hold together in 95 % of comparisons, however many methods there are. Forgotten "
-    "is the loss on general text minus that of the base."
+    "is the loss on general text minus that of the base; sd is the standard deviation over the seeds."
 )
 _COST = (
     "At the best rate. Peak memory is counted for a training step. Seconds per step are medians with quartiles; the "
@@ -45,8 +45,8 @@ _CHANCE = (
     "Two sources of chance count in every interval. The test rows could have been others: they are resampled with "
     "replacement, the same ones for all methods, and the loss is counted by tokens (the paired bootstrap; Efron & "
     "Tibshirani 1993). And the seeds could have been others: they set the initialisation and the order of the data. "
-    "Two or three seeds are too few to resample, so the variance within the methods is pooled over all of them, and its "
-    "own error is counted by Student's t. A method that scatters clearly more than the others stands on its own "
+    "Two or three seeds are too few to resample, so the variance within the methods is pooled over all of them, and "
+    "its own error is counted by Student's t. A method that scatters clearly more than the others stands on its own "
     "variance. Differences of single rows between seeds count in both parts: the intervals are rather too wide than "
     "too narrow."
 )
@@ -78,11 +78,9 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
         yield KeyFigure(label, pictures.short(found.best), f"{what} {level(value, found.measure)}")
     if found.base is not None:
         yield KeyFigure("Without adapter", f"{found.base:.3f}", "held-out loss of the base")
-    judged = sum(s.loss is not None for s in found.standings)
-    yield KeyFigure("Methods", str(len(comparison.arms)), f"{judged} judged")
     seeds = sorted({s.seeds for s in found.standings if s.seeds})
-    note = f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} judged for each method" if seeds else ""
-    yield KeyFigure("Runs", str(len(comparison.trials)), note)
+    judged = f", {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds judged of each" if seeds else ""
+    yield KeyFigure("Methods", str(len(comparison.arms)), f"{len(comparison.trials)} runs{judged}")
     if test := next((run.test for run in comparison.trials if run.test), None):
         tokens = f"{sum(test.tokens):,} tokens" if comparison.task == "sft" else "one label each"
         yield KeyFigure("Test rows", f"{len(test.tokens):,}", f"{tokens}, the same for all")
@@ -97,7 +95,9 @@ def _sections(found: Findings) -> Iterator[Section]:
     for view, about in views(found):
         yield Section(view.title, [Paragraph(about), _table(view)])
     if found.comparison.trials:
-        each = [Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)]
+        each = [
+            Picture(pictures.rates_svg(found, s.arm), s.untuned) for s in found.standings if found.comparison.of(s.arm)
+        ]
         yield Section("Learning rates", [Paragraph(_RATES), Pictures(each)])
         yield Section("Loss over the steps", [Picture(pictures.curves_svg(found), _CURVES)])
     if found.comparison.left_out:

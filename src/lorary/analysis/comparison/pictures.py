@@ -158,11 +158,11 @@ def _difference(axes: Axes, y: int, d: Difference, scale: float, ends: tuple[flo
                 axes.plot(bar, [y, y], color=look["color"], linewidth=width, solid_capstyle="butt")
         axes.plot([value], [y], linestyle="", markersize=7, **look)
     else:
-        beyond, sign = (right, 1) if value > right else (left, -1)
-        width = right - left
-        axes.plot([beyond - sign * 0.01 * width], [y], color=look["color"], marker=">" if sign > 0 else "<", markersize=6)
-        position = {"ha": "right" if sign > 0 else "left", "va": "center_baseline", "fontsize": 9}
-        axes.text(beyond - sign * 0.03 * width, y, signed(value, 1 if scale > 1 else 3), **position)
+        above = value > right
+        end, inwards, arrow = (right, left - right, ">") if above else (left, right - left, "<")
+        axes.plot([end + 0.01 * inwards], [y], color=look["color"], marker=arrow, markersize=6)
+        number = signed(value, 1 if scale > 1 else 3)
+        axes.text(end + 0.03 * inwards, y, number, ha="right" if above else "left", va="center_baseline", fontsize=9)
     axes.annotate(d.verdict, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=9)
 
 

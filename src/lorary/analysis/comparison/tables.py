@@ -47,9 +47,7 @@ def summary(found: Findings) -> TextTable:
 
 def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
     """Loss, differences and forgetting, for all arms or some."""
-    spread = ("sd over seeds", lambda s: "" if math.isnan(s.spread) else f"{s.spread:.3f}")
-    seeds = ("seeds", lambda s: str(s.seeds or ""))
-    columns = [_METHOD, *_measures(found), *_against(found), *_forgetting(found), _RATE, seeds, spread]
+    columns = [_METHOD, *_measures(found), *_against(found), *_forgetting(found), _RATE, _SEEDS]
     base = [""] * (len(columns) - 2)
     bottom = [["no adapter", level(Interval(found.base)), *base]] if found.base is not None and not arms else []
     return _table("Quality", found, columns, arms, bottom)
@@ -73,9 +71,9 @@ def limits(found: Findings) -> TextTable:
 
 
 def views(found: Findings) -> list[tuple[TextTable, str]]:
-    """The arms of equal rank, and those with equally many trained numbers, each with a sentence; empty unless both exist.
+    """The arms of equal rank, and those with equally many trained numbers, each with a sentence.
 
-    Equal is equal to the reference, or else to the best.
+    Empty unless both exist and differ. Equal is equal to the reference, or else to the best.
     """
     centre = found.reference or found.best
     by_name = {arm.name: arm for arm in found.comparison.arms}
@@ -183,6 +181,7 @@ def quartiles(given: Cost | None) -> tuple[float, float, float] | None:
 
 _METHOD: Column = ("method", lambda s: s.arm)
 _RATE: Column = ("best rate", rate)
+_SEEDS: Column = ("seeds, sd", lambda s: str(s.seeds or "") + ("" if math.isnan(s.spread) else f", {s.spread:.3f}"))
 
 
 def _measures(found: Findings) -> Iterator[Column]:
@@ -232,7 +231,7 @@ def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
 def _seconds(given: Cost, short: bool) -> str:
     if (found := quartiles(given)) is None:
         return ""
-    low, middle, high = (f"{seconds:.3g}" for seconds in found)
+    low, middle, high = (f"{seconds:#.3g}".rstrip(".") for seconds in found)
     return middle if short else f"{middle} [{low}, {high}]"
 
 

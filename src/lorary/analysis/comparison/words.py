@@ -27,9 +27,10 @@ def verdict(found: Findings) -> str:
     if not alike:
         second = next(iter(others.values()))
         return f"{found.best} is better than {_all_others(others)}: {best}, {_ahead(second, found.measure)}."
+    first = f"{found.best} has the {_best(found)}, {best}"
     if not worse:
-        return f"No difference is shown between the {len(others) + 1} methods. {found.best} has the {_best(found)}, {best}."
-    return f"{found.best} has the {_best(found)}, {best}; no difference from {names(alike)} is shown. Worse: {names(worse)}."
+        return f"No difference is shown between the {len(others) + 1} methods. {first}."
+    return f"{first}; no difference from {names(alike)} is shown. Worse: {names(worse)}."
 
 
 def remarks(found: Findings) -> Iterator[str]:
