@@ -86,6 +86,6 @@ def test_a_budget_in_which_nothing_fits_is_refused() -> None:
         fitted(request(5.0), FORECAST)
     assert str(error.value) == (
         "cannot compare:\n"
-        "  - budget: is 5 s, and one rate and one seed of lora alone take about 26 s\n"
+        "  - budget: one rate and one seed of lora alone take about 26 s, the budget is 5 s\n"
         "      hint: give it 30 s or more, or fewer training.max_steps"
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ from tests.train.tasks import rows as rows_file
 
 DORA = Arm("dora", {"name": "dora", "r": 2}, (1e-3, 1e-2, 3e-2))
 BAD = Arm("lora, its rate ÷ 100", {"name": "lora", "r": 2}, (1e-5, 1e-4, 3e-4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_turn() -> Iterator[None]:
+    """Steps are timed in one turn instead of three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorary.train.compare.course.TURNS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +85,7 @@ def test_the_costs(whole: Comparison, place: Path) -> None:
     folder = place / "comparison" / next(trial.folder for trial in whole.of("lora") if trial.test) / "adapter"
     assert cost.trained == sum(t.numel() for site in load_adapter(folder).tensors.values() for t in site.values())
     assert cost.file_bytes >= cost.trained * 4
-    assert len(cost.step_seconds) == 12
+    assert len(cost.step_seconds) == 4
     assert cost.peak_bytes > 4 * cost.trained
     assert cost.merge == "to rounding"
     assert cost.engines["peft"] == cost.engines["vllm"] == ""
@@ -101,42 +111,35 @@ def test_called_again_nothing_is_trained(whole: Comparison, place: Path, words: 
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("step", [5, 17, 33])
 def test_killed_and_started_again_it_equals_one_that_is_not(
-    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path, step: int
+    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
-    """Killed in the first run, in the second stage of the search, and in a judged run; the rest is not repeated."""
-    done = []
+    """Killed in its first run, in the second round of the search and in a judged run; what is done is not repeated."""
+    steps, done = sum(trial.steps for trial in whole.trials), []
 
-    def kill(**told: Any) -> None:
+    def kill_at(step: int, **told: Any) -> None:
         if told.get("completed") == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def work(**told: Any) -> None:
-        done.extend([told["completed"]] if "completed" in told else [])
-
     request = from_dict(words), (LORA, BAD), quick(place), tmp_path / "comparison"
-    pid = child(lambda: compare(*request, progress=kill))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    again = compare(*request, progress=work)
+    for step in (5, 12, 16):
+        pid = child(lambda: compare(*request, progress=functools.partial(kill_at, step)))  # noqa: B023
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    again = compare(*request, progress=lambda **told: done.append(told.get("completed", 0)))
     assert timeless(again) == timeless(whole)
-    steps = sum(trial.steps for trial in whole.trials)
-    assert done[-1] <= steps - step + 2  # at most a third of a run is done twice
+    assert max(done) <= steps - 5 - 12 - 16 + 3 * 2  # a kill costs a third of a run at most
 
 
-def test_a_signal_stops_it_cleanly_and_says_so(
-    whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
-) -> None:
+def test_a_signal_stops_it_cleanly_and_says_so(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
     def stop(**told: Any) -> None:
         if told.get("completed") == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    request = from_dict(words), (LORA, BAD), quick(place), tmp_path / "comparison"
-    partial = compare(*request, progress=stop)
+    partial = compare(from_dict(words), (LORA, BAD), quick(place), tmp_path / "comparison", progress=stop)
     why = "stopped: signal 15; called again, the comparison goes on"
     assert partial.left_out == {"lora": why, BAD.name: why}
     assert len(partial.trials) == 1
-    assert timeless(compare(*request)) == timeless(whole)
+    assert store.read(tmp_path / "comparison" / "comparison.json").trials == partial.trials
 
 
 def test_two_processes_give_the_same_numbers(
@@ -151,26 +154,25 @@ def test_two_processes_give_the_same_numbers(
 def test_test_rows_are_never_used_in_choosing(whole: Comparison, words: dict[str, Any], tmp_path: Path) -> None:
     """Other test rows, planted so that a choice by them would be another one, change nothing but the test scores."""
     lines = (Path(words["data"]["train"])).read_text().splitlines()
-    request = make_request(from_dict(words), (LORA, BAD), quick(tmp_path), tmp_path)
-    held_out = Bench(request).held_out
-    tokens = [row["input_ids"] for row in held_out.test]
+    bench = Bench(make_request(from_dict(words), (LORA,), quick(Path(words["model"]).parent), tmp_path))
+    tokens = [row["input_ids"] for row in bench.held_out.test]
     planted = []
     for line in lines:
         row = json.loads(line)
-        text = Bench(request).any_plan.tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        text = bench.any_plan.tokenizer(row["prompt"] + row["completion"])["input_ids"]
         is_test = any(ids[: len(text)] == text for ids in tokens)
         planted.append({**row, "completion": " the the the"} if is_test else row)
     assert sum(a != json.loads(b) for a, b in zip(planted, lines, strict=True)) == len(tokens)
-    general = (tmp_path / "general.jsonl")
+    general = tmp_path / "general.jsonl"
     general.write_text(json.dumps({"text": "hello world"}) + "\n")
     path = rows_file(tmp_path, planted)
-    other = compared(words | {"data": words["data"] | {"train": path}}, tmp_path, LORA, BAD)
+    other = compared(words | {"data": words["data"] | {"train": path}}, tmp_path, LORA)
     assert other.settings["digests"]["test"] != whole.settings["digests"]["test"]
     for key in ("training", "validation"):
         assert other.settings["digests"][key] == whole.settings["digests"][key]
     runs = [dataclasses.replace(trial, test=None, general=None) for trial in other.trials]
-    assert runs == [dataclasses.replace(trial, test=None, general=None) for trial in whole.trials]
-    assert [t.test for t in other.trials if t.test] != [t.test for t in whole.trials if t.test]
+    assert runs == [dataclasses.replace(trial, test=None, general=None) for trial in whole.of("lora")]
+    assert [t.test for t in other.trials if t.test] != [t.test for t in whole.of("lora") if t.test]
 
 
 def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
@@ -188,21 +190,17 @@ def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], plac
 def test_a_rate_that_is_much_too_high_diverges_and_is_not_chosen(
     words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
-    arm = dataclasses.replace(LORA, rates=(1e-2, 1.0))
-    words = words | {"training": words["training"] | {"optimizer": "sgd", "max_grad_norm": 0, "lr": 1.0}}
-    arm = dataclasses.replace(arm, method={**arm.method, "alpha": 1e6})
+    arm = Arm("full", {"name": "full"}, (0.5, 1.0))
     found = compare(from_dict(words), (arm,), quick(place), tmp_path / "comparison")
     assert [trial.ending for trial in found.trials] == ["diverged", "diverged"]
-    assert found.left_out == {"lora": "every rate has diverged"}
+    assert found.left_out == {"full": "every rate has diverged"}
     assert found.costs == {}
 
 
-def test_a_budget_is_kept_and_what_it_leaves_out_is_said(
-    words: dict[str, Any], place: Path, tmp_path: Path
-) -> None:
+def test_a_budget_is_kept_and_what_it_leaves_out_is_said(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
     """Planned seconds are the machine's: a budget of an hour holds everything, one of a second nothing."""
-    request = from_dict(words), (LORA,), quick(place, budget=3600.0), tmp_path / "comparison"
-    found = compare(*request)
+    arm = dataclasses.replace(LORA, rates=(1e-2,))
+    found = compare(from_dict(words), (arm,), quick(place, budget=3600.0), tmp_path / "comparison")
     assert found.left_out == {}
     assert set(found.settings["timings"]) == {"lora"}
     assert 0 < found.settings["planned_seconds"] < 3600

@@ -40,7 +40,7 @@ def refused(words: dict[str, Any], arms: Any, place: Path, folder: Path, **setti
     ("arms", "sentence"),
     [
         ((), "cannot compare:\n  - arms: there are none\n      hint: name at least one method"),
-        (("lora",), "cannot compare:\n  - arms[0]: 'lora' is not an Arm"),
+        (("lora",), "cannot compare:\n  - arms[0]: is a str, not an Arm"),
         (
             (LORA, LORA),
             "cannot compare:\n  - arms: 2 are named 'lora'\n      hint: give each a name of its own",
@@ -63,9 +63,7 @@ def refused(words: dict[str, Any], arms: Any, place: Path, folder: Path, **setti
         ),
     ],
 )
-def test_arms_that_are_none(
-    words: dict[str, Any], place: Path, tmp_path: Path, arms: Any, sentence: str
-) -> None:
+def test_arms_that_are_none(words: dict[str, Any], place: Path, tmp_path: Path, arms: Any, sentence: str) -> None:
     assert refused(words, arms, place, tmp_path / "new") == sentence
 
 
@@ -194,7 +192,7 @@ def test_a_file_is_no_folder(words: dict[str, Any], place: Path, tmp_path: Path)
     assert path.read_text() == "mine"
 
 
-class _Halt(Exception):
+class _HaltError(Exception):
     pass
 
 
@@ -204,9 +202,9 @@ def test_another_comparison_in_the_folder_is_named_by_what_differs(
     """Unless it is to be overwritten. The budget and the number of processes may differ."""
 
     def halt(**_: Any) -> None:
-        raise _Halt
+        raise _HaltError
 
-    with pytest.raises(_Halt):
+    with pytest.raises(_HaltError):
         compare(from_dict(words), (LORA,), quick(place), tmp_path / "c", progress=halt)
     path = tmp_path / "c" / "comparison.json"
     before = path.read_bytes()
@@ -220,17 +218,15 @@ def test_another_comparison_in_the_folder_is_named_by_what_differs(
         f"  - settings.seeds: 1 in the folder, 2 here\n{fix}"
     )
     assert path.read_bytes() == before
-    with pytest.raises(_Halt):
+    with pytest.raises(_HaltError):
         compare(from_dict(words), (LORA,), quick(place, workers=2, budget=1e4), tmp_path / "c", progress=halt)
-    with pytest.raises(_Halt):
+    with pytest.raises(_HaltError):
         compare(from_dict(words), (other,), quick(place), tmp_path / "c", progress=halt, overwrite=True)
     assert json.loads(path.read_text())["settings"]["request"]["arms"]["lora"]["method"]["r"] == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"trials": 1}'])
-def test_a_damaged_record_is_refused_and_kept(
-    words: dict[str, Any], place: Path, tmp_path: Path, text: str
-) -> None:
+def test_a_damaged_record_is_refused_and_kept(words: dict[str, Any], place: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(LoraryError) as error:
         compare(from_dict(words), (LORA,), quick(place), tmp_path)
@@ -247,6 +243,5 @@ def test_a_name_is_no_path(words: dict[str, Any], place: Path, tmp_path: Path) -
     request = make_request(from_dict(words), arms, quick(place), tmp_path)
     found = [run_name(request, name, 1e-3, 7) for name in names]
     assert found == [
-        f"runs/{number}/lr-0.001-seed-7"
-        for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
+        f"runs/{number}/lr-0.001-seed-7" for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
     ]

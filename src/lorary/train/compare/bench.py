@@ -158,7 +158,7 @@ def run_name(request: Request, arm: str, lr: float, seed: int) -> str:
     """The folder of a run, below the comparison's: its number keeps two names apart, and paths out."""
     number = [one.name for one in request.arms].index(arm) + 1
     word = re.sub(r"[^A-Za-z0-9+_-]+", "-", arm).strip("-")[:40]
-    return f"runs/{number:02d}-{word}/lr-{lr:g}-seed-{seed}"
+    return f"runs/{f'{number:02d}-{word}'.rstrip('-')}/lr-{lr:g}-seed-{seed}"
 
 
 def _on_device(model: Any) -> Any:

@@ -19,8 +19,8 @@ from lorary.train.compare.bench import Bench
 from lorary.train.compare.budget import TIMED, TURNS, Forecast, fitted
 from lorary.train.compare.costs import cost
 from lorary.train.compare.ledger import Ledger
-from lorary.train.compare.request import Request
 from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.request import Request
 from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
 from lorary.train.compare.workers import Workers
@@ -88,6 +88,7 @@ class Course:
             for arm in self.request.arms
             if arm.name not in known
         ]
+
         def take(job: TimingJob, timing: Timing | Failure) -> None:
             if isinstance(timing, Failure):
                 self._fail(timing)
@@ -104,7 +105,7 @@ class Course:
         scored = (len(rows.test) + len(rows.general)) / len(rows.validation.rows)
         self.forecast = Forecast(known, self.request.steps, scored, self.request.settings.workers)
         self.request, left_out = fitted(self.request, self.forecast)
-        timings = {name: dataclasses.asdict(timing) for name, timing in known.items()}
+        timings = {name: {**dataclasses.asdict(one), "steps": list(one.steps)} for name, one in known.items()}
         planned = self.forecast.whole(self.request)
         for what, why in left_out.items():
             _log.info("left out: %s (%s)", what, why)
@@ -208,8 +209,7 @@ class Course:
         for trial in trials:
             rates.setdefault(trial.arm, set()).add(trial.lr)
         arms = tuple(
-            dataclasses.replace(arm, rates=tuple(sorted(rates.get(arm.name, ()))))
-            for arm in self.bench.request.arms
+            dataclasses.replace(arm, rates=tuple(sorted(rates.get(arm.name, ())))) for arm in self.bench.request.arms
         )
         self.ledger.note(arms=arms, **changes)
 

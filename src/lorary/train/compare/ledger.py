@@ -55,7 +55,7 @@ class Ledger:
                 shutil.rmtree(path / RUNS, ignore_errors=True)
                 (path / FILE).unlink(missing_ok=True)
             found = store.read(path / FILE) if (path / FILE).exists() else None
-            settings = {**(found.settings if found else {}), **facts, "request": identity(asked)}
+            settings = {**(found.settings if found else {}), **_plain(facts), "request": identity(asked)}
             if found is None:
                 task: Any = request.config.task
                 found = Comparison(settings, task, request.arms)
@@ -95,7 +95,12 @@ def identity(asked: Request) -> dict[str, Any]:
     settings = dataclasses.asdict(asked.settings)
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
     arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}
-    plain: dict[str, Any] = json.loads(json.dumps({"config": config, "settings": settings, "arms": arms}, default=str))
+    return _plain({"config": config, "settings": settings, "arms": arms})
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a JSON file gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
 

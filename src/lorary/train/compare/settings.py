@@ -33,8 +33,8 @@ class Settings:
         reference: name of the method whose numbers are matched; empty: the first one.
         general: sources of general text, as `data.train` in a configuration; their validation part is scored before
             and after training. Empty: what is forgotten is not measured.
-        validation_rows: the most held-out rows on which rates are chosen: of the held-out examples the first, third, ...
-        test_rows: the most held-out rows on which methods are judged: of the second, fourth, ...
+        validation_rows: the most held-out rows on which rates are chosen: of examples 1, 3, ... of them
+        test_rows: the most held-out rows on which methods are judged: of examples 2, 4, ...
         general_rows: the most rows of general text.
         workers: processes that train at the same time, sharing the processor's cores.
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from lorary.analysis.comparison.record import Ending, Scores, Trial
 from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench, run_name
-from lorary.train.compare.search import Curve, is_finite, why_ended
 from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.search import Curve, is_finite, why_ended
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.nan_guard import NotFiniteError

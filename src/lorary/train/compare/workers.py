@@ -17,8 +17,8 @@ from typing import Any
 
 from lorary.errors import Diagnostic, TrainingError
 from lorary.train.compare.bench import Bench
-from lorary.train.compare.request import Request
 from lorary.train.compare.outcomes import Stopped
+from lorary.train.compare.request import Request
 from lorary.train.compare.worker import FAILURE, STEPS, send
 from lorary.train.trainer.signals import StopSignal
 

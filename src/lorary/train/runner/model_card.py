@@ -156,7 +156,8 @@ def _memory(run: Run) -> str:
         what = (
             f"{human_bytes(counted.peak)} of tensors in step {counted.step} ({counted.batch} × {counted.length} tokens)"
         )
-        parts = [f"{what}, {human_bytes(run.step_memory.predicted)} predicted for it"]
+        predicted = run.step_memory.predicted
+        parts = [f"{what}, {human_bytes(predicted)} predicted for it" if predicted else what]
     if run.predicted is not None:
         parts.append(f"{human_bytes(run.predicted)} predicted with the longest rows")
     return "; ".join(parts) or "not predicted: the model's code does not run without values"

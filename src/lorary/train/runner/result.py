@@ -22,17 +22,17 @@ class StepMemory:
 
     Args:
         counted: the step.
-        predicted: bytes.
+        predicted: bytes; 0 if nothing was predicted.
     """
 
     counted: CountedStep
     predicted: int
 
 
-def step_memory(prepared: RunPlan, counter: CountMemory) -> StepMemory | None:
-    """The memory of the counted step with the prediction for it; None if either is unknown."""
-    if (counted := counter.counted) is None:
-        return None
+def step_memory(prepared: RunPlan, counter: CountMemory, predicts: bool = True) -> StepMemory | None:
+    """The memory of the counted step with the prediction for it, if it is wanted; None if either is unknown."""
+    if (counted := counter.counted) is None or not predicts:
+        return None if counted is None else StepMemory(counted, 0)
     try:
         predicted = of_step(prepared.config, prepared.plan, counted)
     except (LoraryError, OSError) as error:  # the base's configuration is read again

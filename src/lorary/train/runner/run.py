@@ -88,7 +88,7 @@ def run_prepared(
     Args:
         prepared: the run before its first step.
         resume: as in `run`; likewise `extend`, `overwrite`, `quiet` and `callbacks`.
-        report: whether its page is written, whose samples take seconds.
+        report: whether what only its page shows is made, which takes seconds: samples, pictures, predicted memory.
     """
     folder = RunFolder(prepared.config.output)
     if resume and not extend and not overwrite:
@@ -171,7 +171,7 @@ def _run(
     if not result.interrupted:
         trainer.save_model(str(result.adapter))
     if first:
-        result = replace(result, step_memory=step_memory(prepared, counter))
+        result = replace(result, step_memory=step_memory(prepared, counter, report))
         _write_results(prepared, folder, result, trainer, report)
     return result
 
@@ -212,18 +212,11 @@ def _write_start(prepared: RunPlan, folder: RunFolder, resumed: Path | None, mes
 
 def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: Any, report: bool) -> None:
     """The pictures; if the run was not interrupted, the model card and the report; last, that the run is over."""
-    from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
-    from lorary.analysis.loss_plot import loss_svg
-    from lorary.train.runner.report import write_report
-
-    folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
+    if report:
+        _write_pictures(folder, result)
     if result.interrupted:
         _log.info("interrupted at step %d; resume with --resume", result.steps)
         return
-    if any("ranks" in record for record in result.history):
-        sites = read_adapter(folder.path).sites
-        ranks = {site.site.name: directions_of(site) for site in sites}
-        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
     lint = prepared.lint
     rows = lint.rows, lint.held_out
     data = CardData(prepared.config, prepared.plan, rows, lint.labelled, tokens_seen(trainer), result, lint.sources)
@@ -232,9 +225,23 @@ def _write_results(prepared: RunPlan, folder: RunFolder, result: Run, trainer: A
     folder.write(f"{ADAPTER}/{CARD}", card)
     _log.info("%s", result.ending)
     if report:
+        from lorary.train.runner.report import write_report  # matplotlib takes a second to import
+
         write_report(prepared, folder, result, trainer)
     if end := why_over(trainer):
         folder.note_written(ADAPTER, steps=result.steps, end=end)
+
+
+def _write_pictures(folder: RunFolder, result: Run) -> None:
+    """The curve of the loss; of a finished run also its ranks, if a rule has changed them."""
+    from lorary.analysis.heatmap import ranks_svg  # matplotlib takes a second to import
+    from lorary.analysis.loss_plot import loss_svg
+
+    folder.write(f"{PLOTS}/loss.svg", loss_svg(result.history))
+    if not result.interrupted and any("ranks" in record for record in result.history):
+        sites = read_adapter(folder.path).sites
+        ranks = {site.site.name: directions_of(site) for site in sites}
+        folder.write(f"{PLOTS}/ranks.svg", ranks_svg(ranks, max(site.r for site in sites)))
 
 
 def _write_environment(folder: RunFolder, step: int | None) -> None:
