@@ -313,7 +313,7 @@ use_rslora: please
 """, """\
 invalid configuration train.yaml:
   - train.yaml:3:1: unknown key `x`
-      hint: known: data, method, model, output, task, training
+      hint: known: compare, data, method, model, output, task, training
   - train.yaml:4:12: `gradient_checkpointing` must be true or false, not 2
   - train.yaml:5:1: `use_rslora` must be true or false, not the text 'please'"""),
 Bad('unknown choices', """\

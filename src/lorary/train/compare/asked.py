@@ -17,7 +17,7 @@ from lorary.train.compare.ledger import FILE
 from lorary.train.compare.request import HEADLINE
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config
-from lorary.train.config.load import from_dict
+from lorary.train.config.load import from_dict, read_method
 
 _OF_THE_METHOD = ("r", "alpha", "dropout")  # as far as a method has them
 
@@ -71,7 +71,7 @@ def _problems(config: Config, number: int) -> Iterator[Diagnostic]:
 
 def _inherited(config: Config, method: Mapping[str, Any]) -> dict[str, Any]:
     """The section of an arm's method, with what it takes from the common one."""
-    section = from_dict({"model": config.model.id, "data": "builtin:docstrings", "method": method}).method
+    section = read_method(method, config.data.max_length)
     takes = {key for preset in resolve_presets(section.name) for key in preset.parameters}
     common = {key: getattr(config.method, key) for key in config.method.model_fields_set & {*_OF_THE_METHOD} & takes}
     found = {key: value for key, value in common.items() if value is not None and getattr(section, key) is None}

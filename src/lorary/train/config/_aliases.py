@@ -7,7 +7,7 @@ are errors that say what to write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,12 +119,8 @@ class _Translation:
             self._option(key, value, place)
         else:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-            self._problem(place, what, HINTS.get(key) or _right_section(key) or self._nearest(section, key))
-
-    def _nearest(self, section: str, key: str) -> str:
-        """A hint for a mistyped key, which may be a preset's option."""
-        known = {*SECTIONS["method"], *self.options} if section == "method" else set()
-        return suggestion(key, known) or _nearest_key(section, key)
+            fix = HINTS.get(key) or _right_section(key) or _nearest_key(section, key, self.options)
+            self._problem(place, what, fix)
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:
@@ -185,8 +181,8 @@ def _right_section(key: str) -> str:
     return f"it belongs {place}, as `{name}`" if name else ""
 
 
-def _nearest_key(section: str, key: str) -> str:
-    """A hint for a mistyped key: the nearest word of this section, or else of another one."""
+def _nearest_key(section: str, key: str, options: Collection[str]) -> str:
+    """A hint for a mistyped key: the nearest word of this section, or else of another one, or a preset's option."""
     here = {name: name for name in SECTIONS.get(section, {})}
     here |= {
         alias: key.rpartition(".")[2] for alias, key in CANONICAL.items() if section and key.startswith(f"{section}.")
@@ -198,7 +194,8 @@ def _nearest_key(section: str, key: str) -> str:
     if near := _near(key, homes):
         home, _, name = near[0].partition(".")
         return f"did you mean `{name}`, under `{home}:`?"
-    return f"known: {', '.join(sorted(SECTIONS[section]))}"
+    option = suggestion(key, options) if section == "method" else ""
+    return option or f"known: {', '.join(sorted(SECTIONS[section]))}"
 
 
 def _near(word: str, known: Mapping[str, str]) -> list[str]:

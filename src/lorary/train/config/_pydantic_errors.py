@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorary.errors import Diagnostic, did_you_mean, suggestion
+from lorary.model.loading.source import Section
 from lorary.train.config._aliases import NormalisedConfig, show
 from lorary.train.config._sections import AlsoSection
 from lorary.train.config.compare_section import ArmSection
@@ -79,7 +80,7 @@ def _known_key(key: str, place: Place) -> str:
     in_source = place[0] == "data"
     if in_source and key in _SOURCE_KEYS:
         return f"write `{_SOURCE_KEYS[key]}`"
-    sections = {"data": Source, "compare": ArmSection}
+    sections: dict[str, type[Section]] = {"data": Source, "compare": ArmSection}
     section = sections.get(str(place[0])) or (AlsoSection if "also" in place else DropSection)
     return did_you_mean(key, section.model_fields)
 

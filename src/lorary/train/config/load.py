@@ -56,6 +56,20 @@ def from_dict(tree: Mapping[str, Any], sets: Sequence[str] = (), flags: Flags | 
     return _config([ParsedYaml(_plain(tree, (), marks), marks), *_overrides(sets, flags)], "")
 
 
+def read_method(method: Mapping[str, Any], max_length: int) -> MethodSection:
+    """A section `method`, written as in a file.
+
+    Args:
+        method: its keys and values.
+        max_length: tokens of a row, which the method's context must hold.
+
+    Raises:
+        ConfigError: every mistake.
+    """
+    data = {"train": "builtin:docstrings", "max_length": max_length}
+    return from_dict({"model": "builtin:base", "data": data, "method": method}).method
+
+
 def _plain(value: Any, place: Place, marks: dict[Place, str]) -> Any:
     """The value as plain dicts and lists; every place is marked with its dotted key."""
     marks[place] = ".".join(map(str, place))
@@ -183,10 +197,12 @@ def _method_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnost
 
 def _arm_problems(valid: ValidPart, found: NormalisedConfig) -> list[Diagnostic]:
     """Errors of the methods of a comparison, each with the name of its method."""
+    if valid.config is None:
+        return []
     problems = []
-    for i, arm in enumerate(valid.config.compare.methods if valid.config is not None else ()):
+    for i, arm in enumerate(valid.config.compare.methods):
         try:
-            from_dict({"model": "builtin:base", "data": "builtin:docstrings", "method": arm.method})
+            read_method(arm.method, valid.config.data.max_length)
         except ConfigError as error:
             where = found.find(("compare", "methods", i))
             problems += [Diagnostic(where, f"{arm.name}: {problem.what}", problem.fix) for problem in error.problems]
