@@ -19,7 +19,7 @@ import lorary
 ROOT = Path(__file__).resolve().parents[1]
 
 # Within train/: each package imports only those before it.
-TRAIN = ("config", "data", "trainer", "runner", "compare")
+TRAIN = ("config", "data", "trainer", "shared_base", "runner", "compare", "advice")
 # Within serve/, likewise.
 SERVE = (
     *("address", "request", "interface", "forms", "pool", "batch", "scheduler", "budget", "engine"),
