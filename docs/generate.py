@@ -206,10 +206,10 @@ _README = "<!-- The methods; written by docs/generate.py. -->"
 def readme() -> str:
     """The README, with its table of methods from the presets."""
     rows = [
-        f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` | available |"
+        f"| [`{found.name}`](docs/methods/{stem(found.name)}.md) | `{_pipe(found.summary)}` |"
         for found in (*lorary.presets().values(), *FUNCTIONS.values())
     ]
-    table = "| method | equation | status |\n|---|---|---|\n" + "\n".join(rows)
+    table = "| method | equation |\n|---|---|\n" + "\n".join(rows)
     before, _, after = (HERE.parent / "README.md").read_text(encoding="utf-8").split(_README)
     return f"{before}{_README}\n\n{table}\n\n{_README}{after}"
 
