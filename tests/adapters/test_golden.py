@@ -31,6 +31,19 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "houlsby-0.6.0/adapter.safetensors": "04188e5db7b8d21cd8cfc9e67d72f64f4326710128116bd0205ad5b00c6c67a6",
+    "houlsby-0.6.0/lorary.json": "1a56ba3985b174bc98ca34c8c22e52da509fd7b615c1788899d3ebd958b2605a",
+    "ia3-0.6.0/adapter_config.json": "4999394e719ef22b2a31de3d867fe6017c426c2ac869efbbbce9e30733c9d179",
+    "ia3-0.6.0/adapter_model.safetensors": "6e5052b6ae147a51b4d0abfcac6f4179b779abb2a585f1a65dca1af6990339d3",
+    "ia3-0.6.0/lorary.json": "eb05e6684dfffa6f2b9811dab9918f6e992f4a9a0c202dda5461e1f27c0ef192",
+    "prefix-tuning-0.6.0/adapter_config.json": "6bfe559f62dc19270d9dd1ec7ad1053a23c8006ac1eb5d120d146e9407e9f05d",
+    "prefix-tuning-0.6.0/adapter_model.safetensors": "7a6d6684dc34f5956885bfd39e7de86d0f21e8da78cb7b766f9f97029e5aa8ca",
+    "prefix-tuning-0.6.0/lorary.json": "bf74f0020123c5de0c7d94c717aa08d8a10f7afd52a57163da5d8ac8f7506a3d",
+    "prefix-network-0.6.0/adapter.safetensors": "0ae07a5a30a1de9bdf361380888d131119f1a026e40b45f4692dc5633218421b",
+    "prefix-network-0.6.0/lorary.json": "33ef940b098050a390a971fc2a8551130adc87201f8718cec51cb23e704afc09",
+    "prompt-tuning-0.6.0/adapter_config.json": "1ac81a463e6e722beca94c10327e6bde236ed156b0001b245f962316696b3607",
+    "prompt-tuning-0.6.0/adapter_model.safetensors": "a7fbc234f5e3a7a76d3e648dd871a3b9609762e8367b5e4ef4e512941e905b2e",
+    "prompt-tuning-0.6.0/lorary.json": "86531a0d6a845fb5e59d8dd52dc7bd9ea50ea094e126d3a030cbc682ae018e15",
     "adalora-0.5.0/adapter_config.json": "c967ba1b3d795b4b8f4f55a999c422217aa8978ecd913ee242b02eb6c9e2230d",
     "adalora-0.5.0/adapter_model.safetensors": "28e8d0b4270c14d19c3380b20e379bede43d18478677b9a454685adad7cd494b",
     "adalora-0.5.0/lorary.json": "1cd741e68ad10595825869a6c5cb324124b7ead0bbe3de25c2978d11e4e73bd7",
@@ -344,6 +357,26 @@ def of_preset(name: str) -> Callable[[], Adapter]:
     return make
 
 
+def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
+    """A method whose join trains by itself, without a rank."""
+
+    def make() -> Adapter:
+        placed = tuple(AdaptedSite(site, lorary.method(name, **options)) for site in sites)
+        return Adapter(placed[0].method, placed, filled(placed), {}, Fingerprint("Net"))
+
+    return make
+
+
+QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
+DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
+TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
+ALONE = {
+    "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
+    "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
+    "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
+    "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),
+    "prompt-tuning-0.6.0": alone(TOKENS, name="prompt-tuning", tokens=2),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "start": 2, "final": 3},
     "glora": {"A": "lora"},
@@ -377,6 +410,7 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "vera-drawn-0.6.0": vera_drawn,
     "shared-own-0.6.0": shared_own,
     "longlora-0.6.0": longlora,
+    **ALONE,
 }
 
 
@@ -467,7 +501,8 @@ def in_format_1(value: Any) -> Any:
 
 def test_every_preset_has_a_golden_folder() -> None:
     """In the last release of format 1; a new preset needs a folder of the release that brings it."""
-    assert {*PRESETS, "longlora"} == set(lorary.presets())
+    newer = {name.rpartition("-")[0] for name in ALONE} - {"prefix-network"}
+    assert {*PRESETS, "longlora", *newer} == set(lorary.presets())
 
 
 def test_the_golden_folders_hold_every_renamed_component_but_one() -> None:

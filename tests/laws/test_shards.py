@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lorary
+from lorary.errors import StateError
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.methods.lora import Add
@@ -23,7 +24,7 @@ from tests import fresh, tiny
 from .cases import made_of
 
 METHODS = [
-    *((name,) for name in lorary.presets()),
+    *((name,) for name in lorary.presets() if name != "prompt-tuning"),  # which is refused
     ("longlora", "qlora", "dora"),
     ("rslora", "lora+", "bitfit"),
     ("dora", "rslora", "pissa", "lora+"),
@@ -53,6 +54,9 @@ def build(names: tuple[str, ...]) -> nn.Module:
     if "longlora" in names:  # a language model in training, where it attends in groups
         model = tiny.llama(max_position_embeddings=3).train()
         lorary.attach(model, lorary.plan(model, made_of(*names, r=2, alpha=4.0, length=6)))
+    elif names[0] in ("prefix-tuning", "prompt-tuning"):
+        model = tiny.llama().train()
+        lorary.attach(model, lorary.plan(model, lorary.method(*names, tokens=3)))
     else:
         model = nn.Sequential(Block())
         fewer = {"lora-fa": ["linear", "conv"], "glora": ["linear", "conv"], "houlsby": ["linear"]}
@@ -105,6 +109,10 @@ def work(rank: int, port: int, folder: str) -> None:
         for names in METHODS:
             shards_exactly(build(names), build(names))
             Path(folder, f"{rank} {'+'.join(names)}").touch()
+        try:
+            shards_exactly(build(("prompt-tuning",)), build(("prompt-tuning",)))
+        except StateError:
+            Path(folder, f"{rank} refused").touch()
         broken = build(("lora",))
         interfaces.COMPONENTS["_DependsOnTheRank"] = _DependsOnTheRank
         for layer in adapted_layers(broken).values():
@@ -128,4 +136,4 @@ def test_shards_exactly(tmp_path: Path) -> None:
     fresh.together(work, port, str(tmp_path))
     done = {path.name for path in tmp_path.iterdir()}
     assert {f"{rank} {'+'.join(names)}" for rank in (0, 1) for names in METHODS} <= done
-    assert {"0 caught", "1 caught"} <= done
+    assert {"0 caught", "1 caught", "0 refused", "1 refused"} <= done

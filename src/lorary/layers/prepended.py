@@ -26,7 +26,7 @@ from lorary.layers.block_names import projects_to
 from lorary.layers.rope import max_context, own_config_copy, text_config
 from lorary.layers.shifted_attention import sliding_windows
 from lorary.layers.transformers_internals import attention_of, set_attention, uses_attention_interface
-from lorary.layers.wrappers import named_modules
+from lorary.layers.wrappers import is_sharded_model, named_modules
 
 # (attention layer, its keys, its values) -> keys and values [1, heads, l, width] to stand before them, or None
 Source = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor] | None]
@@ -201,7 +201,15 @@ def tokens_in(cache: Any) -> int:
 
 
 def keys_values_of(inner: Any, embeddings: Tensor) -> Source:
-    """The keys and values that a model computes for embeddings [l, d] alone, as a source; differentiable."""
+    """The keys and values that a model computes for embeddings [l, d] alone, as a source; differentiable.
+
+    Raises:
+        StateError: FSDP shards the layers, and gradients are asked for.
+    """
+    if torch.is_grad_enabled() and is_sharded_model(inner):
+        what = "FSDP shards the layers, and cannot follow gradients through two passes of them in one step"
+        fix = "train a prompt in one process or with DDP, or use prefix-tuning"
+        raise StateError("cannot train what stands before the text:", [Diagnostic("model", what, fix)])
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: Any, key: Tensor, value: Tensor) -> None:

@@ -216,6 +216,15 @@ def test_not_beside_trained_parameters(tmp_path: Path) -> None:
     assert not (tmp_path / "peft").exists()
 
 
+def test_not_for_a_classifier_whose_head_is_not_saved(tmp_path: Path) -> None:
+    model = tiny.seeded("GPT2ForSequenceClassification")
+    lorary.attach(model, lorary.plan(model, lorary.method("prompt", tokens=L), head="frozen"))
+    with pytest.raises(FileError, match="a task that it knows, and GPT2ForSequenceClassification is of none"):
+        export_peft(lorary.Adapter.of(model), tmp_path / "peft")
+    lorary.save(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "lorary.json"]
+
+
 def test_not_over_an_adapter_of_lorary(tmp_path: Path) -> None:
     model = trained("LlamaForCausalLM", "prompt")
     lorary.save(model, tmp_path)

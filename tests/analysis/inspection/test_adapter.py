@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import lorary
 from lorary.analysis.inspection.figures import HEAD, AdapterInspection
 from lorary.layers.adapted import adapted_layers
+from lorary.spec.interfaces import has_rank
 from tests import tiny
 
 OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "longlora": {"length": 64}, "vera": {"r": 8}}
-METHODS = [name for name, preset in lorary.presets().items() if preset.adapts and name != "qlora"]
+METHODS = [name for name in lorary.presets() if has_rank(lorary.method(name).delta) and name != "qlora"]
 
 
 def pair(name: str = "lora", targets: Any = "all-linear", kind: str = "LlamaForCausalLM") -> tuple[Any, Any]:

@@ -33,6 +33,7 @@ from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import has_rank
+from lorary.spec.join import not_mergeable
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine
@@ -98,6 +99,7 @@ def export_peft(
 
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
+    _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     _refuse(folder, [*writer.base_incompatibilities(adapter, model, LORA), *_would_lose(folder)])
     shared = collect_shared(adapter)
     if writer.exact_type(adapter, model, shared) is LORA:

@@ -161,6 +161,9 @@ def virtual_token_problems(adapter: Adapter) -> list[Diagnostic]:
     if adapter.full:
         what = f"{', '.join(sorted(adapter.full)[:3])} train in full, and PEFT saves no base parameters beside a prompt"
         problems.append(Diagnostic("full", what))
+    if task_fields(adapter, None, None)["auto_mapping"] is not None:
+        what = f"PEFT has virtual tokens for models of a task that it knows, and {adapter.base.architecture} is of none"
+        problems.append(Diagnostic("task", what))
     widths = {shape for adapted in adapter.compact().sites for shape in adapted.shapes.values()}
     if not problems and len(widths) > 1:
         problems.append(Diagnostic("sites", "PEFT's prefix has one width in all layers, and this one has several"))
@@ -184,5 +187,5 @@ def _config(adapter: Adapter, model: nn.Module | None) -> dict[str, Any]:
     )
     empty = dict.fromkeys(("modules_to_save", "num_attention_heads", "num_layers", "revision", "token_dim"))
     head = {"base_model_name_or_path": adapter.base.name or None, "inference_mode": True}
-    task = task_fields(adapter, model, None)
+    task = {"task_type": task_fields(adapter, model, None)["task_type"] or "CAUSAL_LM", "auto_mapping": None}
     return {**empty, **head, **task, **own, "num_virtual_tokens": join.tokens, "num_transformer_submodules": 1}
