@@ -79,6 +79,7 @@ def test_every_method_is_served_as_it_was_trained(names: str) -> None:
 
 
 KINDS: dict[str, tuple[str, int | None]] = {
+    "ia3": ("gain, shift, overrides", None),  # a bias is scaled as well, and inputs are another weight
     "lora": ("low rank", 3),
     "pissa": ("low rank", 6),  # the difference to the base as it was
     "melora": ("low rank", 6),
@@ -96,7 +97,7 @@ KINDS: dict[str, tuple[str, int | None]] = {
 def test_a_form_says_what_it_is(name: str) -> None:
     form = serving_form(adapter_of(qwen(), made_of(name, **OPTIONS.get(name, {}))), qwen())
     assert (form.kind, form.rank) == KINDS[name]
-    assert form.additive == (name not in ("dora", "longlora", "glora", "full"))
+    assert form.additive == (name not in ("dora", "ia3", "longlora", "glora", "full"))
     assert any("of their own" in note for note in form.notes) == bool(form.overrides)
 
 
