@@ -248,7 +248,7 @@ def test_other_targets(targets: Any) -> None:
 
 
 def test_the_positions_are_no_token_embedding() -> None:
-    with pytest.raises(PlanError, match="a prompt stands at the token embedding, transformer.wte, alone"):
+    with pytest.raises(PlanError, match=r"a prompt stands at the token embedding, transformer\.wte, alone"):
         lorary.plan(tiny.model("GPT2LMHeadModel"), lorary.method("prompt-tuning"), "wpe")
 
 

@@ -126,10 +126,9 @@ def _tensors(preset: Preset) -> str:
     )
     llama += AdaptedSite(LLAMA_EMBEDDING, method).trainable if "embedding" in targets else 0
     where = " and ".join(f"`{target}`" for target in site.join.targets) or "all linear layers but the head"
+    table = "| tensor | shape | parameters | |\n|---|---|---|---|\n" + "\n".join(rows)
     return (
-        f"## What trains\n\nOn {_described(site.site)}, with the default options:\n\n| tensor | shape | parameters | |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n\n"
+        f"## What trains\n\nOn {_described(site.site)}, with the default options:\n\n{table}\n\n"
         f"{site.trainable:,} parameters train there, and {llama:,} on {where} of LLaMA-2-7B.\n"
     )
 

@@ -92,8 +92,14 @@ def test_the_exported_prefix_has_no_network(words: dict[str, Any]) -> None:
     [
         ({"name": "prefix-tuning", "r": 4}, "method.r: `r`: prefix-tuning sets NoUpdate(), which has no rank"),
         ({"name": "prompt-tuning", "dropout": 0.1}, "Prompt adds no update whose input dropout could act on"),
-        ({"name": "prompt-tuning", "options": {"token": 5}}, "method.options.token: `token` is not an option of any method\n      hint: did you mean `tokens`?"),
-        ({"name": "prompt-tuning", "options": {"init_text": 5}}, "method.options.init_text: `init_text` is 5; it takes a text"),
+        (
+            {"name": "prompt-tuning", "options": {"token": 5}},
+            "method.options.token: `token` is not an option of any method\n      hint: did you mean `tokens`?",
+        ),
+        (
+            {"name": "prompt-tuning", "options": {"init_text": 5}},
+            "method.options.init_text: `init_text` is 5; it takes a text",
+        ),
         ({"name": "prefix-tuning", "options": {"tokens": "ten"}}, "Prefix has tokens = 'ten'"),
     ],
 )

@@ -85,7 +85,9 @@ def read_virtual_tokens(config: PeftConfig, base: Base | None, findings: Finding
     assert method.context is not None
     findings.fatal += [Diagnostic("", *why) for why in method.context.problems(base.model)]
     findings.raise_refused()
-    sites = tuple(AdaptedSite(s, method) for s in (_prefix_sites(base) if prefix else [base.site(token_embedding(base.model))]))
+    sites = tuple(
+        AdaptedSite(s, method) for s in (_prefix_sites(base) if prefix else [base.site(token_embedding(base.model))])
+    )
     tensors = virtual_tokens(sites, file, findings)
     fingerprint = Fingerprint(name=base_name(config["base_model_name_or_path"]))
     return Adapter(method, sites, tensors, {}, fingerprint, findings.conclude())
