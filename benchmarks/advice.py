@@ -32,6 +32,7 @@ import lorary
 from cases import machine
 from lorary import builtin
 from lorary.analysis.svg import INK, line, style, to_svg
+from lorary.cli._inspect.runs import train
 from lorary.model.loading.from_pretrained import skeleton
 from lorary.model.text_table import aligned
 from lorary.train.advice.advise import advise
@@ -95,7 +96,7 @@ def run(wanted: Record, steps: int | None) -> Record:
         found = dataclasses.replace(base, config=config, plan=plan)
         trainer = build_trainer(found, model, Path(scratch) / "checkpoints", resumed=True, callbacks=[])
         trainer.args.save_strategy, trainer.args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
-        trainer.train()
+        train(trainer)  # after an interrupt it exits, and records no half run
         loss = trainer.evaluate()["eval_loss"]
         trainer.head.remove()
     figures = {"loss": round(loss, 5), "numbers": plan.trainable, "steps": trainer.state.global_step}
@@ -214,6 +215,7 @@ def show(summaries: list[Record], ranks: list[Record]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", action="store_true", help="also ranks from gradients beside uniform ranks")
+    parser.add_argument("--only", choices=list(TASKS), help="one task")
     parser.add_argument("--small", action="store_true", help="two steps: to see that it runs")
     parser.add_argument("--out", type=Path, help="default: results/advice.json; a passing file with --small")
     options = parser.parse_args()
@@ -222,8 +224,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp()) if options.small else Path(__file__).parent / "results"
     out = options.out or folder / "advice.json"
     ledger = Ledger(out, {"machine": machine(options)}, 2 if options.small else None)
-    summaries = [against_grid(ledger, task) for task in TASKS]
-    ranks = [one for task in TASKS for one in ranks_compared(ledger, task)] if options.ranks else []
+    tasks = [options.only] if options.only else list(TASKS)
+    summaries = [against_grid(ledger, task) for task in tasks]
+    ranks = [one for task in tasks for one in ranks_compared(ledger, task)] if options.ranks else []
     ledger.write(summaries=summaries, ranks=ranks)
     out.with_suffix(".svg").write_text(picture(ledger, summaries), encoding="utf-8")
     show(summaries, ranks)

@@ -14,7 +14,8 @@ from lorary.analysis.comparison.tables import TextTable, costs, quality
 from lorary.analysis.comparison.words import remarks, verdict
 from lorary.cli.method_page import cell
 
-RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "comparisons"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+RECORDS = BENCHMARKS / "results" / "comparisons"
 
 HEAD = """# Comparisons
 
@@ -67,7 +68,7 @@ def compared_page() -> str:
 
 def _claims() -> str:
     """The table of the claims benchmark, which its own page has from the stored runs."""
-    page = (RECORDS.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     between = page.partition("<!-- claims: written by benchmarks/claims -->")[2]
     return between.strip().partition("\n\n")[0] + "\n"
 

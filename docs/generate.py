@@ -81,7 +81,7 @@ def config_page() -> str:
 def _row(key: str, field: Any) -> str:
     if field.is_required():
         default = "required"
-    elif field.default is None:
+    elif field.default in (None, ""):
         default = ""
     else:
         default = f"`{value(field.default)}`"

@@ -116,6 +116,12 @@ def test_adapted_embeddings_and_head() -> None:
     _assert_equal(base, plans)
 
 
+def test_names_mean_nothing() -> None:
+    base = llama()
+    methods = {"own": "dora", "base": "vera", "factors": "lora", "None": "dora", "model.layers.0": "lora"}
+    _assert_equal(base, {name: lorary.plan(base, METHODS[preset], "attention") for name, preset in methods.items()})
+
+
 def test_a_quantised_base() -> None:
     base = lorary.quantize(llama())
     plans = {name: lorary.plan(base, METHODS[name]) for name in ("lora", "dora", "vera")}

@@ -92,7 +92,7 @@ def check_folder_options(options: Options) -> None:
     """
     resume = options.switches["--resume"]
     fine = ("--resume", *(_GOES_ON if resume else _SHOWN))
-    what = "has no effect on a comparison that goes on" if resume else "has no effect on a comparison that is only shown"
+    what = f"has no effect on a comparison that {'goes on' if resume else 'is only shown'}"
     problems = [
         Diagnostic(name, what, "add --resume" if name in _GOES_ON else "remove it, or name a configuration")
         for name in options.given

@@ -23,21 +23,34 @@ def steps_bar(ready: Ready, *, quiet: bool) -> Iterator[Callable[..., Any]]:
     Its steps are counted for all of its runs from the beginning, so that the time that is left is that of the whole.
     Rates that stop early make it shorter, further ones longer.
     """
-    total, start, done = ready.steps_to_do, time.monotonic(), 0
+    total = ready.steps_to_do
     with progress_bar(total, quiet=quiet) as update:
-        on_terminal = sys.stderr.isatty()
+        lines = _Lines(total) if not quiet and not sys.stderr.isatty() else None
 
         def progress(description: str = "", completed: int = 0, **_: Any) -> None:
-            nonlocal done
-            done = max(done, completed)
             short = printable(description if len(description) <= _MOST else description[: _MOST - 3] + "...")
-            if description and on_terminal:
+            if lines is not None:
+                lines.tell(short, completed)
+            if short:
                 update(description=short)
-            elif description and not quiet:
-                left = (time.monotonic() - start) / done * (total - done) if done else 0.0
-                about = f" (about {duration(left)} left)" if left >= 1 else ""
-                print(f"{short}{about}", file=sys.stderr)
             if completed:
                 update(completed=completed, total=max(total, completed))
 
         yield progress
+
+
+class _Lines:
+    """Lines for a log: one for each part, and one for each tenth of the steps."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.tenths, self.start = total, 0, time.monotonic()
+
+    def tell(self, part: str, completed: int) -> None:
+        """Print what has changed."""
+        if part:
+            print(part, file=sys.stderr)
+        tenths = 10 * completed // max(self.total, 1)
+        if completed and self.tenths < tenths < 10:
+            left = (time.monotonic() - self.start) / completed * (self.total - completed)
+            print(f"{10 * tenths} % of the steps, about {duration(left)} left", file=sys.stderr)
+            self.tenths = tenths

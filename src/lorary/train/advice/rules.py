@@ -23,6 +23,7 @@ MANY_ROWS = 100_000  # from here on the larger batch
 EPOCHS = ((1_000, 3.0), (10_000, 2.0))  # below so many rows -> epochs; else 1
 REPEATED = 4  # passes over the same row after which it teaches little
 TEXT_ROW = 2048  # tokens of a row of plain text at most: attention is quadratic
+ROW_TOKENS = 256  # that a row counts for where its answer is a label or a preference
 HELD_OUT_ROWS = (50, 1000)
 FEW_HELD_OUT = 20
 
@@ -149,7 +150,7 @@ def training_rules(draft: Draft, facts: Facts) -> None:
         draft.recommend("training.epochs", epochs, f"{rows:,} rows: 1 to 3 passes, fewer over more rows", PRACTICE)
     batch = _batch(draft, facts, rows)
     steps = _steps(draft, rows, batch)
-    _rate(draft, facts, batch, steps)
+    _rate(draft, facts, rows, batch, steps)
     warmup = 0.03 if steps >= 300 else 0.05
     draft.recommend("training.warmup", warmup, f"a share of {steps:,} steps; short, as B starts at zero", PRACTICE)
     if steps < rates.SHORT:
@@ -201,9 +202,10 @@ def _steps(draft: Draft, rows: int, batch: int) -> int:
     return int(most or math.ceil((draft.value("training.epochs") or 1) * math.ceil(rows / batch)))
 
 
-def _rate(draft: Draft, facts: Facts, batch: int, steps: int) -> None:
+def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int) -> None:
     """The learning rate: LoRA's, times the factors of the task and of the method."""
-    found = rates.lora_rate(facts.family, facts.hidden, batch, steps)
+    per_row = facts.answers / rows if facts.task == "sft" else ROW_TOKENS
+    found = rates.lora_rate(facts.family, facts.hidden, max(round(batch * per_row), 1), steps)
     names = draft.config.method.names
     factor = default_lr(facts.task, names) / LORA_LR
     reason = found.reason

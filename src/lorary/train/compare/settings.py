@@ -43,7 +43,7 @@ class Settings:
     """
 
     rates: int = 3
-    spacing: float = 10**0.5
+    spacing: float = 3.16
     outward: int = 2
     seeds: int = 2
     halving: bool = True

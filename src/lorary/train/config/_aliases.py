@@ -119,7 +119,8 @@ class _Translation:
             self._option(key, value, place)
         else:
             what = f"unknown key `{key}`" + (f" in `{section}`" if section else "")
-            self._problem(place, what, HINTS.get(key) or _right_section(key) or _nearest_key(section, key, self.options))
+            fix = HINTS.get(key) or _right_section(key) or _nearest_key(section, key, self.options)
+            self._problem(place, what, fix)
 
     @staticmethod
     def _is_value_of_preset(key: str, value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -127,21 +128,18 @@ class RowsForward:
 
     def _grouped(self, names: Sequence[str]) -> list[_Group]:
         """The groups of adapters, in the order of their rows."""
-        found: list[tuple[str, list[str]]] = []  # how their rows are computed, and the adapters
-        for name in names:
-            how = "plain" if name not in self.layers else "together" if name in self.together else name
-            if found and found[-1][0] == how:
-                found[-1][1].append(name)
-            else:
-                found.append((how, [name]))
-        return [self._group(how, tuple(members)) for how, members in found]
+        return [self._group(own, tuple(members)) for (_, own), members in groupby(names, self._way)]
 
-    def _group(self, how: str, names: tuple[str, ...]) -> _Group:
-        here = [self.layers.get(name) for name in names]
-        layers = tuple(layer for layer in here if isinstance(layer, Adapted))
-        if how == "plain":
-            return _Group(names)
-        return _Group(names, layers) if names[0] in self.together else _Group(names, own=here[0])
+    def _way(self, name: str) -> tuple[str, str | None]:
+        """How the rows of an adapter are computed; and its name, if by itself."""
+        if name not in self.layers:
+            return "base", None
+        return ("factors", None) if name in self.together else ("own", name)
+
+    def _group(self, own: str | None, names: tuple[str, ...]) -> _Group:
+        if own is not None:
+            return _Group(names, own=self.layers[own])
+        return _Group(names, tuple(layer for name in names if isinstance(layer := self.layers.get(name), Adapted)))
 
 
 def adds_factors(layer: nn.Module) -> bool:
