@@ -184,13 +184,16 @@ def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], plac
     assert [trial.lr for trial in found.trials if trial.test] == [4e-3]
 
 
-def test_a_rate_that_is_much_too_high_diverges_and_is_not_chosen(
+def test_arms_whose_rates_diverge_or_whose_runs_fail_are_left_out_with_the_reason(
     words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
-    arm = Arm("full", {"name": "full"}, (0.5, 1.0))
-    found = compare(from_dict(words), (arm,), quick(place), tmp_path / "comparison")
-    assert [trial.ending for trial in found.trials] == ["diverged", "diverged"]
-    assert found.left_out == {"full": "every rate has diverged"}
+    """Delta-LoRA's weights follow from step 501 on, and these runs have 6 steps."""
+    arms = Arm("full", {"name": "full"}, (0.5, 1.0)), Arm("late", {"name": "delta-lora", "r": 2}, (1e-3,))
+    found = compare(from_dict(words), arms, quick(place), tmp_path / "comparison")
+    assert [(trial.arm, trial.ending) for trial in found.trials] == [("full", "diverged")] * 2
+    assert list(found.left_out) == ["late", "full"]
+    assert found.left_out["late"].startswith("late at 0.001, seed 42: Delta-LoRA does not fit this run:\n  - rules: ")
+    assert found.left_out["full"] == "every rate has diverged"
     assert found.costs == {}
 
 
