@@ -50,6 +50,7 @@ _CHANCE = (
     "variance. Differences of single rows between seeds count in both parts: the intervals are rather too wide than "
     "too narrow."
 )
+_TWICE = ("request", "timings")  # settings of the record that the configuration and the table of costs hold too
 _FEW = 12  # characters that stay on one line
 _CLASSES = "Classifiers are judged by their accuracy; it is never taken to be known better than to three rows."
 
@@ -126,7 +127,7 @@ def _trade_offs(found: Findings) -> Iterator[Block]:
 
 def _repeat(found: Findings) -> Iterator[Block]:
     comparison = found.comparison
-    values = dict(comparison.settings)
+    values = {key: value for key, value in comparison.settings.items() if key not in _TWICE}
     if isinstance(command := values.pop("command", None), str):
         yield Code(command)
     rows = settings(values)
