@@ -59,7 +59,7 @@ def comparison(
                     Trial(name, lr, 1000 + 17 * len(trials), steps, validation, ending, test, general, folder)
                 )
     costs = {name: cost(generator, name) for name in effects}
-    arms = tuple(Arm(name, {"method": name.split("-")[0], "r": 8}, RATES) for name in effects)
+    arms = tuple(Arm(name, {"name": [name.split("-")[0]], "r": 8}, RATES) for name in effects)
     base = None if classifier else scores(generator, test_rows + 1.6, tokens, 0.2)
     task = "classification" if classifier else "sft"
     left_out = {"loha": "its rank of 8 does not fit into the budget of 20 minutes"}

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import lorary
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.page import comparison_page
 from lorary.analysis.comparison.record import Comparison, Cost
@@ -188,6 +189,28 @@ def test_views_of_equal_rank_and_equal_numbers(found: Findings) -> None:
     assert [row[0] for row in numbers.rows] == ["pissa", "lora+", "lora"]
     assert about_rank == "The methods with the rank of lora, 8."
     assert about_numbers == "The methods that train as many numbers as lora, 81,920, within 5%."
+
+
+def test_a_rank_may_be_that_of_the_preset() -> None:
+    record = comparison({"lora": 0.0, "dora": 0.0, "vera": 0.1})
+    unsaid = tuple(replace(arm, method={"name": [arm.name]}) for arm in record.arms)
+    (rank, about), (numbers, _) = views(findings(with_cost(replace(record, arms=unsaid), "vera", trained=81_920)))
+    assert {row[0] for row in rank.rows} == {"lora", "dora"}
+    assert {row[0] for row in numbers.rows} == {"lora", "vera"}
+    assert about == f"The methods with the rank of lora, {lorary.method('lora').delta.r}."
+
+
+def test_a_method_of_another_version_has_no_rank() -> None:
+    record = comparison({"lora": 0.0, "dora": 0.0})
+    unknown = tuple(replace(arm, method={"name": "of-2031"}) for arm in record.arms)
+    assert views(findings(replace(record, arms=unknown))) == []
+
+
+def test_what_the_record_repeats_is_not_on_the_page() -> None:
+    record = replace(comparison(rows=9), settings={"request": {"config": "once"}, "timings": [1.5], "base": "b"})
+    html = comparison_page(findings(record))
+    assert "once" not in html
+    assert ">base<" in html
 
 
 def test_views_only_where_both_exist() -> None:

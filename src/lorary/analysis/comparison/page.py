@@ -47,9 +47,10 @@ _CHANCE = (
     "Tibshirani 1993). And the seeds could have been others: they set the initialisation and the order of the data. "
     "Two or three seeds are too few to resample, so the variance within the methods is pooled over all of them, and "
     "its own error is counted by Student's t. A method that scatters clearly more than the others stands on its own "
-    "variance. Differences of single rows between seeds count in both parts: the intervals are rather too wide than "
-    "too narrow."
+    "variance; with two seeds that may go unnoticed, and more seeds help. Differences of single rows between seeds "
+    "count in both parts: the intervals are rather too wide than too narrow."
 )
+_TWICE = ("request", "timings")  # settings of the record that the configuration and the table of costs hold too
 _FEW = 12  # characters that stay on one line
 _CLASSES = "Classifiers are judged by their accuracy; it is never taken to be known better than to three rows."
 
@@ -126,7 +127,7 @@ def _trade_offs(found: Findings) -> Iterator[Block]:
 
 def _repeat(found: Findings) -> Iterator[Block]:
     comparison = found.comparison
-    values = dict(comparison.settings)
+    values = {key: value for key, value in comparison.settings.items() if key not in _TWICE}
     if isinstance(command := values.pop("command", None), str):
         yield Code(command)
     rows = settings(values)

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.analysis.comparison.record import Arm, Cost, Trial
 from lorary.analysis.comparison.statistics import Difference, Findings, Interval, Standing
 from lorary.analysis.comparison.words import change, level, rate, remarks, verdict
+from lorary.errors import LoraryError
 from lorary.model.plan import human_bytes
+from lorary.spec.presets import method
 
 Column = tuple[str, Callable[[Standing], str]]
 _NEAR = 0.05  # share by which numbers of trained parameters may differ and count as equal
@@ -256,8 +259,16 @@ def _table(
     return TextTable(title, [name for name, _ in columns], [*rows, *bottom], notes)
 
 
-def _rank(arm: Arm) -> Any:
-    return arm.method.get("r")
+def _rank(arm: Arm) -> int | None:
+    """The rank of an arm, or that of its presets by default; None for a method without one."""
+    if isinstance(r := arm.method.get("r"), int):
+        return r
+    name = arm.method.get("name", ())
+    try:
+        delta = method(*([name] if isinstance(name, str) else name)).delta
+    except LoraryError:
+        return None  # of a later version, or of a plugin
+    return getattr(delta, "r", None) or None
 
 
 def _trained(found: Findings, arm: str) -> int:
