@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorary.analysis.comparison import store
+from lorary.cli._compare.results import columns_that_fit
 from lorary.train.compare.asked import from_config
 from lorary.train.compare.settings import Settings
 from lorary.train.config.compare_section import CompareSection, one_arm
@@ -139,6 +140,13 @@ def test_a_budget_for_less_than_one_run_is_refused_once_the_first_steps_are_meas
 
 def test_there_are_many_of_them() -> None:
     assert len(TABLE) >= 50
+
+
+def test_a_wide_table_is_shown_in_pieces_that_fit_the_terminal() -> None:
+    lines = [["method", "loss", "a long name of a column", "verdict"], ["lora", "1.234", "1", "better"]]
+    assert columns_that_fit(lines, 200) == [[0, 1, 2, 3]]
+    assert columns_that_fit(lines, 48) == [[0, 1, 2], [0, 3]]
+    assert columns_that_fit(lines, 10) == [[0, 1], [0, 2], [0, 3]]  # too narrow for any
 
 
 # --- how methods are written ----------------------------------------------------------------------------------------
