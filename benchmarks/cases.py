@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import platform
 import statistics
 import time
@@ -155,14 +156,14 @@ def ratio(a: list[float], b: list[float]) -> list[float]:
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Versions and settings that the figures belong to."""
+    """Versions and settings that the figures belong to; places on this machine are not among them."""
     names = ("torch", "transformers", "peft", "lorary")
     device = getattr(arguments, "device", torch.device("cpu"))
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "processor": gpu or platform.processor() or platform.machine(),
-        "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "settings": {key: str(value) for key, value in vars(arguments).items() if os.sep not in str(value)},
         "time": time.strftime("%Y-%m-%d"),
     }
 

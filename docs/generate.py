@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import typer
+from compared_page import compared_page
 from method_picture import EXAMPLE, method_svg
+from numbers_page import numbers_page
 from pydantic import BaseModel
 from serving_page import serving_page
 
@@ -223,6 +225,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": cli_page,
     "reference/serving.md": serving_page,
     "combinations.md": combinations_page,
+    "compared.md": compared_page,
+    "numbers.md": numbers_page,
     "methods/index.md": index_page,
     **{f"methods/{stem(name)}.md": functools.partial(written_page, name) for name in lorary.presets()},
     **{f"methods/pictures/{stem(name)}.svg": functools.partial(picture, name) for name in lorary.presets()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -16,9 +17,12 @@ import pytest
 import typer
 
 import lorary
+from lorary.analysis.comparison import store
+from lorary.analysis.comparison.statistics import findings
+from lorary.analysis.comparison.words import verdict
 from lorary.cli import app
 from lorary.spec.presets import FUNCTIONS
-from tests import pages
+from tests import comparisons, pages
 from tests.cli.command import Command
 
 DOCS = pages.ROOT / "docs"
@@ -122,7 +126,8 @@ def test_every_preset_says_what_its_page_shows() -> None:
         assert set(preset.meanings) == set(preset.parameters), f"{preset.name} does not explain its options"
         assert preset.when.endswith("."), f"{preset.name} does not say when to use it"
         assert preset.changes, preset.name
-        assert preset.title.replace(" ", "").lower().startswith(preset.name[:4]), preset.title
+        title = re.sub(r"[ ()]", "", preset.title.lower()).replace("³", "3")
+        assert title.startswith(preset.name[:4]), preset.title
 
 
 def test_every_public_name_is_documented() -> None:
@@ -140,6 +145,55 @@ def test_the_generated_pages_are_what_the_code_says(monkeypatch: pytest.MonkeyPa
     spec.loader.exec_module(generate)
     for name, page in generate.PAGES.items():
         assert (DOCS / name).read_text(encoding="utf-8") == page(), f"docs/{name} is out of date: make docs"
+
+
+def test_counts_by_layers_are_those_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/numbers.md counts one plan's sites by their names; here each row has a plan with its own targets."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    from numbers_page import RANKS, TARGETS, llama
+
+    page = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    for words, targets in TARGETS.items():
+        plan = lorary.plan(llama("Llama-3.2-1B"), lorary.method("lora", r=16), targets)
+        (row,) = re.findall(rf"^\| Llama-3.2-1B \| {re.escape(words)} \|(.*)\|$", page, re.MULTILINE)
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[RANKS.index(16)] == f"{plan.trainable:,}"
+        assert cells[-1] == f"{100 * plan.share:.2f} %"
+
+
+def test_a_stored_comparison_has_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables, its verdict, and the command that repeats it."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    import compared_page
+
+    run = {"config": "training: {batch_size: 4}", "rows": {"validation": 32, "test": 120}, "command": "repeat it"}
+    found = comparisons.comparison()
+    store.write(dataclasses.replace(found, settings={**found.settings, **run}), tmp_path / "ranks.json")
+    monkeypatch.setattr(compared_page, "RECORDS", tmp_path)
+    page = compared_page.compared_page()
+    section = page.partition("## Which rank\n")[2].partition("\n## ")[0]
+    assert "## Which layers" not in page  # there is no record of it
+    assert "120 steps of 4 rows each" in section
+    assert "`repeat it`" in section
+    assert all(f"| {arm.name} |" in section for arm in found.arms)
+    assert "no difference shown" in section
+    assert verdict(findings(found)) in section
+
+
+def test_every_correction_names_a_test_that_exists() -> None:
+    """Each row of docs/corrections.md says which test shows it."""
+    page = (DOCS / "corrections.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| often said")]
+    named = [re.fullmatch(r"\|.*\| `([\w/]+\.py)::(\w+)` \|", row) for row in rows]
+    assert len(rows) >= 60
+    assert [row for row, found in zip(rows, named, strict=True) if found is None] == []
+    missing = [
+        f"{found[1]}::{found[2]}"
+        for found in named
+        if found
+        and not re.search(rf"^def {found[2]}\(", (pages.ROOT / "tests" / found[1]).read_text("utf-8"), re.MULTILINE)
+    ]
+    assert missing == []
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "param_groups": lambda m: lorary.param_groups(m, 1e-3),
     "rules": lambda m: lorary.rules(m, 3),
     "layer_importance": lambda m: lorary.layer_importance(m, []),
+    "ranks_from_gradients": lambda m: lorary.ranks_from_gradients(m, {}, plan()),
     "search_supernet": lambda m: lorary.search_supernet(m, lambda model: 1.0),
     "Adapter.of": lorary.Adapter.of,
     "Adapter.low_rank": lambda m: adapter().low_rank(m),

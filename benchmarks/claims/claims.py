@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import arms
 import continual
 from continual import both, forgotten, forgotten_equally_good, learned
-from measures import Measure, loss, speed
-from protocol import Bench, Difference, paired
+from measures import Figures, Measure, loss, speed
+from protocol import Bench, Missing
 from training import Arm
+
+from lorary.analysis.comparison.over_seeds import differences_over_seeds
+from lorary.analysis.comparison.statistics import Difference
 
 MARGIN = 0.02  # nats; "as good as" means worse by no more
 
@@ -25,6 +28,7 @@ class Row:
         measure: the figure of each run.
         unit: of the figure.
         equal: whether "as good as" is claimed, within MARGIN; otherwise "better" is.
+        paired: whether the runs with one seed begin from one adapter, and are compared in pairs.
     """
 
     claim: str
@@ -34,22 +38,24 @@ class Row:
     measure: Measure
     unit: str = "nats"
     equal: bool = False
+    paired: bool = False
 
     def horizon(self, bench: Bench) -> int:
         """After how many optimizer steps the two are compared."""
         return min(self.method.steps(bench.size), self.against.steps(bench.size))
 
-    def difference(self, bench: Bench) -> Difference:
-        """The method's figure less the other's, each at its own best learning rate."""
+    def figures(self, bench: Bench) -> Figures:
+        """The figures of the method's runs and of the other's, each at its own best learning rate."""
         horizon = self.horizon(bench)
-        runs = list(zip(bench.runs(self.method, horizon), bench.runs(self.against, horizon), strict=False))
-        return paired(*self.measure([ours for ours, _ in runs], [theirs for _, theirs in runs], horizon))
+        ours, theirs = bench.runs(self.method, horizon), bench.runs(self.against, horizon)
+        most = min(len(ours), len(theirs)) if self.paired else None
+        return self.measure(ours[:most], theirs[:most], horizon)
 
     def verdict(self, found: Difference) -> str:
         """Whether the claim holds at this size."""
-        if found.high < 0 or (self.equal and found.high <= MARGIN):
+        if found.joint.high < 0 or (self.equal and found.joint.high <= MARGIN):
             return "yes"
-        return "no" if found.low > 0 else "no difference seen"
+        return "no" if found.joint.low > 0 else "no difference shown"
 
 
 def _faster(claim: str, method: Arm, *against: Arm) -> list[Row]:
@@ -62,13 +68,14 @@ def _faster(claim: str, method: Arm, *against: Arm) -> list[Row]:
 
 def _continual(claim: str, method: Arm, against: Arm) -> list[Row]:
     return [
-        Row(claim, method, against, "loss of both tasks", both),
-        Row(claim, method, against, "first task forgotten", forgotten),
-        Row(claim, method, against, "first task forgotten, second equally good", forgotten_equally_good),
-        Row("... and learns the new task as well", method, against, "loss of the second task", learned, equal=True),
+        Row(claim, method, against, "loss of both tasks", both, paired=True),
+        Row(claim, method, against, "first task forgotten", forgotten, paired=True),
+        Row(claim, method, against, "first task forgotten, second equally good", forgotten_equally_good, paired=True),
+        Row(_AS_WELL, method, against, "loss of the second task", learned, equal=True, paired=True),
     ]
 
 
+_AS_WELL = "... and learns the new task as well"
 _PLUS = "up to twice as fast at the same cost, and better in the end (arXiv:2402.12354)"
 _PISSA = "converges faster than LoRA, and to a better end (arXiv:2404.02948)"
 _OLORA = "converges faster than LoRA (arXiv:2406.01775)"
@@ -98,3 +105,34 @@ ROWS: dict[str, list[Row]] = {
     "lora-fa": [Row(_FA, arms.LORA_FA, arms.LORA, "loss in the end", loss, equal=True)],
     "lora": [Row(_FULL, arms.LORA, arms.FULL_TUNING, "loss in the end", loss, equal=True)],
 }
+
+
+Judged = tuple[Row, Figures, Difference]
+
+
+def judged(bench: Bench) -> list[Judged]:
+    """The rows whose runs are all there. The joint intervals of all rows with one measure hold together."""
+    families: dict[tuple[str, int, bool], list[tuple[Row, Figures]]] = {}
+    for row in (row for rows in ROWS.values() for row in rows):
+        try:
+            figures = row.figures(bench)
+        except Missing:
+            continue
+        families.setdefault((row.what, row.horizon(bench), row.paired), []).append((row, figures))
+    found = [one for (_, _, paired), rows in families.items() for one in _family(rows, paired)]
+    order = [row for rows in ROWS.values() for row in rows]
+    return sorted(found, key=lambda one: order.index(one[0]))
+
+
+def _family(rows: list[tuple[Row, Figures]], paired: bool) -> list[Judged]:
+    """Rows whose joint intervals hold together.
+
+    An arm is known by its figures as well, since some of them depend on what it is compared with.
+    """
+    figures, pairs = {}, []
+    for row, both_sides in rows:
+        pair = tuple(f"{arm.name} {of}" for arm, of in zip((row.method, row.against), both_sides, strict=True))
+        figures |= dict(zip(pair, both_sides, strict=True))
+        pairs.append((pair[0], pair[1]))
+    found = differences_over_seeds(figures, pairs, paired=paired)
+    return [(row, both_sides, found[pair]) for (row, both_sides), pair in zip(rows, pairs, strict=True)]

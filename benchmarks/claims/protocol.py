@@ -1,28 +1,32 @@
-"""How two methods are compared: a learning rate tuned for each of them, then pairs of runs that differ in nothing else.
+"""How two methods are compared: as `lorary compare` does it, with its search and its statistics.
 
 1. The rate is chosen among rungs of one ladder, on seeds and held-out windows that are never reported. Every method
-   tries as many rungs; while the best one is the lowest or the highest tried, the next one is tried, too.
-2. The runs of a pair see the same batches in the same order. What is reported is the mean of the paired differences
-   and its 95 % interval, by Student's t.
+   tries as many rungs; while the best one is the lowest or the highest tried, the next one is tried, too. Where to go
+   on is decided by `lorary.train.compare.search`.
+2. Runs with equal seeds see the same batches in the same order. What is reported is the difference of the means over
+   the seeds, with the intervals of `lorary.analysis.comparison.over_seeds`.
+
+What `lorary compare` does not do, and this does: figures that are no loss on rows, such as the steps to a loss; tasks
+in turn, where the runs of both methods begin from one adapter, and are compared in pairs; means of two seeds to choose
+a rate. The runs were made before there was `lorary compare`: they keep the mean loss over the held-out windows, not the
+loss of each, so that the chance of the seeds counts alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 from ledger import Ledger, Record
 from training import TUNING_SEEDS, Arm, Size, run
 
+from lorary.analysis.comparison.record import Trial
+from lorary.train.compare.search import best_trial, edge
+
 LADDER = (5e-5, 1.3e-4, 3.2e-4, 8e-4, 2e-3, 5e-3, 1.25e-2, 3.1e-2, 7.8e-2, 0.2)  # learning rates, 2.5 apart
 MOST_RUNGS = 5
-
-# Student's t at 97.5 %, for 1 to 19 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-      2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # fmt: skip
-MOST_SEEDS = len(_T) + 1
+MOST_SEEDS = 20
 
 
 class Missing(Exception):  # noqa: N818 (nothing went wrong)
@@ -54,20 +58,24 @@ class Bench:
         """The learning rate with the least held-out loss after `horizon` steps, over the tuning seeds and the tasks."""
         if arm.rate is not None or self.size.rungs == 1:
             return arm.rate or LADDER[arm.first]
-        tried: dict[int, float] = {}
-        new = list(range(arm.first, arm.first + self.size.rungs))
-        while new:
-            tried |= {rung: self._tuned(arm, LADDER[rung], horizon) for rung in new}
-            best = min(tried, key=tried.__getitem__)
-            new = [rung for rung in (best - 1, best + 1) if 0 <= rung < len(LADDER) and rung not in tried]
-            if len(tried) >= MOST_RUNGS:
+        low, high = arm.first, arm.first + self.size.rungs - 1
+        tried = [self._tried(arm, LADDER[rung], horizon) for rung in range(low, high + 1)]
+        while len(tried) < MOST_RUNGS and (outward := edge(tried)):
+            rung = low - 1 if outward < 0 else high + 1
+            if not 0 <= rung < len(LADDER):
                 break
-        return LADDER[best]
+            low, high = min(low, rung), max(high, rung)
+            tried.append(self._tried(arm, LADDER[rung], horizon))
+        best = best_trial(tried)
+        return best.lr if best else LADDER[low]
 
-    def _tuned(self, arm: Arm, lr: float, horizon: int) -> float:
+    def _tried(self, arm: Arm, lr: float, horizon: int) -> Trial:
+        """The runs at a rate as one of the search, with their mean loss."""
         runs = [self.record(arm, lr, seed) for seed in TUNING_SEEDS]
         losses = [loss_at(run, task, horizon) for run in runs for task in arm.watched]
-        return sum(losses) / len(losses)
+        loss = sum(losses) / len(losses)
+        ending = "finished" if math.isfinite(loss) else "diverged"
+        return Trial(arm.name, lr, TUNING_SEEDS[0], horizon, ((horizon, loss),), ending)
 
     def runs(self, arm: Arm, horizon: int) -> list[Record]:
         """The runs that are reported, at the arm's own learning rate, one for each seed; reading, all there are."""
@@ -96,29 +104,3 @@ def steps_to(record: Record, task: str, target: float, horizon: int) -> float:
         if l1 <= target:
             return s0 + (s1 - s0) * (l0 - target) / (l0 - l1) if math.isfinite(l0) else float(s1)
     return float(horizon)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference: its mean, and the half width of its 95 % interval."""
-
-    mean: float
-    half: float
-    n: int
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half
-
-
-def paired(method: Sequence[float], against: Sequence[float]) -> Difference:
-    """method - against, pair by pair."""
-    differences = [a - b for a, b in zip(method, against, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
-    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
-    return Difference(mean, _T[n - 2] * deviation / math.sqrt(n), n)

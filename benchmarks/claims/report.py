@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import continual
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from protocol import Bench, Difference, Missing, loss_at
+from protocol import Bench, Missing, loss_at
 from training import Arm
 
-from claims import ROWS, Row
+from claims import Judged, judged
 from lorary.analysis.svg import INK, PALETTE, style, to_svg
 
 _LOOKS = {
     "yes": {"color": PALETTE[2], "marker": "o", "label": "the claim holds"},
     "no": {"color": PALETTE[1], "marker": "X", "label": "it does not"},
-    "no difference seen": {"color": (INK, 0.7), "marker": "D", "label": "no difference seen"},
+    "no difference shown": {"color": (INK, 0.7), "marker": "D", "label": "no difference shown"},
 }
-Found = list[tuple[Row, Difference]]
-
-
-def found(bench: Bench) -> Found:
-    """The rows whose runs are all there."""
-    pairs = []
-    for rows in ROWS.values():
-        for row in rows:
-            try:
-                pairs.append((row, row.difference(bench)))
-            except Missing:
-                continue
-    return pairs
+Found = list[Judged]
 
 
 def page(bench: Bench) -> str:
     """The rows, the learning rates that were chosen, and what LoRA-FA keeps: three Markdown tables."""
-    rows = found(bench)
+    rows = judged(bench)
     return "\n\n".join([_claims(rows), _rates(bench, rows), _weights(bench), _kept(bench.ledger.bytes_kept)])
 
 
 def _claims(rows: Found) -> str:
-    lines = [
-        "| method | the paper claims | measured | against | difference, 95 % interval | pairs | holds here |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, d in rows:
+    heads = ("method", "the paper claims", "measured", "against", "difference, 95 % interval", "joint interval")
+    lines = ["| " + " | ".join((*heads, "runs", "holds here")) + " |", "|" + "---|" * 8]
+    for row, (ours, theirs), d in rows:
         digits = 1 if row.unit == "steps" else 3
-        figure = f"{d.mean:+.{digits}f} ({d.low:+.{digits}f} to {d.high:+.{digits}f}) {row.unit}"
-        cells = (row.method.name, row.claim, row.what, row.against.name, figure, str(d.n), row.verdict(d))
+        pair, joint = (f"{i.low:+.{digits}f} to {i.high:+.{digits}f}" for i in (d.pair, d.joint))
+        figure = f"{d.pair.value:+.{digits}f} ({pair}) {row.unit}"
+        runs = f"{len(ours)} pairs" if row.paired else f"{len(ours)}, {len(theirs)}"
+        cells = (row.method.name, row.claim, row.what, row.against.name, figure, joint, runs, row.verdict(d))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -58,7 +47,7 @@ def _rates(bench: Bench, rows: Found) -> str:
         "|---|---|---|---|---|---|",
     ]
     seen: dict[tuple[str, int], Arm] = {}
-    for row, _ in rows:
+    for row, _, _ in rows:
         horizon = row.horizon(bench)
         seen |= {(arm.name, horizon): arm for arm in (row.against, row.method)}
     for (name, horizon), arm in seen.items():
@@ -88,35 +77,51 @@ def _kept(sizes: dict[str, int]) -> str:
 
 
 def picture(rows: Found) -> str:
-    """Mean and interval of every row, as SVG: one panel for each unit, left of the line is better."""
-    units = sorted({row.unit for row, _ in rows}, reverse=True)
-    sizes = [sum(row.unit == unit for row, _ in rows) for unit in units]
+    """Mean and joint interval of every row, as SVG: one panel for each unit, left of the line is better."""
+    units = sorted({row.unit for row, *_ in rows}, reverse=True)
+    sizes = [sum(row.unit == unit for row, *_ in rows) for unit in units]
     with style():
         figure = Figure(figsize=(8, 1.2 + 0.42 * sum(sizes)))
         panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=sizes)[:, 0]
         for axes, unit in zip(panels, units, strict=True):
-            shown = [(row, d) for row, d in rows if row.unit == unit]
+            shown = [(row, d) for row, _, d in rows if row.unit == unit]
             for place, (row, d) in enumerate(shown):
                 look = _LOOKS[row.verdict(d)]
-                axes.plot([d.low, d.mean, d.high], [place] * 3, markevery=[1], markersize=5.5, **look)
+                axes.plot(
+                    [d.joint.low, d.joint.value, d.joint.high], [place] * 3, markevery=[1], markersize=5.5, **look
+                )
             axes.grid(visible=False)
             axes.axvline(0, color=(INK, 0.4), linewidth=0.8)
             names = [f"{r.method.name} vs {r.against.name}:\n{r.what}" for r, _ in shown]
             axes.set_yticks(range(len(shown)), names, size=9)
             axes.set_ylim(len(shown) - 0.5, -0.5)
-            axes.set_xlabel(f"paired difference, {unit} (less is better)")
+            axes.set_xlabel(f"difference with its joint 95 % interval, {unit} (less is better)")
         marks = [Line2D([], [], **look) for look in _LOOKS.values()]
         figure.legend(handles=marks, loc="outside upper right", ncols=3)
-        verdicts = [row.verdict(d) for row, d in rows]
+        verdicts = [row.verdict(d) for row, _, d in rows]
         said = "; ".join(f"{look['label']}: {verdicts.count(verdict)}" for verdict, look in _LOOKS.items())
         return to_svg(figure, "The papers' claims at the size of the built-in base", said)
 
 
 def into(page: Path, text: str) -> None:
     """Put the text between the marks of a page."""
-    begin, end = "<!-- claims: written by benchmarks/claims -->", "<!-- end of claims -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, mark, after = rest.partition(end)
+    before, _, after = _parts(page)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def difference(page: Path, text: str) -> str | None:
+    """The lines of the page's tables that are not those of the text; None if all are."""
+    there, here = (found.strip().splitlines() for found in (_parts(page)[1], text))
+    return "\n".join(difflib.unified_diff(there, here, "the page", "the runs", n=0, lineterm="")) or None
+
+
+BEGIN, END = "<!-- claims: written by benchmarks/claims -->", "<!-- end of claims -->"
+
+
+def _parts(page: Path) -> tuple[str, str, str]:
+    """What stands before, between and after the marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    between, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{page} has no place for the table: {begin} ... {end}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+        raise SystemExit(f"{page} has no place for the table: {BEGIN} ... {END}")
+    return before, between, after

@@ -83,6 +83,7 @@ _HOMES = {
     "plan": "model.planning",
     "presets": "spec.presets",
     "quantize": "model.quantize",
+    "ranks_from_gradients": "analysis.gradient_ranks",
     "rules": "model.optim.rules",
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
     from lorary.adapters.switch import switch as switch
     from lorary.analysis.comparison.record import Comparison as Comparison
     from lorary.analysis.compress import compress as compress
+    from lorary.analysis.gradient_ranks import ranks_from_gradients as ranks_from_gradients
     from lorary.analysis.importance import drop_layers as drop_layers
     from lorary.analysis.importance import layer_importance as layer_importance
     from lorary.analysis.inspection.adapter import inspect_adapter as inspect_adapter

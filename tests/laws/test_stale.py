@@ -10,8 +10,9 @@ from torch import Tensor
 
 import lorary
 from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.houlsby import Bottleneck
 
-from .cases import KINDS, Case, methods, possible
+from .cases import KINDS, Case, made_of, methods, possible
 from .stale import ROUTES, nothing_is_stale
 from .test_planted import case as of_lora
 from .test_planted import known
@@ -94,6 +95,24 @@ def test_what_goes_past_versions_is_caught() -> None:
 
 def test_a_frozen_weight_that_is_trusted_is_caught_by_every_route() -> None:
     assert broken(RemembersTheWeight) == set(ROUTES)
+
+
+class RemembersItsFirstNumbers(Bottleneck):
+    """Computes with the tensors of its first forward pass."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        first = vars(layer).setdefault("first", {role: p.detach().clone() for role, p in layer.params.items()})
+        h = layer.run_base(x)
+        middle = torch.nn.functional.gelu(h @ first["W1"].T + first["b1"])
+        return h + middle @ first["W2"].T + first["b2"]
+
+
+def test_a_stale_join_without_a_merged_form_is_caught() -> None:
+    with known(RemembersItsFirstNumbers):
+        subject = Case(made_of("houlsby").replace(join=RemembersItsFirstNumbers(3)), KINDS[0])
+        with pytest.raises(AssertionError, match="stale"):
+            nothing_is_stale(subject, {"copied": ROUTES["copied"]})
+        nothing_is_stale(Case(made_of("houlsby"), KINDS[0]), {"copied": ROUTES["copied"]})
 
 
 def test_the_honest_one_passes() -> None:

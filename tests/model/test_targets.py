@@ -464,3 +464,37 @@ def test_a_long_tree_is_cut() -> None:
     lines = tree(scan(model)).splitlines()
     assert len(lines) == 41
     assert lines[-1] == "... and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "attention", "mlp"),
+    [
+        ("LlamaForCausalLM", "k_proj v_proj", "self_attn.o_proj", "mlp.down_proj"),
+        ("GPT2LMHeadModel", "c_attn[k,v]", "attn.c_proj", "mlp.c_proj"),
+        ("GPTNeoXForCausalLM", "query_key_value[k,v]", "attention.dense", "mlp.dense_4h_to_h"),
+        ("PersimmonForCausalLM", "query_key_value[k,v]", "self_attn.dense", "mlp.dense_4h_to_h"),
+        ("CodeGenForCausalLM", "qkv_proj[v,k]", "attn.out_proj", "mlp.fc_out"),
+        ("Phi3ForCausalLM", "qkv_proj[k,v]", "self_attn.o_proj", "mlp.down_proj"),
+        ("PhiForCausalLM", "k_proj v_proj", "self_attn.dense", "mlp.fc2"),
+        ("BertForSequenceClassification", "key value", "attention.output.dense", "output.dense"),
+        ("DistilBertForSequenceClassification", "k_lin v_lin", "attention.out_lin", "ffn.lin2"),
+        ("ModernBertForMaskedLM", "Wqkv[k,v]", "attn.Wo", "mlp.Wo"),
+        ("ViTForImageClassification", "k_proj v_proj", "attention.o_proj", "mlp.fc2"),
+        ("T5ForConditionalGeneration", "k v", "o", "DenseReluDense.wo"),
+    ],
+)
+def test_keys_and_values_and_what_ends_a_block(name: str, kv: str, attention: str, mlp: str) -> None:
+    model = tiny.model(name, "meta")
+    blocks = {"attention-kv": kv, "attention-output": attention, "mlp-output": mlp}
+    for preset, ends in blocks.items():
+        sites = lorary.plan(model, lorary.method("lora", r=1), preset).sites
+        ending = [
+            f"{p.site.name}[{','.join(part.name for part in p.site.parts)}]" if p.site.parts else p.site.name
+            for p in sites
+        ]
+        assert ending
+        for end in ends.split():
+            assert any(f".{path}".endswith(f".{end}") for path in ending), end
+        assert all(any(f".{path}".endswith(f".{end}") for end in ends.split()) for path in ending), ending
+    both = [{p.site.name for p in lorary.plan(model, lorary.method("lora", r=1), t).sites} for t in [*blocks][1:]]
+    assert both[0].isdisjoint(both[1])

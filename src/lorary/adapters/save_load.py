@@ -79,10 +79,10 @@ def save_adapter(
             stacklevel=caller_stacklevel(),
         )
     config = None
-    if is_exact(adapter):
-        config, tensors = virtual_token_files(adapter, model)
-    elif peft_type is not None:
+    if peft_type is not None:
         config, tensors = writer.exact_files(adapter, model, shared, peft_type)
+    elif is_exact(adapter):
+        config, tensors = virtual_token_files(adapter, model)
     if config is not None and for_trainer and (source := getattr(getattr(model, "config", None), "name_or_path", "")):
         config["base_model_name_or_path"] = source  # from which Transformers loads the base itself
     needed = sum(t.nbytes for t in tensors.values())

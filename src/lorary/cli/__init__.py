@@ -17,7 +17,7 @@ from lorary.cli._quiet import quiet_bitsandbytes
 from lorary.errors import LoraryError
 
 COMMANDS = (
-    *("train", "compare", "plan", "init", "methods", "search", "merge"),
+    *("train", "compare", "plan", "init", "advise", "methods", "search", "merge"),
     *("mix", "lorahub", "diff", "compress", "extract"),
     *("export", "check", "verify", "push"),
     *("eval", "chat", "generate", "serve", "inspect", "demo", "doctor"),

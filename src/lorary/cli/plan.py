@@ -36,6 +36,10 @@ def plan(
     check: Annotated[
         bool, typer.Option("--check", help="Also simulate a step of all blocks, in Transformers' own code.")
     ] = False,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Choose what is left open as `lorary advise` does; reads the data.")
+    ] = False,
+    data: Annotated[str | None, typer.Option("--data", help="With --advise: the data of a model.")] = None,
 ) -> None:
     """Show what would be trained: sites, shapes, parameters, memory, and the GPUs that fit.
 
@@ -48,6 +52,9 @@ def plan(
     options = {"method": method, "r": r, "alpha": alpha, "targets": targets, "exclude": exclude, "layers": layers}
     keys = {"method": "name"}
     flags = {f"--{k}": (f"method.{keys.get(k, k)}", value) for k, value in options.items() if value is not None}
+    if advise or data is not None:
+        _advised(model, data, sets or [], flags, memory, check, advise=advise)
+        return
     gc.disable()  # a tenth faster: imports make many objects and no garbage
     try:
         config = _config(model, sets or [], flags)
@@ -55,6 +62,29 @@ def plan(
         gc.enable()
     _show(config, memory, check, alone=not _is_file(model) and "task" not in config.model_fields_set)
     print_notes(config.notes)
+
+
+def _advised(
+    model: str, data: str | None, sets: list[str], flags: Flags, memory: float | None, check: bool, *, advise: bool
+) -> None:
+    """Show the advice, and the plan of the configuration that follows from it.
+
+    Raises:
+        ConfigError: there are data without --advise.
+        LoraryError: the model or the data cannot be used.
+    """
+    from lorary.cli import printable
+    from lorary.cli._advice import advice_for, configuration
+    from lorary.cli._notes import print_notes
+    from lorary.errors import ConfigError, Diagnostic
+
+    if not advise:
+        problem = Diagnostic("--data", "only advice reads data here", "use it with --advise")
+        raise ConfigError("invalid command line:", [problem])
+    found = advice_for(configuration(model, data, sets, flags), memory)
+    print(f"{printable(str(found))}\n")
+    _show(found.config, memory, check, alone=False)
+    print_notes(found.notes)
 
 
 def _config(model: str, sets: list[str], flags: Flags) -> Config:

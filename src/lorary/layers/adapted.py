@@ -251,11 +251,7 @@ class Adapted(nn.Module):
     def merged(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(W' [out, in], b' [out]) of the plain layer with the same function, unrounded, in at least 32 bits.
 
-        Args:
-            W: [out, in] a weight in place of the base's own.
-
-        Raises:
-            MethodError: no plain layer has the same function.
+        `W` [out, in] stands for the base's own weight, if given. MethodError: no plain layer has the same function.
         """
         W = self.kind.matrix(self.base) if W is None else W
         exact = torch.promote_types(W.dtype, torch.float32)
@@ -264,8 +260,7 @@ class Adapted(nn.Module):
         return self.join.merged(self.join.whole(self.site, self.tensors), W.to(exact), b, (self.scale * B, A))
 
     def extra_repr(self) -> str:
-        rank = f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join)
-        return f"{self.site.name}, {rank}"
+        return f"{self.site.name}, " + (f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join))
 
 
 # attributes that decide which functions compute the layer

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: y = h + W2 phi(W1 h + b1) + b2 with h = W x + b, after the attention and feed-forward blocks.
+"""Houlsby adapters: y = h + W2 phi(W1 h + b1) + b2 with h = W x + b, after the attention and feed-forward blocks.
 
 A two-layer network with a narrow middle of m numbers transforms the output of each block's last layer, before the
 residual sum. The normalisations train as well. phi is not linear, so that no weight has the same function: these

@@ -145,13 +145,13 @@ class PrefixContext(Context):
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return support_problems(model, self.tokens, by_position=False)
 
-    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
-        own = [s for s in sites if isinstance(s.join, Prefix)]
-        problems = _layer_problems(model, [s.site for s in own if s.site.kind != "embedding"])
-        if self.network and not any(s.site.kind == "embedding" for s in own):
+    def site_problems(self, model: nn.Module, sites: Iterable[tuple[Site, Join]]) -> list[tuple[str, str]]:
+        own = [(site, join) for site, join in sites if isinstance(join, Prefix)]
+        problems = _layer_problems(model, [site for site, _ in own if site.kind != "embedding"])
+        if self.network and not any(site.kind == "embedding" for site, _ in own):
             what = "the token embedding holds the first half of the network, and is not among the targets"
             problems.append((what, _LEAVE_OUT))
-        return problems + token_problems(self.tokens, own)
+        return problems + token_problems(self.tokens, {join.tokens for _, join in own})
 
     def notes(self, model: nn.Module) -> list[str]:
         window, windowed, _ = sliding_windows(text_config(model), max_context(text_config(model)) or sys.maxsize)
@@ -212,10 +212,10 @@ def _layer_problems(model: nn.Module, sites: list[Site]) -> list[tuple[str, str]
     return problems
 
 
-def token_problems(tokens: int, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
+def token_problems(tokens: int, found: Iterable[int]) -> list[tuple[str, str]]:
     """A join for another number of tokens than the context's."""
-    found = sorted({s.join.tokens for s in sites if hasattr(s.join, "tokens")} - {tokens})
-    return [(f"{n} tokens stand before the text, and the context has room for {tokens}", "") for n in found]
+    other = sorted(set(found) - {tokens})
+    return [(f"{n} tokens stand before the text, and the context has room for {tokens}", "") for n in other]
 
 
 def _source(inner: Any, cache: Any) -> Source:
@@ -245,7 +245,7 @@ def _by_head(P: Tensor, like: Tensor) -> Tensor:
     "prefix-tuning",
     citation="Li & Liang 2021, arXiv:2101.00190",
     aliases=("prefix",),
-    lr=1e-2,
+    lr=3e-2,
     when="As a baseline, or where the weights must not change at all: attention reads l trained keys and values more.",
 )
 def prefix_tuning(tokens: int = 10, mlp: int = 0, std: float = 1.0) -> dict[str, Any]:

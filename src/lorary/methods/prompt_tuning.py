@@ -40,7 +40,6 @@ from lorary.spec.fields import COUNT, IDS, TEXT, one_of
 from lorary.spec.interfaces import Join, Layer, Shapes, component
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
-from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -126,12 +125,12 @@ class PromptContext(Context):
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return support_problems(model, self.tokens, by_position=True)
 
-    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
-        own, path = [s for s in sites if isinstance(s.join, Prompt)], token_embedding(model)
-        if [s.site.name for s in own] != [path]:
+    def site_problems(self, model: nn.Module, sites: Iterable[tuple[Site, Join]]) -> list[tuple[str, str]]:
+        own, path = {site.name: join for site, join in sites if isinstance(join, Prompt)}, token_embedding(model)
+        if list(own) != [path]:
             what = f"a prompt stands at the token embedding, {path}, alone"
             return [(what, "leave the targets out: it is the token embedding")]
-        return token_problems(self.tokens, own)
+        return token_problems(self.tokens, [own[path].tokens])
 
     def notes(self, model: nn.Module) -> list[str]:
         return context_notes(model, self.tokens)

@@ -21,7 +21,7 @@ from lorary.model.optim.watch import watch
 from lorary.model.scan import Scan
 from lorary.model.state import AttachedState, set_submodules, state_of
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, joins_of
 
 
 def insert(
@@ -87,7 +87,7 @@ def _check_fit(
     problems = model_mismatches(scanned, sites, full, quantized)
     if method.context is not None:
         problems += [Diagnostic("context", *why) for why in method.context.problems(model)]
-        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, sites)]
+        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, joins_of(sites))]
     if problems:
         raise PlanError("the plan does not fit this model:", problems)
 

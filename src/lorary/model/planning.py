@@ -32,7 +32,7 @@ from lorary.model.targets import abbreviated, as_list, target_notes
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, joins_of
 
 
 @mode_independent
@@ -102,7 +102,7 @@ def plan(
     problems += [*unplaced, *previous, *untrainable, *(problem for p in sites for problem in p.problems())]
     problems += _storage_problems(scanned, method.storage, sites, quantized)
     if context is not None and not problems:
-        problems += [Diagnostic("targets", *why) for why in context.site_problems(model, sites)]
+        problems += [Diagnostic("targets", *why) for why in context.site_problems(model, joins_of(sites))]
     if problems:
         raise PlanError("invalid plan:", problems)
     total, size = _planned_size(scanned, method.storage, quantized)

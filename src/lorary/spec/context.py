@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from lorary.spec.placement import AdaptedSite
+from lorary.spec.join import Join
+from lorary.spec.site import Site
 
 
 class ContextPatch(Protocol):
@@ -63,8 +63,8 @@ class Context(Protocol):
         """(reason, fix): the reasons why it cannot be applied to this model."""
         ...
 
-    def site_problems(self, model: nn.Module, sites: Iterable[AdaptedSite]) -> list[tuple[str, str]]:
-        """(reason, fix): the reasons why it cannot be applied with these adapted sites."""
+    def site_problems(self, model: nn.Module, sites: Iterable[tuple[Site, Join]]) -> list[tuple[str, str]]:
+        """(reason, fix): the reasons why it cannot be applied with these adapted sites, each with its join."""
         return []
 
     def notes(self, model: nn.Module) -> list[str]:

@@ -139,6 +139,11 @@ def family(method: Method) -> tuple[Any, ...]:
     return *kinds, method.init, method.join, method.frozen, method.lr, method.rules, method.dropout
 
 
+def joins_of(sites: Iterable[AdaptedSite]) -> list[tuple[Site, Join]]:
+    """Each site with its join."""
+    return [(s.site, s.join) for s in sites]
+
+
 def by_method(sites: Iterable[AdaptedSite]) -> list[list[AdaptedSite]]:
     """The sites of each method of a plan or an adapter; one group where it has one method."""
     groups: dict[tuple[Any, ...], list[AdaptedSite]] = {}

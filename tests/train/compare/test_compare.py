@@ -19,7 +19,7 @@ from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.train.compare.bench import Bench, spread
 from lorary.train.compare.compare import compare
 from lorary.train.compare.request import Request, make_request
-from lorary.train.compare.search import best_trial, next_outward
+from lorary.train.compare.search import best_trial
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, compared, quick, timeless, tree
 from tests.train.resume.processes import child
@@ -145,10 +145,9 @@ def test_a_signal_stops_it_cleanly_and_says_so(words: dict[str, Any], place: Pat
 def test_two_processes_give_the_same_numbers(
     whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
-    settings = quick(place, workers=2)
-    found = compare(from_dict(words), (LORA, BAD), settings, tmp_path / "comparison")
-    assert found.trials == whole.trials
-    assert (found.base_test, found.arms) == (whole.base_test, whole.arms)
+    found = compare(from_dict(words), (LORA,), quick(place, workers=2), tmp_path / "comparison")
+    assert list(found.trials) == whole.of("lora")
+    assert (found.base_test, found.arms) == (whole.base_test, whole.arms[:1])
 
 
 def test_test_rows_are_never_used_in_choosing(whole: Comparison, words: dict[str, Any], tmp_path: Path) -> None:
@@ -176,15 +175,13 @@ def test_test_rows_are_never_used_in_choosing(whole: Comparison, words: dict[str
 
 
 def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
-    arm = dataclasses.replace(LORA, rates=(1e-4, 1e-3, 1e-2))
-    settings = quick(place, outward=2, halving=False, spacing=4.0)
+    """One rate at a time, as often as `outward` says; without halving every run comes to its end."""
+    arm = dataclasses.replace(LORA, rates=(1e-4, 1e-3))
+    settings = quick(place, outward=1, halving=False, spacing=4.0)
     found = compare(from_dict(words), (arm,), settings, tmp_path / "comparison")
-    search = [trial for trial in found.trials if trial.seed == 42]
-    assert found.arms[0].rates == tuple(sorted(trial.lr for trial in search))
-    assert 1e-2 < found.arms[0].rates[-1] <= 0.16
-    first = [trial for trial in search if trial.lr <= 1e-2]
-    assert next_outward(first, 4.0) == 0.04
-    assert {trial.ending for trial in search} == {"finished"}  # without halving
+    assert found.arms[0].rates == (1e-4, 1e-3, 4e-3)
+    assert {trial.ending for trial in found.trials} == {"finished"}
+    assert [trial.lr for trial in found.trials if trial.test] == [4e-3]
 
 
 def test_a_rate_that_is_much_too_high_diverges_and_is_not_chosen(
@@ -211,7 +208,7 @@ def test_classification_is_compared_by_the_scores_of_labels(tmp_path: Path) -> N
     data = {"train": rows_file(tmp_path, LABELLED), "validation_split": 0.5, "max_length": 32}
     training = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 1}
     words = {"model": saved(tmp_path, "BertModel"), "task": "classification", "data": data, "training": training}
-    arms = Arm("lora", {"name": "lora", "r": 2}, (3e-3, 1e-2)), Arm("bitfit", {"name": "bitfit"}, (1e-2,))
+    arms = Arm("lora", {"name": "lora", "r": 2}, (1e-2,)), Arm("bitfit", {"name": "bitfit"}, (1e-2,))
     found = compared(words, tmp_path, *arms, settings=quick(tmp_path))
     assert (found.task, found.base_test, found.base_general) == ("classification", None, None)
     for name in ("lora", "bitfit"):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lorary.analysis.comparison.record import Ending, Trial
-from lorary.train.compare.search import best_trial, evaluation_steps, ladder, next_outward, third, why_ended
+from lorary.train.compare.search import best_trial, edge, evaluation_steps, ladder, next_outward, third, why_ended
 
 GOOD = ((0, 5.0), (2, 4.8), (4, 4.0), (6, 3.6), (12, 3.2))
 
@@ -88,6 +88,14 @@ def test_the_best_rate_is_that_of_a_run_which_came_to_its_end() -> None:
 )
 def test_the_next_rate_outwards(losses: dict[float, float], expected: float | None) -> None:
     assert next_outward([tried(lr, loss) for lr, loss in losses.items()], 10.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [((4.0, 3.0, 3.5), 0), ((2.0, 3.0, 3.5), -1), ((4.0, 3.0, 2.5), 1), ((3.0,), -1), ((), 0)],
+)
+def test_where_the_best_rate_lies(losses: tuple[float, ...], expected: int) -> None:
+    assert edge([tried(lr, loss) for lr, loss in zip((1e-3, 1e-2, 1e-1), losses, strict=False)]) == expected
 
 
 def test_if_every_rate_has_diverged_a_lower_one_is_tried() -> None:

@@ -54,14 +54,18 @@ class Measured:
     Args:
         sums: arm -> the measurement's sums [seeds, rows]; `BASE`, if given, is the model without an adapter.
         tokens: [rows], the same for all.
+        rows_count: whether the chance of the rows counts; if not, that of the seeds does alone.
     """
 
-    def __init__(self, sums: Mapping[str, Floats], tokens: Floats) -> None:
-        self.rows = len(tokens)
+    def __init__(self, sums: Mapping[str, Floats], tokens: Floats, rows_count: bool = True) -> None:
+        self.rows, self.rows_count = len(tokens), rows_count
         self.seeds = {arm: table.sum(1) / tokens.sum() for arm, table in sums.items()}
         trained = {arm: seeds for arm, seeds in self.seeds.items() if arm != BASE}
         several = {arm: table for arm, table in sums.items() if len(table) > 1}
-        by_rows = {arm: float(table.var(0, ddof=1).sum() / tokens.sum() ** 2) for arm, table in several.items()}
+        by_rows = {
+            arm: float(table.var(0, ddof=1).sum() / tokens.sum() ** 2) if rows_count else 0.0
+            for arm, table in several.items()
+        }
         self.scatter = scatters(trained, by_rows)
         generator = np.random.default_rng(0)  # the same rows for every measurement: they stay paired
         self._errors = _row_errors({arm: table.mean(0) for arm, table in sums.items()}, tokens, generator)
@@ -77,17 +81,17 @@ class Measured:
 
     def why_no_interval(self, *arms: str) -> str:
         """Why the chance in arms is unknown; empty if it is known."""
-        if self.rows < 2:
+        if self.rows < 2 and self.rows_count:
             return "there is a single test row"
         if any(arm != BASE and arm not in self.scatter for arm in arms):
             return "no method has two seeds, so that their part in the difference is unknown"
         return ""
 
-    def half_width(self, arm: str, other: str | None = None) -> float:
-        """Half of the 95 % interval that is centred on the value; NaN if the chance in it is unknown."""
+    def half_width(self, arm: str, other: str | None = None, level: float = LEVEL) -> float:
+        """Half of the interval that is centred on the value; NaN if the chance in it is unknown."""
         if self.why_no_interval(arm, *([] if other is None else [other])):
             return float("nan")
-        return float(np.quantile(np.abs(self._error(arm, other)), LEVEL))
+        return float(np.quantile(np.abs(self._error(arm, other)), level))
 
     def joint_factor(self, pairs: Sequence[tuple[str, str]]) -> float:
         """The factor by which the intervals of pairs must grow, so that all of them hold together with 95 %.

@@ -194,27 +194,42 @@ def _standing(
     if not tests:
         return Standing(arm, lr, 0, untuned)
     seeds = tests["loss"].seeds[arm]
-    forgotten = _interval(general, arm, BASE) if general is not None and arm in general.seeds else None
+    forgotten = interval(general, arm, BASE) if general is not None and arm in general.seeds else None
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
-    accuracy = _interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
+    accuracy = interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
     accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
-    return Standing(arm, lr, len(seeds), untuned, _interval(tests["loss"], arm), accuracy, forgotten, spread)
+    return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
 
 
 def _difference(tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float) -> Difference:
     """The difference of a pair, whose joint interval is wider by a factor."""
     test = tests[measure]
     at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
-    pair, joint = (_interval(test, arm, other, wider, at_least) for wider in (1.0, factor))
-    better = joint.low > 0 if measure == "accuracy" else joint.high < 0
+    pair, joint = (interval(test, arm, other, wider, at_least) for wider in (1.0, factor))
+    return judged((arm, other), pair, joint, test.why_no_interval(arm, other), measure == "accuracy")
+
+
+def judged(
+    arms: tuple[str, str], pair: Interval, joint: Interval, why: str = "", more_is_better: bool = False
+) -> Difference:
+    """The difference of an arm from a reference, with the verdict of its joint interval.
+
+    Args:
+        arms: (arm, reference).
+        pair: the difference with its interval.
+        joint: the difference with its joint interval.
+        why: why it cannot be judged; empty if it can.
+        more_is_better: whether a positive difference speaks for the arm.
+    """
+    better = joint.low > 0 if more_is_better else joint.high < 0
     verdict: Verdict = "no difference shown" if joint.low <= 0 <= joint.high else "better" if better else "worse"
-    why = test.why_no_interval(arm, other)
-    return Difference(arm, other, pair, joint, "not judged" if why else verdict, why)
+    return Difference(*arms, pair, joint, "not judged" if why else verdict, why)
 
 
-def _interval(
+def interval(
     measured: Measured, arm: str, other: str | None = None, factor: float = 1.0, at_least: float = 0.0
 ) -> Interval:
+    """The value of an arm, or its difference from another one, with its 95 % interval times a factor."""
     value, half = measured.value(arm, other), factor * measured.half_width(arm, other)
     half = max(half, at_least)  # NaN stays NaN: it is the first
     return Interval(value, value - half, value + half)

@@ -44,13 +44,22 @@ def twin_of(model: nn.Module) -> Any:
         if is_quantized(module):
             module.forward = _shape_only(module)
     _without_kernels(twin)
+    refuse_functions_around(model, twin)
+    return twin
+
+
+def refuse_functions_around(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a copy that would run a part of the model: functions, also in attributes, are copied by reference.
+
+    Raises:
+        RuntimeError: it holds a function around a module of the model.
+    """
     originals = {id(module) for module in model.modules()}
-    for path, module in twin.named_modules():
+    for path, module in copied.named_modules():
         for name, value in vars(module).items():
             runs = name == "forward" or not hasattr(nn.Module, name)  # accelerate replaces `to`, which no forward calls
             if runs and isinstance(value, FunctionType) and _holds(value, originals, set()):
                 raise RuntimeError(f"{f'{path}.{name}'.lstrip('.')} is a function around the model itself")
-    return twin
 
 
 def _holds(value: Any, originals: Collection[int], seen: set[int]) -> bool:

@@ -84,17 +84,23 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
     return min(finished, key=lambda trial: (trial.curve[-1][1], trial.lr), default=None)
 
 
-def next_outward(trials: Sequence[Trial], spacing: float) -> float | None:
-    """The next rate beyond the end at which the best one lies; None if the best lies between two others.
+def edge(trials: Sequence[Trial]) -> int:
+    """Where the best rate lies: -1 at the lowest that was tried, 1 at the highest, 0 between two others or untried.
 
-    If every rate has diverged, it is the next lower one.
+    If every rate has diverged, a lower one may be better: -1.
     """
     rates, best = sorted({trial.lr for trial in trials}), best_trial(trials)
     if not rates:
-        return None
-    if best is None or best.lr == rates[0]:
-        return _rounded(rates[0] / spacing, spacing)
-    return higher if best.lr == rates[-1] and (higher := _rounded(rates[-1] * spacing, spacing)) <= HIGHEST else None
+        return 0
+    return -1 if best is None or best.lr == rates[0] else int(best.lr == rates[-1])
+
+
+def next_outward(trials: Sequence[Trial], spacing: float) -> float | None:
+    """The next rate beyond the end at which the best one lies; None if the best lies between two others."""
+    rates, where = [trial.lr for trial in trials], edge(trials)
+    if where < 0:
+        return _rounded(min(rates) / spacing, spacing)
+    return higher if where and (higher := _rounded(max(rates) * spacing, spacing)) <= HIGHEST else None
 
 
 def _rounded(rate: float, spacing: float) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from lorary.model.loading.source import Section
 from lorary.spec.presets import presets
 from lorary.train.config._aliases import SHORTHAND
 from lorary.train.config._other_tools import CANONICAL_AT_TOP, PRESET_OF
@@ -15,18 +17,22 @@ from lorary.train.config.config import SECTIONS, Config
 from lorary.train.config.load import from_dict
 from lorary.train.config.yaml_source import dump
 
-_START = {"id": "builtin:base", "train": "builtin:docstrings", "validation": "builtin:docstrings"}
+_START = {"model": "builtin:base", "data": {"train": "builtin:docstrings", "validation": "builtin:docstrings"}}
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
-def template() -> str:
+def template(config: Config | None = None, reasons: Mapping[str, str] | None = None) -> str:
     """YAML with every key, its default and its description; it runs as it is, offline.
+
+    Args:
+        config: whose values to write; None for a start on the built-in model and data.
+        reasons: dotted key -> why its value was chosen.
 
     >>> template().splitlines()[0]
     '# One training run. Try it with: lorary train THIS_FILE --dry-run'
     """
-    start = {"model": _START["id"], "data": {"train": _START["train"], "validation": _START["validation"]}}
-    defaults = from_dict(start).resolve()
+    config = from_dict(_START) if config is None else config
+    defaults, reasons = config.resolve(), reasons or {}
     lines = [
         "# One training run. Try it with: lorary train THIS_FILE --dry-run",
         "# Keys after a `#` have their default.",
@@ -34,22 +40,25 @@ def template() -> str:
     for key, field in SECTIONS[""].items():
         lines.append("")
         if key in SECTIONS:
-            section = getattr(defaults, key)
+            section, given = getattr(defaults, key), getattr(config, key).model_fields_set
             lines.append(f"{key}:")
             for name, inner in SECTIONS[key].items():
-                lines += _entry(name, inner, getattr(section, name), "  ")
+                entry = _entry(name, inner, section, reasons.get(f"{key}.{name}", ""), active=name in given)
+                lines += textwrap.indent("\n".join(entry), "  ").split("\n")
         else:
-            lines += _entry(key, field, getattr(defaults, key), "")
+            lines += _entry(key, field, defaults, reasons.get(key, ""), active=key in config.model_fields_set)
     return "\n".join(lines) + "\n"
 
 
-def _entry(name: str, field: FieldInfo, default: Any, indent: str) -> list[str]:
-    comment = textwrap.wrap(field.description or "", 96, initial_indent="# ", subsequent_indent="# ")
-    if isinstance(default, tuple):
-        default = default[0] if len(default) == 1 else list(default)
-    written = "" if default is None else dump({name: default}).strip().partition(": ")[2]
-    entry = f"{name}: {written}".rstrip()
-    return [indent + line for line in (*comment, entry if name in _START else f"# {entry}")]
+def _entry(name: str, field: FieldInfo, section: Section, reason: str, *, active: bool) -> list[str]:
+    """The lines of one key: its description, the reason for its value, and the value, commented out at its default."""
+    about = [field.description or "", *([f"-> {reason}"] if reason else [])]
+    comment = [line for text in about for line in textwrap.wrap(text, 96, initial_indent="# ", subsequent_indent="# ")]
+    value = section.model_dump(mode="json")[name]
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    written = dump({name: value}).strip().splitlines() if value is not None else [f"{name}:"]
+    return [*comment, *(line if active and value is not None else f"# {line}" for line in written)]
 
 
 def json_schema() -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.kernels.native import THREADS, first_that_works, threads, wanted
+from lorary.kernels.segments import add_product
 from lorary.serve.batch.ops.reference import rows_with_terms
 from lorary.serve.batch.ops.table import AdapterTable
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
@@ -87,15 +88,13 @@ def add_terms(y: Tensor, x: Tensor, form: SiteForm, weight: float = 1.0) -> None
     if gain is not None:
         y.mul_(gain)
     if A is not None and B is not None:
-        h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))  # [rows, R]
-        if d is not None:
-            h.mul_(d)
-        if b is not None:
-            y.add_(F.linear(h, B.to(h.dtype)).mul_(b), alpha=weight)
-        elif B.dtype is h.dtype is y.dtype:
-            y.addmm_(h, B.t(), alpha=weight)
-        else:
-            y.addmm_(h.to(y.dtype), B.t().to(y.dtype), alpha=weight)
+        if d is None and b is None:
+            add_product(y, x, A, B, weight)
+        else:  # VeRA's vectors
+            h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))  # [rows, R]
+            h = h if d is None else h.mul_(d)
+            z = F.linear(h, B.to(h.dtype))
+            y.add_(z if b is None else z.mul_(b), alpha=weight)
     if shift is not None:
         y.add_(shift, alpha=weight)
 

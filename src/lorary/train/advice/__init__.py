@@ -1,0 +1,1 @@
+"""Advice from evidence: the settings of a run from its model, its data and the machine, each with its reason."""
