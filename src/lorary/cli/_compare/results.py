@@ -16,6 +16,7 @@ from lorary.analysis.comparison.tables import as_record, summary
 from lorary.cli import printable
 from lorary.cli._notes import print_notes
 from lorary.cli._table import print_table
+from lorary.errors import FileError
 from lorary.files.atomic import atomic_file
 from lorary.train.compare.ledger import FILE
 
@@ -37,10 +38,13 @@ def print_results(
     """
     found = findings(comparison, reference or comparison.settings.get("reference") or None)
     page = folder / PAGE
-    if not again or not page.exists() or page.stat().st_mtime < (folder / FILE).stat().st_mtime:
-        with atomic_file(page) as file:
-            file.write(comparison_page(found).encode())
     print_notes(_notes(comparison, folder))
+    if not again or not page.exists() or page.stat().st_mtime < (folder / FILE).stat().st_mtime:
+        try:
+            with atomic_file(page) as file:
+                file.write(comparison_page(found).encode())
+        except (OSError, FileError) as error:  # a folder of someone else, or a full disk: the results are there
+            print_notes([f"the page was not written: {error}"])
     if as_json:
         files = {"page": str(page), "record": str(folder / FILE)}
         print(json.dumps(as_record(found) | {"finished": not unfinished(comparison)} | files, indent=2))
