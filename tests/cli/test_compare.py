@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorary.analysis.comparison import store
+from lorary.cli._compare.results import columns_that_fit
 from lorary.train.compare.asked import from_config
 from lorary.train.compare.settings import Settings
 from lorary.train.config.compare_section import CompareSection, one_arm
@@ -123,6 +124,33 @@ def test_a_request_that_is_refused_with_all_of_its_reasons(command: Command, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_results_are_shown_though_the_page_cannot_be_written(command: Command, tmp_path: Path) -> None:
+    """Here of a comparison without any run."""
+    fill(tmp_path)
+    (tmp_path / "done" / "comparison.html").mkdir()
+    os.utime(tmp_path / "done" / "comparison.html", (0, 0))
+    shown = command("compare", "done")
+    assert shown.code == 0, shown.err
+    assert "note: not finished: lora, dora; go on with: lorary compare done --resume" in shown.err
+    assert "note: the page was not written: " in shown.err
+    assert "No method was judged on the test rows." in shown.out
+    assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["comparison.html", "comparison.json"]
+
+
+def test_ranks_of_equal_numbers_are_announced_and_what_has_none_is_named(command: Command, config: Path) -> None:
+    """LoRA trains r (in + out) numbers for each layer, DoRA as many and `out` magnitudes."""
+    shown = command("compare", "c.yaml", "-m", "lora:r=8,dora,full", "--match", "parameters", "--dry-run")
+    assert shown.code == 0, shown.err
+    lines = shown.out.splitlines()
+    assert [line.split()[:3] for line in lines[2:5]] == [
+        ["lora:r=8", "lora", "r=8"],
+        ["dora", "dora", "r=7"],  # r=8 is as near, and larger
+        ["full", "full", "3.2e-05"],
+    ]
+    assert lines[-1] == "note      no rank changes how many numbers these train: full"
+    assert not (config.parent / "comparison").exists()
+
+
 def test_a_budget_for_less_than_one_run_is_refused_once_the_first_steps_are_measured(
     command: Command, config: Path
 ) -> None:
@@ -139,6 +167,13 @@ def test_a_budget_for_less_than_one_run_is_refused_once_the_first_steps_are_meas
 
 def test_there_are_many_of_them() -> None:
     assert len(TABLE) >= 50
+
+
+def test_a_wide_table_is_shown_in_pieces_that_fit_the_terminal() -> None:
+    lines = [["method", "loss", "a long name of a column", "verdict"], ["lora", "1.234", "1", "better"]]
+    assert columns_that_fit(lines, 200) == [[0, 1, 2, 3]]
+    assert columns_that_fit(lines, 48) == [[0, 1, 2], [0, 3]]
+    assert columns_that_fit(lines, 10) == [[0, 1], [0, 2], [0, 3]]  # too narrow for any
 
 
 # --- how methods are written ----------------------------------------------------------------------------------------

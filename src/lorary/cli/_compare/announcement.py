@@ -55,7 +55,8 @@ def _lines(ready: Ready) -> Iterator[str]:
 
 def _outward(ready: Ready) -> str:
     most = ready.request.settings.outward
-    return f"; up to {most} further rates while the best is the lowest or the highest" if most else ""
+    rates = f"{most} further rate{'s' if most > 1 else ''}"
+    return f"; up to {rates} while the best is the lowest or the highest" if most else ""
 
 
 def _done(ready: Ready) -> str:
