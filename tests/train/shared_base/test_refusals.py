@@ -83,6 +83,18 @@ def test_all_reasons_at_once() -> None:
     )
 
 
+def test_the_plan_of_another_model() -> None:
+    """Every adapter's, before anything is copied."""
+    base, other = llama(), llama(hidden_size=32, num_hidden_layers=3)
+    plans = {"fits": _plan(base), "wide": _plan(other), "bias": _plan(other, "bitfit")}
+    _refused(
+        lambda: SharedBase(base, plans),
+        "wide: model.layers.0.self_attn.q_proj: has 16 output features, expected 32",
+        "wide: model.layers.2.mlp.down_proj: the model has no such module",
+        "bias: model.layers.0.self_attn.q_proj.bias: is (16,), expected (32,)",
+    )
+
+
 def test_dropout_of_an_adapter() -> None:
     base = llama()
     plan = lorary.plan(base, lorary.method("lora", r=2, dropout=0.1))
