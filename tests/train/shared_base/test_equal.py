@@ -116,6 +116,35 @@ def test_adapted_embeddings_and_head() -> None:
     _assert_equal(base, plans)
 
 
+def test_micro_batches_are_one_step() -> None:
+    """Their loss is the mean over all labels, however many each of them has; adapters may have different numbers."""
+    base = llama()
+    plan = lorary.plan(base, METHODS["dora"])
+    rows = [batch for batch in batches(0, count=12) if batch["input_ids"].shape[1] == 7]
+    rows[0]["labels"][0] = -100
+    pairs = [(rows[i], rows[i + 1]) for i in (0, 2)]
+    whole = [{key: torch.cat([one[key], two[key]]) for key in one} for one, two in pairs]
+    shared = SharedBase(base, dict.fromkeys(("parts", "whole"), plan))
+    training = SharedTraining(shared, Settings(1e-3, 2))
+    losses = [training.step({"parts": list(p), "whole": w}) for p, w in zip(pairs, whole, strict=True)]
+    for found in losses:
+        assert found["parts"] == pytest.approx(found["whole"], rel=1e-5)
+    assert distance(training.finished["parts"], training.finished["whole"]) < CLOSE
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits(autocast: bool) -> None:
+    """The proof of the first step takes their rounding for what it is."""
+    base = llama() if autocast else llama().to(torch.bfloat16)
+    plans = {name: lorary.plan(base, METHODS[name]) for name in ("lora", "dora", "vera")}
+    training = SharedTraining(SharedBase(base, plans, seeds={"lora": 0, "dora": 1, "vera": 2}), Settings(1e-3, 3))
+    for batch in batches(0, count=3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = training.step(dict.fromkeys(plans, batch))
+    assert all(0 < loss < 10 for loss in losses.values())
+    assert set(training.finished) == set(plans)
+
+
 def test_names_mean_nothing() -> None:
     base = llama()
     methods = {"own": "dora", "base": "vera", "factors": "lora", "None": "dora", "model.layers.0": "lora"}

@@ -83,6 +83,18 @@ def test_all_reasons_at_once() -> None:
     )
 
 
+def test_the_plan_of_another_model() -> None:
+    """Every adapter's, before anything is copied."""
+    base, other = llama(), llama(hidden_size=32, num_hidden_layers=3)
+    plans = {"fits": _plan(base), "wide": _plan(other), "bias": _plan(other, "bitfit")}
+    _refused(
+        lambda: SharedBase(base, plans),
+        "wide: model.layers.0.self_attn.q_proj: has 16 output features, expected 32",
+        "wide: model.layers.2.mlp.down_proj: the model has no such module",
+        "bias: model.layers.0.self_attn.q_proj.bias: is (16,), expected (32,)",
+    )
+
+
 def test_dropout_of_an_adapter() -> None:
     base = llama()
     plan = lorary.plan(base, lorary.method("lora", r=2, dropout=0.1))
@@ -176,6 +188,12 @@ def test_a_model_without_a_known_loss() -> None:
     _refused(lambda: SharedBase(base, {"a": plan}), what, "pass loss=")
 
 
+def test_an_encoder_decoder() -> None:
+    base = tiny.seeded("T5ForConditionalGeneration", dropout_rate=0.0)
+    what = "loss: a T5ForConditionalGeneration has no loss that is known to be a mean over rows"
+    _refused(lambda: SharedBase(base, {"a": _plan(base)}), what, "pass loss=")
+
+
 def test_a_model_that_runs_itself() -> None:
     """A forward that somebody has put around it, which a copy would go on calling."""
     base = llama()
@@ -191,6 +209,12 @@ def test_a_model_that_runs_itself() -> None:
 def _two() -> SharedBase:
     base = llama()
     return SharedBase(base, {"a": _plan(base), "b": _plan(base)}, seeds={"a": 0, "b": 1})
+
+
+def test_a_step_without_micro_batches() -> None:
+    (batch,) = batches(0, count=1)
+    training = SharedTraining(_two(), Settings(1e-3, 3))
+    _refused(lambda: training.step({"a": batch, "b": []}), "b: has no batch")
 
 
 def test_batches_of_other_adapters() -> None:

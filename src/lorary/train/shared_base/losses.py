@@ -42,7 +42,7 @@ class Losses:
                 self.head.plain = False  # labelled tokens alone are not rows of a batch
             self.head.install()
         elif loss is None and kind == "ForSequenceClassification":
-            self.loss = self._classified
+            self.loss = self.classified
         elif loss is None:
             what = f"a {type(model).__name__} has no loss that is known to be a mean over rows"
             raise TrainingError(HEADLINE, [Diagnostic("loss", what, "pass loss=, a function of (output, batch)")])
@@ -53,7 +53,7 @@ class Losses:
         Raises:
             DataError: there are no labels.
         """
-        if "labels" not in batch and (self.head is not None or self.loss == self._classified):
+        if "labels" not in batch and (self.head is not None or self.loss == self.classified):
             raise DataError("invalid batches:", [Diagnostic("labels", "are missing, and the loss is that of labels")])
         if self.head is not None and self.head.plain is None:
             with torch.no_grad():
@@ -86,17 +86,20 @@ class Losses:
         parts = zip(counts, found.log_probs.split(rows), found.label_mask.split(rows), strict=True)
         return {name: -log_probs.sum() / mask.sum().clamp(min=1) for name, log_probs, mask in parts}
 
-    def _classified(self, output: Any, batch: Batch) -> Tensor:
+    def classified(self, output: Any, batch: Batch) -> Tensor:
+        """The loss of a sequence classifier."""
         from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
         loss: Tensor = ForSequenceClassificationLoss(batch["labels"], output.logits, self.model.config)
         return loss
 
 
-def alone(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
+def alone(model: nn.Module, batch: Batch, like: Losses) -> Tensor:
     """The loss of a model with one adapter, by the same definition."""
-    losses = Losses(model, loss)
+    losses = Losses(model, None if like.loss == like.classified else like.loss)
     try:
+        if losses.head is not None and like.head is not None:
+            losses.head.plain = like.head.plain
         return losses(batch, {"": len(next(iter(batch.values())))})[""]
     finally:
         if losses.head is not None:

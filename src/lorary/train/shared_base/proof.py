@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from lorary.errors import Diagnostic, TrainingError
 from lorary.kernels.low_rank import autocasting
 from lorary.layers.adapted import adapted_layers
-from lorary.train.shared_base.batches import Batch
-from lorary.train.shared_base.losses import Loss, alone
 from lorary.train.shared_base.rows import HEADLINE
 
 _SMALL = 1e-3  # a parameter whose gradient is this share of the whole is compared with the whole
 
 
 def check_gradients(
-    name: str, model: nn.Module, parameters: Sequence[nn.Parameter], batch: Batch, loss: Loss | None
+    name: str, model: nn.Module, parameters: Sequence[nn.Parameter], loss_alone: Callable[[], Tensor]
 ) -> None:
     """Compare the gradients of an adapter with those that it has alone; afterwards it has none.
 
@@ -26,8 +24,7 @@ def check_gradients(
         name: of the adapter.
         model: its own.
         parameters: those that train, with the gradients of the shared backward pass.
-        batch: its own.
-        loss: of `SharedBase`.
+        loss_alone: its loss on the same batch, by a forward pass of its own.
 
     Raises:
         TrainingError: they differ by more than rounding: rows have met, or the base computes other rows otherwise.
@@ -35,7 +32,7 @@ def check_gradients(
     together = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    alone(model, batch, loss).backward()
+    loss_alone().backward()
     by_itself = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None

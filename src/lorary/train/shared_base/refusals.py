@@ -10,7 +10,7 @@ from torch import nn
 
 from lorary.errors import Diagnostic, StateError, TrainingError
 from lorary.layers.wrappers import submodule
-from lorary.model.checks import changeable
+from lorary.model.checks import changeable, model_mismatches
 from lorary.model.plan import Plan
 from lorary.model.scan import Scan, scan
 from lorary.model.state import state_of
@@ -43,7 +43,9 @@ def check(model: Any, plans: Any, seeds: Any) -> None:
             what = f"is a {type(plan).__name__}, not a Plan"
             problems.append(Diagnostic(name, what, "make one: lorary.plan(model, method)"))
         elif scanned is not None:
-            problems += [Diagnostic(name, *why) for why in _plan_problems(scanned, plan)]
+            problems += _mismatches(scanned, name, plan) or [
+                Diagnostic(name, *why) for why in _plan_problems(scanned, plan)
+            ]
     if problems:
         raise TrainingError(HEADLINE, problems)
 
@@ -87,6 +89,12 @@ def _seed_problems(seeds: Any, plans: Mapping[Any, Any]) -> list[Diagnostic]:
         problems, seeds = [], {"": seeds}
     bad = [seed for seed in seeds.values() if type(seed) is not int]
     return problems + [Diagnostic("seeds", f"{seed!r} is not a whole number") for seed in bad]
+
+
+def _mismatches(scanned: Scan, name: str, plan: Plan) -> list[Diagnostic]:
+    """The differences between the model and the one that a plan was made for."""
+    found = model_mismatches(scanned, plan.sites, {f.name: f.shape for f in plan.full}, plan.quantized)
+    return TrainingError(HEADLINE, found).problems_of(name) if found else []
 
 
 def _plan_problems(scanned: Scan, plan: Plan) -> Iterator[tuple[str, str]]:

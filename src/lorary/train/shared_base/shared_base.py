@@ -24,7 +24,7 @@ from lorary.model.plan import Plan
 from lorary.train.shared_base import refusals
 from lorary.train.shared_base.batches import Batch, joined
 from lorary.train.shared_base.copies import give_own_weights, sharing_copy
-from lorary.train.shared_base.losses import Loss, Losses
+from lorary.train.shared_base.losses import Loss, Losses, alone
 from lorary.train.shared_base.rows import HEADLINE, Rows, RowsForward, adds_factors
 
 
@@ -38,9 +38,6 @@ class SharedBase:
         dtype: of the adapters' tensors.
         loss: (output of the rows of one adapter, its batch) -> a mean over them; by default that of causal language
             models and of sequence classifiers.
-
-    Attributes:
-        loss: as given.
 
     Raises:
         TrainingError: adapters that cannot share a forward pass, or a model that cannot be copied; every reason.
@@ -64,7 +61,6 @@ class SharedBase:
         loss: Loss | None = None,
     ) -> None:
         refusals.check(model, plans, seeds)
-        self.loss = loss
         self._plans = dict(plans)
         try:
             self._base = sharing_copy(unwrapped(model))
@@ -152,6 +148,14 @@ class SharedBase:
         self._rows.counts = counts  # until the next forward pass: checkpointing computes layers again in backward
         found = self._losses(batch, counts)
         return {name: found[name] for name in batches}
+
+    def loss_alone(self, name: str, batch: Batch) -> Tensor:
+        """The loss of one adapter on a batch, by a forward pass of its own model.
+
+        Raises:
+            TrainingError: as `model`.
+        """
+        return alone(self.model(name), batch, self._losses)
 
     def weights(self, micro_batches: Sequence[Batch]) -> list[float]:
         """The share of each micro-batch in the loss of a step: of the labels, or equal where the loss has no tokens."""

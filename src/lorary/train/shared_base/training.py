@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ class SharedTraining:
         losses = self.shared.losses(batches)
         torch.stack(list(losses.values())).sum().backward()
         for name, member in self._members.items():
-            check_gradients(name, member.model, member.parameters, batches[name], self.shared.loss)
+            alone = partial(self.shared.loss_alone, name, batches[name])
+            check_gradients(name, member.model, member.parameters, alone)
         self._proved = True
 
     def _finish_step(self, name: str, loss: float) -> None:
