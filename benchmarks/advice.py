@@ -178,7 +178,15 @@ def picture(ledger: Ledger, summaries: list[Record]) -> str:
             for i, (targets, r) in enumerate(itertools.product(TARGETS, RANKS)):
                 losses = [ledger.get(cell(one["task"], lr, r, targets))["loss"] for lr in RATES]
                 axes.plot(RATES, losses, label=f"{targets}, r = {r}", **line(i))
-            axes.plot(one["advised"]["lr"], one["losses"]["advised"][0], "*", color=INK, markersize=13, label="advised", zorder=5)
+            axes.plot(
+                one["advised"]["lr"],
+                one["losses"]["advised"][0],
+                "*",
+                color=INK,
+                markersize=13,
+                label="advised",
+                zorder=5,
+            )
             axes.set(title=f"builtin:{one['task']}", xscale="log", xlabel="learning rate", ylabel="held-out loss, nats")
             axes.set_ylim(one["best"]["loss"] * 0.99, one["best"]["loss"] * 1.14)
         axes.legend(fontsize=7)
@@ -196,7 +204,9 @@ def show(summaries: list[Record], ranks: list[Record]) -> None:
             rows.append((one["task"], name, *figures))
     print(*aligned(rows), sep="\n")
     for one in summaries:
-        print(f"{one['task']}: the advised loss is {one['off']:+.2%} of the best ({one['off_mean']:+.2%} over all seeds)")
+        print(
+            f"{one['task']}: the advised loss is {one['off']:+.2%} of the best ({one['off_mean']:+.2%} over all seeds)"
+        )
     for one in ranks:
         pairs = ", ".join(f"{d:+.4f}" for d in one["differences"])
         print(f"{one['task']}, r = {one['r']}: gradient less uniform {pairs}; numbers {one['numbers']}")

@@ -66,7 +66,10 @@ def test_the_ranks_cover_the_most_that_this_many_numbers_can() -> None:
 def test_a_direction_of_a_small_layer_costs_less() -> None:
     placed = sites(4, (8, 8), (64, 64))
     equal = {s.site.name: torch.full((8,), 1 / 8) for s in placed}
-    assert allocated(placed, equal) == {"l0": 8, "l1": 3}  # 8 directions at most; 4 * 144 - 8 * 16 - 3 * 128 = 64 are left
+    assert allocated(placed, equal) == {
+        "l0": 8,
+        "l1": 3,
+    }  # 8 directions at most; 4 * 144 - 8 * 16 - 3 * 128 = 64 are left
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,10 @@ def test_the_ranks_are_a_plan_of_as_many_numbers(name: str, r: int) -> None:
     planned = lorary.plan(model, method, ranks=found)
     assert {s.site.name: s.r for s in planned.sites} == found
     largest = max(s.trainable // s.r for s in uniform.sites)
-    full = all(rank == min(4 * r, s.site.in_features, *s.site.rows) for rank, s in zip(found.values(), uniform.sites, strict=True))
+    full = all(
+        rank == min(4 * r, s.site.in_features, *s.site.rows)
+        for rank, s in zip(found.values(), uniform.sites, strict=True)
+    )
     assert uniform.trainable - largest < planned.trainable <= uniform.trainable or full
 
 

@@ -10,7 +10,7 @@ import pytest
 from lorary.train.config.load import load
 from tests.cli.command import Command
 
-DATA = 'data.train=[{path: builtin:docstrings, limit: 40}]'
+DATA = "data.train=[{path: builtin:docstrings, limit: 40}]"
 
 
 def test_advise_prints_settings_with_reasons(command: Command) -> None:

@@ -15,7 +15,9 @@ def init(
     model: Annotated[
         str | None, typer.Option("--model", help="Advise for this model: Hub id, folder or builtin:base.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="... and these data: file, folder or builtin:NAME.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="... and these data: file, folder or builtin:NAME.")
+    ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="key=value that is decided already; may be repeated.")
     ] = None,

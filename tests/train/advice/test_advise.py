@@ -25,7 +25,10 @@ from tests.train.runs import WORDS, base_folder
 from tests.train.small import tokenizer
 
 LAPTOP = Machine(False, 64 * 10**9)
-FEW = [{"path": "builtin:docstrings", "limit": 64}]
+FEW = {
+    "train": [{"path": "builtin:docstrings", "limit": 64}],
+    "validation": [{"path": "builtin:docstrings", "limit": 24}],
+}
 
 
 @pytest.fixture
@@ -60,10 +63,11 @@ def test_the_advised_run_of_the_builtin_model_is_ready_to_train(folder: Path) ->
     prepared = prepare(found.config)
     assert (prepared.config.task, prepared.config.method.r, prepared.config.method.alpha) == ("sft", 32, 32.0)
     assert prepared.held_out is not None
+    assert len(prepared.held_out.rows) == 24
     assert prepared.steps == 48  # 3 epochs of 64 rows, 4 at a time
     assert found.warnings == (
-        "48 steps are few: fewer than 100 seldom reach the end of learning",
         "a hidden size of 192 is below those of the public sweep: try half and double the rate",
+        "48 steps are few: fewer than 100 seldom reach the end of learning",
     )
 
 
@@ -88,7 +92,7 @@ def test_the_advice_in_json_and_in_text(folder: Path) -> None:
     assert (rank["value"], rank["given"]) == (32, 4)
     text = str(found)
     assert "\nmethod.r                              4\n    Yours; 32 is advised." in text
-    assert text.splitlines()[-1].startswith("warning   a hidden size of 192")
+    assert text.splitlines()[-1].startswith("warning   48 steps are few")
     assert shown({f"l{i}": i + 1 for i in range(9)}) == "9 entries, 1 to 9"
 
 
@@ -102,7 +106,9 @@ def test_other_tasks_follow_from_their_rows(folder: Path) -> None:
         assert found.config.task == task
         assert prepare(found.config).steps
         assert values(found)["training.batch_size"] >= 2
-    assert found.config.training.lr == pytest.approx(values(advice(written("p.jsonl", pairs()), "base"))["training.lr"] / 40, rel=0.05)
+    assert found.config.training.lr == pytest.approx(
+        values(advice(written("p.jsonl", pairs()), "base"))["training.lr"] / 40, rel=0.05
+    )
 
 
 def test_rows_longer_than_the_context_get_longlora(folder: Path) -> None:
@@ -137,13 +143,15 @@ def test_what_does_not_fit_is_quantised(folder: Path) -> None:
     assert "to fit into a GPU with 12.0 GB [Dettmers" in small.reasons["method.name"]
     assert prepare(small.config).plan.quantized
     assert any("more than a GPU with 3.0 GB has" in w for w in tiny.warnings)
-    kept = advice(model=name, machine=Machine(True, 12 * 10**9), method="lora", training={"gradient_checkpointing": False})
+    kept = advice(
+        model=name, machine=Machine(True, 12 * 10**9), method="lora", training={"gradient_checkpointing": False}
+    )
     assert kept.config.method.name == ("lora",)
     assert any("more than a GPU with 12.0 GB has" in w for w in kept.warnings)
 
 
 def test_ranks_from_gradients_spend_what_uniform_ranks_do(folder: Path) -> None:
-    config = from_dict({"model": "builtin:base", "data": {"train": FEW}, "method": {"r": 4}})
+    config = from_dict({"model": "builtin:base", "data": FEW, "method": {"r": 4}})
     found = advise(config, LAPTOP, ranks="gradient")
     assert len(found.config.method.ranks) == 42
     assert set(found.config.method.ranks.values()) <= set(range(1, 17))
@@ -179,7 +187,9 @@ def vision() -> dict[str, Any]:
 
 
 def encoder() -> dict[str, Any]:
-    config = BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
     return {"model": model_folder(config, "bert", "BertForMaskedLM"), "data": written("rows.jsonl", pairs())}
 
 
@@ -213,12 +223,12 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[LoraryError], str]] = {
     "no answers": (rows({"prompt": "a", "completion": ""}), DataError, "rows.jsonl"),
     "prompts alone": (rows({"prompt": "a"}), ConfigError, "data.train: rows of the format prompt belong to no task that advice knows (sft, dpo, kto, classification)"),
     "one label": (rows(*[{"text": f"t{i}", "label": "x"} for i in range(4)]), DataError, "label: every row has the label `x`"),
-    "no label": (rows({"text": "a", "label": None}), DataError, "rows.jsonl"),
+    "no label": (rows({"text": "a"}, task="classification"), DataError, "task `classification` trains on labelled texts, not `text`"),
     "rows of another task": (rows({"prompt": "a", "completion": " b"}, task="dpo"), DataError, "task `dpo` trains on preference pairs, not `prompt-completion`"),
-    "a task without advice": (rows({"prompt": "a"}, task="grpo"), ConfigError, "task: there is no advice for task `grpo`\n      hint: advice is for sft, dpo, kto, classification"),
+    "a task without advice": (rows({"prompt": "a", "chosen": " b", "rejected": " c"}, task="reward"), ConfigError, "task: there is no advice for task `reward`\n      hint: advice is for sft, dpo, kto, classification"),
     "an adapter to go on from": (rows({"text": "a"}, model={"id": "builtin:base", "adapter": "other"}), ConfigError, "model.adapter: training goes on from `other`, which brings its method, ranks and targets"),
     "a stream": (lambda: {"model": "builtin:base", "data": {"train": "builtin:topics", "streaming": True, "overlong": "split"}, "training": {"max_steps": 4}}, ConfigError, "data.streaming: the lengths and the number of rows decide, and a stream's are not known"),
-    "targets that match nothing": (lambda: {"model": "builtin:base", "data": {"train": FEW}, "method": {"targets": "no_proj"}}, PlanError, "method.targets: `no_proj` matches no layer"),
+    "targets that match nothing": (lambda: {"model": "builtin:base", "data": FEW, "method": {"targets": "no_proj"}}, PlanError, "`no_proj` matches no layer"),
 }  # fmt: skip
 
 
@@ -235,6 +245,8 @@ def test_what_cannot_be_advised_on(folder: Path, name: str) -> None:
 
 def test_gradients_of_another_task_are_refused(folder: Path) -> None:
     base_folder(Path("base"))
-    data = written("pairs.jsonl", [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": " no"} for p in pairs()])
+    data = written(
+        "pairs.jsonl", [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": " no"} for p in pairs()]
+    )
     with pytest.raises(ConfigError, match="--ranks: the gradients of task `dpo` depend on a head or a reference"):
         advise(from_dict({"model": "base", "data": data}), LAPTOP, ranks="gradient")

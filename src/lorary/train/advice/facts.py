@@ -92,7 +92,11 @@ class Facts:
     def to_dict(self) -> dict[str, Any]:
         """The facts in JSON types; of the lengths, percentiles."""
         found = {key: value for key, value in dataclasses.asdict(self).items() if not key.endswith("lengths")}
-        return found | {"held_out": self.held_out} | {"tokens_per_row": {str(p): self.percentile(p) for p in (50, 90, 99, 100)}}
+        return (
+            found
+            | {"held_out": self.held_out}
+            | {"tokens_per_row": {str(p): self.percentile(p) for p in (50, 90, 99, 100)}}
+        )
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ def method_rules(draft: Draft, facts: Facts) -> None:
         reason = "attention alone learns less at equal parameters; the MLPs hold most weights"
         draft.recommend("method.targets", ("all-linear",), reason, REGRET)
     if facts.task == "classification":
-        draft.recommend("method.head", None, "a new head trains in full, a saved one as it is set", "docs/how-to/tasks.md")
+        draft.recommend(
+            "method.head", None, "a new head trains in full, a saved one as it is set", "docs/how-to/tasks.md"
+        )
     if isinstance(draft.config.method.build().delta, LowRank) and facts.per_rank:
         _rank(draft, facts)
 
@@ -122,7 +124,9 @@ def _rank(draft: Draft, facts: Facts) -> None:
     if facts.answers > RANK * facts.per_rank:
         enough = 2 ** math.ceil(math.log2(facts.answers / facts.per_rank))
         wanted = min(enough, HIGHEST_RANK)
-        reason = f"{facts.answers:,} tokens in the loss want as many numbers, and r = {RANK} has {RANK * facts.per_rank:,}"
+        reason = (
+            f"{facts.answers:,} tokens in the loss want as many numbers, and r = {RANK} has {RANK * facts.per_rank:,}"
+        )
     largest = facts.weights // 2 // facts.per_rank
     if wanted > largest:
         wanted = 2 ** max(int(math.log2(max(largest, 1))), 0)
@@ -214,5 +218,3 @@ def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int) -> None
         draft.warnings.append(
             f"a hidden size of {facts.hidden:,} is below those of the public sweep: try half and double the rate"
         )
-
-
