@@ -1,5 +1,7 @@
 """Advice for models and data on disk: a configuration that runs, and what cannot be advised on."""
 
+# ruff: noqa: E501 (messages stand here as they are printed)
+
 from __future__ import annotations
 
 import json
