@@ -1,4 +1,4 @@
-"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others, and ranks from gradients.
+"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others; ranks from gradients.
 
     python benchmarks/advice.py               # ten minutes of a core; interrupted, it goes on
     python benchmarks/advice.py --ranks       # also ranks from gradients beside uniform ones, three seeds: as long again
