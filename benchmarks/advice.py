@@ -1,12 +1,12 @@
-"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others, and ranks from gradients.
+"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others; ranks from gradients.
 
-    python benchmarks/advice.py               # a quarter of an hour on one core; interrupted, it goes on where it was
+    python benchmarks/advice.py               # ten minutes of a core; interrupted, it goes on
     python benchmarks/advice.py --ranks       # also ranks from gradients beside uniform ones, three seeds: as long again
     python benchmarks/advice.py --small       # two steps of everything, to see that it runs
 
 Both tasks train the built-in base on a small part of a built-in set, by `lorary train`'s own trainer. The grid varies
-what is advised with most effect, 4 learning rates x 3 ranks x 2 targets; everything else is as advised. One seed chooses
-nothing: the advised run and the best of the grid are repeated with two further seeds.
+what is advised with most effect, 4 learning rates x 3 ranks x 2 targets; everything else is as advised. One seed
+chooses nothing: the advised run and the best of the grid are repeated with two further seeds.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Ranks from gradients: the best allocation by brute force, the budget, the gradients themselves, and the refusals."""
 
+# ruff: noqa: E501 (messages stand here as they are printed)
+
 from __future__ import annotations
 
 import itertools

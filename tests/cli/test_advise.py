@@ -1,5 +1,7 @@
 """lorary advise, lorary plan --advise and lorary init with advice."""
 
+# ruff: noqa: E501 (messages stand here as they are printed)
+
 from __future__ import annotations
 
 import json

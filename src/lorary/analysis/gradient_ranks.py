@@ -180,7 +180,8 @@ def _restore(flags: Sequence[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
 
 def _first_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The embeddings' weights: with a gradient there, one reaches every quantised layer."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    weights = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
+    return [weight for weight in weights if isinstance(weight, nn.Parameter)]
 
 
 def _of_weight(sites: Sequence[AdaptedSite], found: dict[str, Tensor]) -> Any:
@@ -241,7 +242,8 @@ def _singular_values(G: Tensor) -> Tensor:
         return torch.linalg.svdvals(G)
     with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
         torch.manual_seed(0)
-        return torch.svd_lowrank(G, q=_EXACT // 2)[1]
+        values: Tensor = torch.svd_lowrank(G, q=_EXACT // 2)[1]
+        return values
 
 
 def _check_spectra(found: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ def advise(
 ) -> None:
     """Advise on targets, rank, alpha, learning rate, batch and epochs, each with its reason and source.
 
-    lorary advise Qwen/Qwen3-8B my.jsonl --memory 24. Nothing is trained or written; `lorary init --model ... --data ...`
+    lorary advise Qwen/Qwen3-8B my.jsonl --memory 24. Nothing is trained or written; `lorary init --model ... --data`
     writes the advised configuration.
     """
     import json

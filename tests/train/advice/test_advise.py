@@ -1,5 +1,7 @@
 """Advice for models and data on disk: a configuration that runs, and what cannot be advised on."""
 
+# ruff: noqa: E501 (messages stand here as they are printed)
+
 from __future__ import annotations
 
 import json
@@ -25,7 +27,10 @@ from tests.train.runs import WORDS, base_folder
 from tests.train.small import tokenizer
 
 LAPTOP = Machine(False, 64 * 10**9)
-FEW = [{"path": "builtin:docstrings", "limit": 64}]
+FEW = {
+    "train": [{"path": "builtin:docstrings", "limit": 64}],
+    "validation": [{"path": "builtin:docstrings", "limit": 24}],
+}
 
 
 @pytest.fixture
@@ -60,10 +65,11 @@ def test_the_advised_run_of_the_builtin_model_is_ready_to_train(folder: Path) ->
     prepared = prepare(found.config)
     assert (prepared.config.task, prepared.config.method.r, prepared.config.method.alpha) == ("sft", 32, 32.0)
     assert prepared.held_out is not None
+    assert len(prepared.held_out.rows) == 24
     assert prepared.steps == 48  # 3 epochs of 64 rows, 4 at a time
     assert found.warnings == (
-        "48 steps are few: fewer than 100 seldom reach the end of learning",
         "a hidden size of 192 is below those of the public sweep: try half and double the rate",
+        "48 steps are few: fewer than 100 seldom reach the end of learning",
     )
 
 
@@ -88,7 +94,7 @@ def test_the_advice_in_json_and_in_text(folder: Path) -> None:
     assert (rank["value"], rank["given"]) == (32, 4)
     text = str(found)
     assert "\nmethod.r                              4\n    Yours; 32 is advised." in text
-    assert text.splitlines()[-1].startswith("warning   a hidden size of 192")
+    assert text.splitlines()[-1].startswith("warning   48 steps are few")
     assert shown({f"l{i}": i + 1 for i in range(9)}) == "9 entries, 1 to 9"
 
 
@@ -147,7 +153,7 @@ def test_what_does_not_fit_is_quantised(folder: Path) -> None:
 
 
 def test_ranks_from_gradients_spend_what_uniform_ranks_do(folder: Path) -> None:
-    config = from_dict({"model": "builtin:base", "data": {"train": FEW}, "method": {"r": 4}})
+    config = from_dict({"model": "builtin:base", "data": FEW, "method": {"r": 4}})
     found = advise(config, LAPTOP, ranks="gradient")
     assert len(found.config.method.ranks) == 42
     assert set(found.config.method.ranks.values()) <= set(range(1, 17))
@@ -219,12 +225,12 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[LoraryError], str]] = {
     "no answers": (rows({"prompt": "a", "completion": ""}), DataError, "rows.jsonl"),
     "prompts alone": (rows({"prompt": "a"}), ConfigError, "data.train: rows of the format prompt belong to no task that advice knows (sft, dpo, kto, classification)"),
     "one label": (rows(*[{"text": f"t{i}", "label": "x"} for i in range(4)]), DataError, "label: every row has the label `x`"),
-    "no label": (rows({"text": "a", "label": None}), DataError, "rows.jsonl"),
+    "no label": (rows({"text": "a"}, task="classification"), DataError, "task `classification` trains on labelled texts, not `text`"),
     "rows of another task": (rows({"prompt": "a", "completion": " b"}, task="dpo"), DataError, "task `dpo` trains on preference pairs, not `prompt-completion`"),
-    "a task without advice": (rows({"prompt": "a"}, task="grpo"), ConfigError, "task: there is no advice for task `grpo`\n      hint: advice is for sft, dpo, kto, classification"),
+    "a task without advice": (rows({"prompt": "a", "chosen": " b", "rejected": " c"}, task="reward"), ConfigError, "task: there is no advice for task `reward`\n      hint: advice is for sft, dpo, kto, classification"),
     "an adapter to go on from": (rows({"text": "a"}, model={"id": "builtin:base", "adapter": "other"}), ConfigError, "model.adapter: training goes on from `other`, which brings its method, ranks and targets"),
     "a stream": (lambda: {"model": "builtin:base", "data": {"train": "builtin:topics", "streaming": True, "overlong": "split"}, "training": {"max_steps": 4}}, ConfigError, "data.streaming: the lengths and the number of rows decide, and a stream's are not known"),
-    "targets that match nothing": (lambda: {"model": "builtin:base", "data": {"train": FEW}, "method": {"targets": "no_proj"}}, PlanError, "method.targets: `no_proj` matches no layer"),
+    "targets that match nothing": (lambda: {"model": "builtin:base", "data": FEW, "method": {"targets": "no_proj"}}, PlanError, "`no_proj` matches no layer"),
 }  # fmt: skip
 
 
