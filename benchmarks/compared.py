@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ def run(name: str, asked: Asked, folder: Path, small: bool) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/compared.py --only {name}"
     kept = {key: value for key, value in found.settings.items() if key != "request"}
+    kept["config"] = re.sub(r"^output: .*\n", "", kept["config"], flags=re.MULTILINE)  # a folder of this machine
     trials = tuple(dataclasses.replace(trial, folder="") for trial in found.trials)
     store.write(
         dataclasses.replace(found, settings=kept | {"command": command}, trials=trials), RESULTS / f"{name}.json"

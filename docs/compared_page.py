@@ -23,7 +23,8 @@ What `lorary compare` has measured on the built-in base: 3,049,920 parameters, i
 the same search for its learning rate; the losses are those of test rows that no choice has seen, in nats per token,
 with 95 % intervals. Differences are taken row by row, and the interval beside a verdict holds for all differences of
 its table together. A rate marked "not tuned" is the lowest or the highest that was tried. What is forgotten is the
-rise of the loss on Python code, the text that the base was trained on.
+rise of the loss on Python code, the text that the base was trained on. Seconds are those of a shared machine: the
+methods took turns, so that they can be compared with each other and with nothing else.
 
 These are measurements of behaviour at a small size. Which method is best for a model of seven billion parameters they
 do not say; [what is known of that](how-to/choose-a-method.md) comes from larger runs of others.
