@@ -222,3 +222,10 @@ def test_nothing_that_is_not_finite_is_merged() -> None:
     with pytest.raises(StateError, match="merged, the weight is not finite"):
         lorary.merge(model)
     assert adapted_layers(model)
+
+
+def test_its_names() -> None:
+    assert {str(lorary.method(name)) for name in ("IA3", "ia-3", "(IA)3", "(ia)³")} == {str(lorary.method("ia3"))}
+    assert {str(lorary.method(name)) for name in ("adapters", "Bottleneck", "houlsby adapters")} == {
+        str(lorary.method("houlsby"))
+    }
