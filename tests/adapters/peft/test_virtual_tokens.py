@@ -289,3 +289,14 @@ def test_a_record_of_other_sites_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FileError) as refused:
             lorary.load_adapter(tmp_path)
         assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("preset", ["prefix", "prompt"])
+def test_other_readers_are_told_of_and_no_export_is_advised(preset: str, tmp_path: Path) -> None:
+    export_peft(lorary.Adapter.of(trained("LlamaForCausalLM", preset)), tmp_path)
+    verdicts = {verdict.reader: verdict for verdict in lorary.check(tmp_path)}
+    assert verdicts["peft"].accepted
+    for reader in ("transformers", "vllm", "sglang", "llama.cpp"):
+        (reason,) = verdicts[reader].reasons
+        assert "refuses the PEFT type" in reason.what
+        assert reason.fix == "no export helps: what stands before the text is neither a LoRA nor a change of weights"

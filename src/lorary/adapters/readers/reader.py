@@ -13,6 +13,7 @@ from lorary.adapters.mlx import WEIGHTS as MLX_WEIGHTS
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.types import without_low_rank_form
+from lorary.adapters.peft.virtual_tokens import FIELDS as VIRTUAL_TOKENS
 from lorary.adapters.readers.features import FEATURES
 from lorary.adapters.readers.folder import AdapterFolder
 from lorary.errors import Diagnostic, deduplicated
@@ -110,6 +111,10 @@ class Reader:
             return
         if self.form == "peft" and folder.peft_type not in self.types:
             found = f"the PEFT type {folder.peft_type}" if folder.peft_type else "a configuration without `peft_type`"
+            if folder.peft_type in VIRTUAL_TOKENS:
+                fix = "no export helps: what stands before the text is neither a LoRA nor a change of weights"
+                yield Finding(Outcome.REJECTED, Diagnostic(NAME, f"{self.title} refuses {found}", fix))
+                return
             merged = without_low_rank_form(folder.peft_type)
             yield self.finding(Outcome.REJECTED, NAME, f"{self.title} refuses {found}", merged=merged)
             return
