@@ -88,9 +88,8 @@ class Losses:
 
     def classified(self, output: Any, batch: Batch) -> Tensor:
         """The loss of a sequence classifier."""
-        from transformers.loss.loss_utils import ForSequenceClassificationLoss
-
-        loss: Tensor = ForSequenceClassificationLoss(batch["labels"], output.logits, self.model.config)
+        model = self.model
+        loss: Tensor = model.loss_function(labels=batch["labels"], pooled_logits=output.logits, config=model.config)
         return loss
 
 

@@ -17,6 +17,7 @@ from lorary.model.state import state_of
 from lorary.spec.placement import rules_of
 from lorary.train.shared_base.rows import ALONE, HEADLINE
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MOST = 0.5  # share of the base that an adapter may train in full: of the rest, little would be shared
 
 
@@ -70,7 +71,7 @@ def _model_problems(model: nn.Module) -> list[Diagnostic]:
 def _dropouts(model: nn.Module) -> Iterator[tuple[str, float]]:
     """The active dropouts of a model: of modules, and of attributes that functional code reads."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             if module.p > 0:
                 yield path, module.p
             continue
