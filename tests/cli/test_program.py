@@ -35,6 +35,7 @@ OPTIONS = {
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
     "export": ["--base", "--base-gguf", "--dtype", "--folded", "--force", "--onto", "--to"],
+    "advise": ["--json", "--memory", "--ranks", "--set"],
     "check": ["--base", "--for", "--json"],
     "compare": [
         *("--budget", "--dry-run", "--general", "--json", "--match", "--methods", "--out", "--overwrite", "--quiet"),

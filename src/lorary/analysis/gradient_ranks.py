@@ -239,10 +239,11 @@ def shares(matrices: Sequence[Tensor]) -> Tensor:
 def _singular_values(G: Tensor) -> Tensor:
     """The singular values of a matrix; of a large one, enough of the largest, from a random projection."""
     if min(G.shape) <= _EXACT:
-        return torch.linalg.svdvals(G)
+        values: Tensor = torch.linalg.svdvals(G)
+        return values
     with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
         torch.manual_seed(0)
-        values: Tensor = torch.svd_lowrank(G, q=_EXACT // 2)[1]
+        values = torch.svd_lowrank(G, q=_EXACT // 2)[1]
         return values
 
 

@@ -25,7 +25,12 @@ from lorary.errors import Diagnostic, StateError
 from lorary.layers.block_names import projects_to
 from lorary.layers.rope import max_context, own_config_copy, text_config
 from lorary.layers.shifted_attention import sliding_windows
-from lorary.layers.transformers_internals import attention_of, set_attention, uses_attention_interface
+from lorary.layers.transformers_internals import (
+    attention_of,
+    checkpoints_reentrantly,
+    set_attention,
+    uses_attention_interface,
+)
 from lorary.layers.wrappers import is_sharded_model, named_modules
 
 # (attention layer, its keys, its values) -> keys and values [1, heads, l, width] to stand before them, or None
@@ -164,7 +169,7 @@ class PrependedKeysValues:
             what = f"is {found!r}, and {needed!r} puts the {self.length} keys and values before the text"
             fix = "choose the attention implementation before attaching"
             raise StateError("cannot prepend keys and values:", [Diagnostic("attention", what, fix)])
-        if torch.is_grad_enabled() and inner.training and _checkpoints_reentrantly(inner):
+        if torch.is_grad_enabled() and inner.training and checkpoints_reentrantly(inner):
             what = "computes layers again in a backward pass of their own (use_reentrant=True)"
             fix = 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             why = "which the keys and values before the text cannot follow"
@@ -186,13 +191,6 @@ class PrependedKeysValues:
             positions: Tensor = (mask.cumsum(1) * mask - 1).long()[:, seen:]
             return positions
         return (torch.arange(tokens.shape[1], device=tokens.device) + seen)[None]
-
-
-def _checkpoints_reentrantly(inner: nn.Module) -> bool:
-    """Whether some layers checkpoint in PyTorch's older way, which follows only the gradients of their inputs."""
-    checkpointing = (m for m in inner.modules() if getattr(m, "gradient_checkpointing", False))
-    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in checkpointing)
-    return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in functions)
 
 
 def tokens_in(cache: Any) -> int:

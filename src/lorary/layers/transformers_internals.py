@@ -128,6 +128,13 @@ def checkpoints_opened_with(**options: Any) -> Iterator[None]:
         vars(modeling_utils)["safe_open"] = safe_open
 
 
+def checkpoints_reentrantly(inner: nn.Module) -> bool:
+    """Whether some layers checkpoint in PyTorch's older way, which follows only the gradients of their inputs."""
+    checkpointing = (m for m in inner.modules() if getattr(m, "gradient_checkpointing", False))
+    functions = (getattr(m, "_gradient_checkpointing_func", None) for m in checkpointing)
+    return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in functions)
+
+
 def mark_initialized(layer: nn.Module) -> None:
     """Tell the loader that a layer and its weight have their values: parents initialise children, too."""
     for thing in (layer, layer.weight):

@@ -67,7 +67,7 @@ class Course:
             self.signal = stop.signal
             return self._unfinished(stop)
         finally:
-            self._save()
+            self._write_record()
         return self.ledger.comparison
 
     def tell(self, steps: int) -> None:
@@ -186,7 +186,7 @@ class Course:
 
     def _do(self, jobs: Sequence[TrialJob]) -> None:
         """Do the runs that are not recorded yet, and record each as soon as it has ended."""
-        open_jobs = [job for job in jobs if job.arm not in self._failed and self._trial(job) is None]
+        open_jobs = [job for job in jobs if job.arm not in self._failed and self._recorded(job) is None]
         jobs = list({(job.arm, job.lr, job.seed): job for job in open_jobs}.values())
         if not jobs:
             return
@@ -200,7 +200,7 @@ class Course:
             self._fail(result)
         else:
             self._note(trials=(*self.ledger.comparison.trials, result))
-        self._save()
+        self._write_record()
 
     def _note(self, **changes: Any) -> None:
         """Write the record, with the rates of its arms: those of the request and all that were tried beyond them."""
@@ -213,10 +213,10 @@ class Course:
         )
         self.ledger.note(arms=arms, **changes)
 
-    def _save(self) -> None:
+    def _write_record(self) -> None:
         self.ledger.note_settings(seconds=round(self.before + time.time() - self.start, 1))
 
-    def _trial(self, job: TrialJob) -> Trial | None:
+    def _recorded(self, job: TrialJob) -> Trial | None:
         """The recorded run of a job."""
         found = self.ledger.comparison.of(job.arm)
         return next((trial for trial in found if (trial.lr, trial.seed) == (job.lr, job.seed)), None)

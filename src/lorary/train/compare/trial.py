@@ -53,11 +53,11 @@ class TrialJob:
             Stopped: a signal, or the deadline.
         """
         try:
-            return self._trial(bench, tell)
+            return self._trained(bench, tell)
         except LoraryError as error:
             return Failure(self.arm, f"{self}: {error}")
 
-    def _trial(self, bench: Bench, tell: Tell) -> Trial:
+    def _trained(self, bench: Bench, tell: Tell) -> Trial:
         name = run_name(bench.request, self.arm, self.lr, self.seed)
         plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, name)
         watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)

@@ -160,9 +160,7 @@ class CompareSection(Section):
     rates: Annotated[_NumberOrRates, BeforeValidator(number_or_rates, json_schema_input_type=str | _NumberOrRates)] = (
         Field(default=3, description="learning rates of each method: their number, around its own, or a list")
     )
-    spacing: Annotated[Number, Field(ge=1.1, le=1000)] = Field(
-        default=3.16, description="factor between two of them"
-    )
+    spacing: Annotated[Number, Field(ge=1.1, le=1000)] = Field(default=3.16, description="factor between two of them")
     outward: Annotated[Integer, Field(ge=0, le=100)] = Field(
         default=2, description="most further rates of a method while its best is the lowest or the highest"
     )

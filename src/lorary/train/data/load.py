@@ -49,14 +49,14 @@ class _Part:
 def load(section: DataSection, task: str | None = "sft", seed: int = 42) -> Data:
     """The data of a configuration's `data` section.
 
-        Args:
-            section: the section.
-            task: of the configuration; each takes rows of its own formats. None: rows of any format.
-        seed: of the run: that of the random held-out rows of `validation_split` and of the rows that a weight draws,
-            unless the section has its own.
+    Args:
+        section: the section.
+        task: of the configuration; each takes rows of its own formats. None: rows of any format.
+    seed: of the run: that of the random held-out rows of `validation_split` and of the rows that a weight draws,
+        unless the section has its own.
 
-        Raises:
-            DataError: a source cannot be read, its rows have no common format, or the task cannot use their format.
+    Raises:
+        DataError: a source cannot be read, its rows have no common format, or the task cannot use their format.
     """
     seed = seed if section.seed is None else section.seed
     parts = [_read(as_source(source), "train", section, task) for source in section.train]
