@@ -50,7 +50,7 @@ OPTIONS = {
         *("--base", "--batch-size", "--chat", "--file", "--max-new-tokens", "--out", "--seed", "--stream"),
         *("--temperature", "--template", "--top-p", "-b"),
     ],
-    "init": ["--force", "--schema"],
+    "init": ["--data", "--force", "--memory", "--model", "--schema", "--set"],
     "inspect": [],
     "inspect context": ["--base", "--data", "--json", "--lengths", "--out", "--passkeys", "--tokens"],
     "merge": ["--base", "--data", "--dtype", "--force", "--onto", "--rows"],
@@ -82,8 +82,8 @@ OPTIONS = {
     "train": ["--after", "--all", "--dry-run", "--extend", "--overwrite", "--quiet", "--resume", "--set", "-q"],
     "verify": ["--adapter-model", "--against", "--base", "--base-model", "--json", "--timeout", "--tolerance"],
     "plan": [
-        *("--alpha", "--check", "--exclude", "--layers", "--memory", "--method", "--r", "--rank", "--set", "--targets"),
-        *("-m", "-t"),
+        *("--advise", "--alpha", "--check", "--data", "--exclude", "--layers", "--memory", "--method", "--r", "--rank"),
+        *("--set", "--targets", "-m", "-t"),
     ],
 }
 

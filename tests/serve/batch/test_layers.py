@@ -115,11 +115,16 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "melora": (EMBEDDINGS, {"r": 2}),
     "adalora": ("all-linear", {"r": 5, "target": 3}),
     "longlora": (EMBEDDINGS, {"r": 9, "length": 4096}),
+    "ia3": (None, {}),
+    "houlsby": (None, {"m": 5}),
+    "prefix-tuning": (None, {"tokens": 3}),
+    "prompt-tuning": (None, {"tokens": 3}),
     "bitfit": (None, {}),
     "full": (None, {}),
 }
+NOT_SERVED = {"houlsby", "prefix-tuning", "prompt-tuning"}
 # name -> the presets that it refuses: Llama has no biases, GPT-2 no RoPE
-MODELS = {"LlamaForCausalLM": {"bitfit"}, "GPT2LMHeadModel": {"longlora"}}
+MODELS = {"LlamaForCausalLM": {"bitfit", *NOT_SERVED}, "GPT2LMHeadModel": {"longlora", *NOT_SERVED}}
 
 
 @functools.cache
