@@ -127,8 +127,8 @@ def test_rows_longer_than_the_context_get_longlora(folder: Path) -> None:
 
 
 def seven_billion(folder: Path) -> str:
-    """LLaMA-7B without weights, with the built-in tokenizer."""
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, dtype="bfloat16")
+    """Two blocks of LLaMA-7B's shapes without weights, with the built-in tokenizer."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     builtin.load_tokenizer().save_pretrained(folder)
@@ -137,19 +137,19 @@ def seven_billion(folder: Path) -> str:
 
 def test_what_does_not_fit_is_quantised(folder: Path) -> None:
     name = seven_billion(Path("seven"))
-    large, small, tiny = (advice(model=name, machine=Machine(True, n * 10**9)) for n in (80, 12, 3))
+    large, small, tiny = (advice(model=name, machine=Machine(True, n * 10**9)) for n in (80, 8, 3))
     assert values(large)["method.name"] == ("lora",)
     assert values(large)["training.gradient_checkpointing"] is False
     assert values(small)["method.name"] == ("qlora",)
     assert small.config.training.batch_size == 1
-    assert "to fit into a GPU with 12.0 GB [Dettmers" in small.reasons["method.name"]
+    assert "to fit into a GPU with 8.0 GB [Dettmers" in small.reasons["method.name"]
     assert prepare(small.config).plan.quantized
     assert any("more than a GPU with 3.0 GB has" in w for w in tiny.warnings)
     kept = advice(
-        model=name, machine=Machine(True, 12 * 10**9), method="lora", training={"gradient_checkpointing": False}
+        model=name, machine=Machine(True, 8 * 10**9), method="lora", training={"gradient_checkpointing": False}
     )
     assert kept.config.method.name == ("lora",)
-    assert any("more than a GPU with 12.0 GB has" in w for w in kept.warnings)
+    assert any("more than a GPU with 8.0 GB has" in w for w in kept.warnings)
 
 
 def test_ranks_from_gradients_spend_what_uniform_ranks_do(folder: Path) -> None:
