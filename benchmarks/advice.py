@@ -1,7 +1,7 @@
-"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others; ranks from gradients.
+"""Advice beside a grid: the advised configuration's held-out loss and the best of 24 others; gradient ranks.
 
-    python benchmarks/advice.py               # ten minutes of a core; killed, it goes on
-    python benchmarks/advice.py --ranks       # also ranks from gradients beside uniform ones, three seeds: as long
+    python benchmarks/advice.py               # ten minutes of a core; goes on where it was
+    python benchmarks/advice.py --ranks       # also ranks from gradients beside uniform ones, three seeds
     python benchmarks/advice.py --small       # two steps of everything, to see that it runs
 
 Both tasks train the built-in base on a small part of a built-in set, by `lorary train`'s own trainer. The grid varies

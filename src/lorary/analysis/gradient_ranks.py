@@ -239,8 +239,8 @@ def shares(matrices: Sequence[Tensor]) -> Tensor:
 def _singular_values(G: Tensor) -> Tensor:
     """The singular values of a matrix; of a large one, enough of the largest, from a random projection."""
     if min(G.shape) <= _EXACT:
-        values: Tensor = torch.linalg.svdvals(G)
-        return values
+        exact: Tensor = torch.linalg.svdvals(G)
+        return exact
     with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
         torch.manual_seed(0)
         values = torch.svd_lowrank(G, q=_EXACT // 2)[1]

@@ -108,9 +108,7 @@ def test_other_tasks_follow_from_their_rows(folder: Path) -> None:
         assert found.config.task == task
         assert prepare(found.config).steps
         assert values(found)["training.batch_size"] >= 2
-    assert found.config.training.lr == pytest.approx(
-        values(advice(written("p.jsonl", pairs()), "base"))["training.lr"] / 40, rel=0.05
-    )
+    assert found.config.training.lr == 1.6e-4  # 5e-4 (2000/32)^0.781, half of it for 4 rows of 64 tokens, over 40
 
 
 def test_rows_longer_than_the_context_get_longlora(folder: Path) -> None:
@@ -137,19 +135,19 @@ def seven_billion(folder: Path) -> str:
 
 def test_what_does_not_fit_is_quantised(folder: Path) -> None:
     name = seven_billion(Path("seven"))
-    large, small, tiny = (advice(model=name, machine=Machine(True, n * 10**9)) for n in (80, 12, 3))
+    large, small, tiny = (advice(model=name, machine=Machine(True, n * 10**9)) for n in (80, 8, 3))
     assert values(large)["method.name"] == ("lora",)
     assert values(large)["training.gradient_checkpointing"] is False
     assert values(small)["method.name"] == ("qlora",)
     assert small.config.training.batch_size == 1
-    assert "to fit into a GPU with 12.0 GB [Dettmers" in small.reasons["method.name"]
+    assert "to fit into a GPU with 8.0 GB [Dettmers" in small.reasons["method.name"]
     assert prepare(small.config).plan.quantized
     assert any("more than a GPU with 3.0 GB has" in w for w in tiny.warnings)
     kept = advice(
-        model=name, machine=Machine(True, 12 * 10**9), method="lora", training={"gradient_checkpointing": False}
+        model=name, machine=Machine(True, 8 * 10**9), method="lora", training={"gradient_checkpointing": False}
     )
     assert kept.config.method.name == ("lora",)
-    assert any("more than a GPU with 12.0 GB has" in w for w in kept.warnings)
+    assert any("more than a GPU with 8.0 GB has" in w for w in kept.warnings)
 
 
 def test_ranks_from_gradients_spend_what_uniform_ranks_do(folder: Path) -> None:

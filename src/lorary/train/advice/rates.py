@@ -7,8 +7,8 @@ A public sweep of 35 models (batch 128, 780 steps) puts the best fixed rate at 3
 most.
 
 The rate follows the square root of the batch. A batch is counted in tokens in the loss, which decide how noisy its
-gradient is: 16 short answers are a smaller batch than 16 texts. Between practice (16 answers of about 250 tokens) and
-the sweep (128 rows of about 500) one rate serves.
+gradient is: 16 short answers are a smaller batch than 16 texts. Between 16 answers of 64 tokens and the sweep (128
+rows of about 500) one rate serves. The factor for short runs is left out where rows are seen again: these overfit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 FIXED = 3e-4  # for other families
 SWEPT = 1000  # the least hidden size in the sweep, about
 SHORT, SHORT_FACTOR = 100, 1.5  # steps; 15 / 10
-TOKENS = (16 * 256, 128 * 512)  # in the loss of a step: practice and the sweep
+TOKENS = (16 * 64, 128 * 512)  # in the loss of a step: short answers in practice, and the sweep
 
 TINKER = "Tinker's rule, tinker-cookbook hyperparam_utils.py"
 SWEEP = "sweep of 35 models, tinker-cookbook sft_sweep.md"
@@ -45,7 +45,7 @@ class Rate:
     extrapolated: bool
 
 
-def lora_rate(family: str, hidden: int, tokens: int, steps: int) -> Rate:
+def lora_rate(family: str, hidden: int, tokens: int, steps: int, *, repeats: bool = False) -> Rate:
     """LoRA's learning rate in supervised fine-tuning.
 
     Args:
@@ -53,6 +53,7 @@ def lora_rate(family: str, hidden: int, tokens: int, steps: int) -> Rate:
         hidden: its hidden size.
         tokens: in the loss of an optimizer step.
         steps: optimizer steps of the run.
+        repeats: whether rows are seen more than once.
 
     >>> round(lora_rate("llama", 4096, 8192, 1000).value, 6), lora_rate("gemma3_text", 2560, 8192, 1000).value
     (0.000286, 0.0003)
@@ -72,7 +73,7 @@ def lora_rate(family: str, hidden: int, tokens: int, steps: int) -> Rate:
     factor = batch_factor(tokens)
     if factor != 1:
         reason += f"; x sqrt({tokens}/{TOKENS[factor > 1]}) for {tokens:,} tokens in the loss of a step"
-    if steps < SHORT:
+    if steps < SHORT and not repeats:
         factor *= SHORT_FACTOR
         reason += f"; x {SHORT_FACTOR:g} for fewer than {SHORT} steps"
     return Rate(value * factor, reason, source, small)

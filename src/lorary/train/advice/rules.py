@@ -23,7 +23,7 @@ MANY_ROWS = 100_000  # from here on the larger batch
 EPOCHS = ((1_000, 3.0), (10_000, 2.0))  # below so many rows -> epochs; else 1
 REPEATED = 4  # passes over the same row after which it teaches little
 TEXT_ROW = 2048  # tokens of a row of plain text at most: attention is quadratic
-ROW_TOKENS = 256  # that a row counts for where its answer is a label or a preference
+ROW_TOKENS = 64  # that a row counts for where its answer is a label or a preference
 HELD_OUT_ROWS = (50, 1000)
 FEW_HELD_OUT = 20
 
@@ -205,7 +205,8 @@ def _steps(draft: Draft, rows: int, batch: int) -> int:
 def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int) -> None:
     """The learning rate: LoRA's, times the factors of the task and of the method."""
     per_row = facts.answers / rows if facts.task == "sft" else ROW_TOKENS
-    found = rates.lora_rate(facts.family, facts.hidden, max(round(batch * per_row), 1), steps)
+    tokens, repeats = max(round(batch * per_row), 1), steps * batch > 1.5 * rows
+    found = rates.lora_rate(facts.family, facts.hidden, tokens, steps, repeats=repeats)
     names = draft.config.method.names
     factor = default_lr(facts.task, names) / LORA_LR
     reason = found.reason
