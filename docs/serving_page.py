@@ -15,7 +15,7 @@ from lorary.serve.forms.serving_form import ServingForm
 
 HEAD = """# What a server computes
 
-A server brings an adapter of any method to one form when it loads it. At an adapted layer with the output `y0`, bias
+A server brings an adapter to one form when it loads it. At an adapted layer with the output `y0`, bias
 included, its rows get
 
     y = gain * y0 + b * (B (d * (A x))) + shift
@@ -44,7 +44,8 @@ Combinations have the terms of both: `dora,bitfit` is low rank with gain and shi
   vector, a scalar or none it is low rank with gain and shift.
 - **AdaLoRA**'s pruned directions are dropped, and so are layers without any.
 - **VeRA**'s `A` and `B` are held once for all adapters of one seed.
-- **(IA)³**'s vectors at the outputs are gains, and its vectors at the inputs overrides of their layers.
+- **(IA)³**'s vectors at the outputs are gains. A vector at the inputs makes its layer an override: each adapter then
+  holds a copy of these weights, far more than its file.
 - **Tied weights**: a LoRA of the head leaves the embedding alone, and the reverse; a tied weight that trained in full
   acts at both ends.
 - **LongLoRA**'s RoPE scaling, linear or yarn, applies to the adapter's own requests only, and so does its context.
@@ -52,7 +53,8 @@ Combinations have the terms of both: `dora,bitfit` is low rank with gain and shi
 An adapter is refused, with every reason, where single rows cannot be computed with it: trained parameters of a module
 with layers of its own (attention sinks, fused experts, state-space parameters) or of one with several inputs (gated
 norms, position tables); layers of an expert; dynamic RoPE scaling; a replica of a quantised layer; values that are not
-finite. Merge such an adapter into a copy of the base, and serve that.
+finite. Merge such an adapter into a copy of the base, and serve that. Houlsby's, prefix and prompt adapters cannot be
+merged either: use them alone, with `lorary generate` or `chat`.
 
 Several adapters of one request, `{"french": 0.7, "legal": 0.3}`, are added if each is low rank, shared projections or a
 shift. Gains, overrides and RoPE scaling have no sum; `lorary mix` makes one adapter of what it can.

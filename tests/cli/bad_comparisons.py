@@ -102,12 +102,12 @@ error: invalid configuration c.yaml:
 """),
 Bad('a single rate', ('c.yaml', '--methods', 'lora,dora', '--rates', '1e-4'), 2, """\
 error: invalid configuration c.yaml:
-  - --rates: `rates` has 1 learning rate, which is no search
+  - --rates: `rates` has 1 learning rate, too few for a search
       hint: list at least 3, such as 1e-4, 3e-4, 1e-3
 """),
 Bad('two rates', ('c.yaml', '--methods', 'lora,dora', '--rates', '1e-4,1e-3'), 2, """\
 error: invalid configuration c.yaml:
-  - --rates: `rates` has 2 learning rates, which is no search
+  - --rates: `rates` has 2 learning rates, too few for a search
       hint: list at least 3, such as 1e-4, 3e-4, 1e-3
 """),
 Bad('an even number of rates', ('c.yaml', '--methods', 'lora,dora', '--rates', '4'), 2, """\
@@ -117,7 +117,7 @@ error: invalid configuration c.yaml:
 """),
 Bad('one rate as a number', ('c.yaml', '--methods', 'lora,dora', '--rates', '1'), 2, """\
 error: invalid configuration c.yaml:
-  - --rates: `rates` has 1 learning rate, which is no search
+  - --rates: `rates` has 1 learning rate, too few for a search
       hint: list at least 3, such as 1e-4, 3e-4, 1e-3
 """),
 Bad('negative rates', ('c.yaml', '--methods', 'lora,dora', '--rates', '-1e-4,1e-4,1e-3'), 2, """\
@@ -137,7 +137,7 @@ error: invalid configuration c.yaml:
 """),
 Bad('a method with fewer rates', ('c.yaml', '-m', 'lora,dora:rates=[1e-4,1e-3]'), 2, """\
 error: invalid configuration c.yaml:
-  - --methods: `compare.methods[1].rates` has 2 learning rates, which is no search
+  - --methods: `compare.methods[1].rates` has 2 learning rates, too few for a search
       hint: list at least 3, such as 1e-4, 3e-4, 1e-3
 """),
 Bad('a method with more rates', ('c.yaml', '-m', 'lora,dora:rates=[1e-5,1e-4,3e-4,1e-3,1e-2]'), 2, """\
@@ -166,7 +166,7 @@ error: invalid configuration c.yaml:
 """),
 Bad('no time at all', ('c.yaml', '--methods', 'lora,dora', '--budget', '0min'), 2, """\
 error: invalid configuration c.yaml:
-  - --budget: `budget` is no time at all
+  - --budget: `budget` is zero
       hint: leave it out, for as long as it takes
 """),
 Bad('an unknown view', ('c.yaml', '--methods', 'lora,dora', '--match', 'parameter'), 2, """\
@@ -202,7 +202,7 @@ Bad('everything at once', ('c.yaml', '-m', 'lora,dorra', '--rates', '1', '--budg
 error: invalid configuration c.yaml:
   - c.yaml:3:12: unknown key `max_step` in `training`
       hint: did you mean `max_steps`?
-  - --rates: `rates` has 1 learning rate, which is no search
+  - --rates: `rates` has 1 learning rate, too few for a search
       hint: list at least 3, such as 1e-4, 3e-4, 1e-3
   - --seeds: `seeds` must be at least 1, not -1
   - --budget: `budget` is 20, which is not a time

@@ -221,7 +221,7 @@ def test_whatever_needs_a_weight_is_refused_with_the_reason(ask: Any, tmp_path: 
 
 
 def test_no_rank_can_be_changed() -> None:
-    with pytest.raises(MethodError, match="Bottleneck has no rank: it is no sum of directions"):
+    with pytest.raises(MethodError, match="Bottleneck has no rank: its change is not a sum of directions"):
         lorary.change_rank(lorary.Adapter.of(trained(tiny.seeded("LlamaForCausalLM"))), 2)
 
 

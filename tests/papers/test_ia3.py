@@ -195,7 +195,8 @@ def test_what_asks_for_a_rank_is_refused() -> None:
     with pytest.raises(MethodError) as refusal:
         lorary.change_rank(adapter, 4)
     assert str(refusal.value) == (
-        "cannot change the rank of this adapter:\n  - join: Rescaling has no rank: it is no sum of directions"
+        "cannot change the rank of this adapter:\n"
+        "  - join: Rescaling has no rank: its change is not a sum of directions"
     )
     with pytest.raises(lorary.errors.PlanError) as refused:
         lorary.plan(tiny.llama(), lorary.method("ia3"), ranks={"k_proj": 4}, alphas={"v_proj": 2})

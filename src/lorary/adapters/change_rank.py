@@ -101,7 +101,7 @@ def _why_not(s: AdaptedSite, r: int) -> list[Diagnostic]:
     """Why a site's method cannot have rank r, in words that are the same for all of its sites."""
     delta, name = s.delta, type(s.delta).__name__
     if not has_rank(delta):
-        return [Diagnostic("join", f"{type(s.join).__name__} has no rank: it is no sum of directions")]
+        return [Diagnostic("join", f"{type(s.join).__name__} has no rank: its change is not a sum of directions")]
     if not isinstance(delta, Resizable):
         what = f"{name} has no other rank: its tensors are not directions that could be added or left out"
         return [Diagnostic("delta", what, "train another adapter of the rank that you want")]

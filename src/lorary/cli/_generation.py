@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a writer generates text with.
+    """The inputs of a writer: model, adapters, sampling, and the sizes that memory is taken for.
 
     Args:
         model: the base, without an adapter, in evaluation mode.
@@ -54,7 +54,7 @@ class Generation:
         sampling: how tokens are drawn.
         prompts: the number of prompts that are given at once.
         rows: prompts that are computed at a time.
-        tokens: of the longest prompt and its answer, that memory is taken for.
+        tokens: length of the longest prompt with its answer; memory is taken for this many.
     """
 
     model: Any

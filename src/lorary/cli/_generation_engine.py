@@ -98,7 +98,7 @@ class EngineWriter:
 
 
 def _budget(given: Generation) -> int:
-    """Bytes for keys and values of as many sequences, and for the adapters; half of them are never adapters'."""
+    """Bytes for the keys and values of `rows` sequences and for the adapters, doubled: adapters get half at most."""
     files = [folder / name for folder in given.folders.values() for name in OWN_FILES]
     adapters = sum(os.stat(file).st_size for file in files if file.is_file())
     return 2 * token_bytes(given.model) * given.rows * given.tokens + 4 * adapters + _SPARE

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.cli import printable
 from lorary.cli._notes import print_notes
-from lorary.cli._serve import Start, base_name, base_of, find_adapters, load_adapters, opened, welcome
+from lorary.cli._serve import (
+    Start,
+    base_name,
+    base_of,
+    check_names,
+    find_adapters,
+    load_adapters,
+    opened,
+    say,
+    welcome,
+)
 from lorary.errors import Diagnostic, LoraryError
 
 if TYPE_CHECKING:
@@ -41,6 +51,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
 
     folders = {name: folder.absolute() for name, folder in find_adapters(start.adapters).items()}
     base = base_of(folders, start.base)
+    check_names(folders, base_name(start, base))
     serve, port = ray_serve(), free_port(host, port)
     describe, make_app = partial(described, start, base), partial(http_app, settings)
     with started(host, port) as cluster:
@@ -54,7 +65,7 @@ def run_ray(start: Start, settings: Settings, host: str, port: int, replicas: in
         engine = RemoteEngine(serve.get_deployment_handle("Engine", app_name=NAME), *describe())
         engine.start()
         print_notes(f"{card.name}: {note}" for card in engine.adapters() for note in card.notes)
-        print(printable(welcome(engine, settings, (host, port))), flush=True)
+        say(printable(welcome(engine, settings, (host, port))), sys.stdout)
         _wait_for_signal()
         _note("stopping: running requests end first")
         engine.stop()
@@ -107,4 +118,4 @@ def _wait_for_signal() -> None:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)

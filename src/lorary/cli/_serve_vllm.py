@@ -10,6 +10,7 @@ import typer
 from lorary.cli import printable
 from lorary.cli._progress import progress_bar
 from lorary.cli._serve import Start, base_name, base_of, find_adapters
+from lorary.cli._serve import say as print_line
 from lorary.errors import ConfigError, Diagnostic
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run_vllm(start: Start, settings: Settings, host: str, port: int, program: st
     )
 
     def say(text: str) -> None:
-        print(printable(text), file=sys.stderr, flush=True)
+        print_line(printable(text), sys.stderr)
 
     with progress_bar() as update:
         code = serve_vllm(

@@ -29,7 +29,11 @@ _KNOWN = {
 
 
 class AnyWriter:
-    """See `lorary.cli._generation.Writer`. What the engine cannot do ends its use, with a note."""
+    """Uses the serving engine until it cannot do what is asked, then Transformers' `generate`, with a note.
+
+    Args:
+        given: model, adapters, sampling and sizes.
+    """
 
     def __init__(self, given: Generation) -> None:
         self._given = given

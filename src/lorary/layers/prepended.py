@@ -26,6 +26,7 @@ from lorary.layers.block_names import projects_to
 from lorary.layers.rope import max_context, own_config_copy, text_config
 from lorary.layers.shifted_attention import sliding_windows
 from lorary.layers.transformers_internals import (
+    CACHES,
     attention_of,
     checkpoints_reentrantly,
     set_attention,
@@ -50,8 +51,11 @@ def text_model(model: nn.Module) -> Any:
         tokens = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    owners = [m for m in model.modules() if any(child is tokens for child in m.children())]
-    return next((m for m in owners if {"position_ids", "past_key_values"} <= _arguments(m).keys()), None)
+    for owner in (m for m in model.modules() if any(child is tokens for child in m.children())):
+        taken = _arguments(owner).keys()
+        if "position_ids" in taken and not taken.isdisjoint(CACHES):
+            return owner
+    return None
 
 
 def attention_layers(model: nn.Module) -> list[str]:
@@ -175,7 +179,7 @@ class PrependedKeysValues:
             why = "which the keys and values before the text cannot follow"
             raise StateError("cannot prepend keys and values:", [Diagnostic("checkpointing", f"{what}, {why}", fix)])
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = call.get("past_key_values")
+        cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         call["position_ids"] = self._positions(call, cache) + self.length
         call[_ARGUMENT] = self.make(inner, cache)
         return (), call

@@ -102,7 +102,7 @@ class Rescaling(Join):
     aliases=("(ia)3", "(ia)³", "ia³"),
     citation="Liu et al. 2022, arXiv:2205.05638",
     lr=3e-3,
-    when="For few examples and very many tasks: the fewest numbers of all, and nothing is left of them after merging.",
+    when="For few examples and very many tasks: few numbers, and no cost after merging.",
 )
 def ia3(feed_forward: str | Sequence[str] | None = None) -> dict[str, Any]:
     """y = l * (W x + b) at k and v; y = W (l * x) + b at the end of the feed-forward block

@@ -7,8 +7,8 @@ Lester et al. 2021, arXiv:2104.08691, section 2. Of the starts in section 2.1, P
 embeddings of the 5,000 most common tokens (the first ids of a vocabulary that is sorted by frequency), or is the
 embeddings of a text, repeated or cut to l tokens.
 
-The learning rate is the paper's 0.3, about a thousand times that of other methods: the gradients of a few embeddings
-before a frozen model are small, and AdamW's step does not depend on the model's width.
+The learning rate is the paper's 0.3, about a thousand times that of other methods: Adam moves every number by about
+the rate, whatever its gradient, and embeddings have to go far.
 
 Differs from the authors' code: in a causal model nothing before the text depends on it, so P passes through the layers
 once for a whole batch, and its keys and values stand before the text's (`lorary.layers.prepended`).

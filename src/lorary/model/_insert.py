@@ -86,8 +86,10 @@ def _check_fit(
     keep_layout(model)
     problems = model_mismatches(scanned, sites, full, quantized)
     if method.context is not None:
-        problems += [Diagnostic("context", *why) for why in method.context.problems(model)]
-        problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, joins_of(sites))]
+        found = method.context.problems(model)
+        problems += [Diagnostic("context", *why) for why in found]
+        if not found:  # the sites are looked for in a model that fits
+            problems += [Diagnostic("sites", *why) for why in method.context.site_problems(model, joins_of(sites))]
     if problems:
         raise PlanError("the plan does not fit this model:", problems)
 

@@ -1,4 +1,4 @@
-"""Base: what is known of a base, walked once for all the adapters that are read for it."""
+"""Tables of a base model that reading and checking adapters needs, each computed once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from lorary.spec.site import Site
 
 
 class Base:
-    """The base of adapters, as it was when each of these was first asked for: make another if the model changes.
+    """A base model with tables of its layers and tensors, each computed when first used and then kept.
+
+    Make another `Base` when the model changes.
 
     Args:
         model: the base, plain or adapted; adapted layers appear as the layers inside.
@@ -37,7 +39,10 @@ class Base:
         return model if isinstance(model, Base) else Base(model)
 
     def walk(self) -> Base:
-        """This base, with every walk made now: other threads may then use it while the model computes."""
+        """Compute all tables now, so that loader threads read them while the model computes.
+
+        Sites and dtypes are still added on demand, and an adapter with trained parameters still reads the model.
+        """
         _ = self.modules, self.kinds, self.quantized, self.empty, self.residual
         _ = self.tensors, self.first_names, self.fingerprint
         return self

@@ -16,8 +16,7 @@ _TOKENS = 4096  # of a running request on a CPU, whose memory other programs sha
 
 
 def most_budget(device: torch.device) -> int:
-    """Bytes that may be taken without being asked for: 80 % of a GPU's free memory; of the host's a quarter, and 2 GiB
-    at most."""
+    """The largest default budget in bytes: 80 % of a GPU's free memory, or a quarter of the host's, 2 GiB at most."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
     import psutil

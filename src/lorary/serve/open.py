@@ -115,8 +115,8 @@ def engine_of(
         root: the folder below which adapters are found by name, and to which loading is confined once it has started;
             None: neither.
         budget: bytes of adapters, keys and values beside the base; None for `default_budget`.
-            If a second copy of the base's linear weights takes little of it, an adapter that has all batches to itself
-            for long is merged into one.
+            If a second copy of the base's linear weights takes little of it, an adapter that has the batch to itself
+            for some passes (`steps_worth_merging`) is merged into one.
         host_budget: bytes of adapters on the host; None for twice the budget, or twice `most_budget`.
         limits: of an adapter.
         policy: of the queue.

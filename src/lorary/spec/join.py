@@ -81,7 +81,7 @@ class Join(Protocol):
 
 
 def unmergeable(join: Join) -> MethodError:
-    """The error of whatever needs a weight and a bias with the same function as a layer under such a join."""
+    """The error for a join that has no equivalent weight and bias."""
     return MethodError("this adapter cannot be merged:", not_mergeable([("join", join)]) or [_WITHOUT_FORM])
 
 

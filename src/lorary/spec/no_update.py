@@ -1,7 +1,7 @@
 """No update of the weight: the delta and the init of methods whose join alone trains.
 
 (IA)³ scales outputs, bottleneck adapters transform them, prefixes stand before them. Their tensors are the join's, and
-B A is the product of no rank directions.
+B A has rank 0.
 """
 
 from __future__ import annotations

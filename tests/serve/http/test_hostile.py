@@ -342,7 +342,9 @@ def test_a_flood_of_connections_leaves_descriptors_for_files() -> None:
                 stack.enter_context(closing(socket.create_connection(("127.0.0.1", port), timeout=20)))
             out, err = process.communicate("go\n", timeout=60)
     assert (process.returncode, out) == (0, "True\n")
-    assert re.fullmatch(r"at most \d+ connections at a time: the process may open 64 files \(ulimit -n\)\n", err)
+    assert re.fullmatch(
+        r"at most \d+ connections at a time: the process may open 64 files \(raise the hard limit: ulimit -Hn\)\n", err
+    )
 
 
 def test_an_address_that_another_server_has_begun_to_listen_at_meanwhile() -> None:

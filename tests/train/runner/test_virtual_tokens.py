@@ -128,5 +128,7 @@ def test_the_serving_engine_refuses_it(name: str, tmp_path: Path) -> None:
     lorary.attach(model, lorary.plan(model, lorary.method(name, tokens=4)))
     with pytest.raises(MethodError) as refused:
         serving_form(lorary.Adapter.of(model), tiny.seeded("LlamaForCausalLM"))
-    assert "context: 4 keys and values before its text are those of its own rows" in str(refused.value)
+    assert "context: 4 keys and values stand before the text, and a batch cannot add them to some rows only" in str(
+        refused.value
+    )
     assert "lorary generate, chat and eval compute it" in str(refused.value)

@@ -59,7 +59,9 @@ def _paired(figures: Figures, pair: tuple[str, str], together: int) -> Differenc
     half = measured.half_width(arm)
     joint = measured.half_width(arm, level=1 - (1 - LEVEL) / together)
     factor = joint / half if half > 0 else 1.0
-    return judged(pair, interval(measured, arm), interval(measured, arm, None, factor), measured.why_no_interval(arm))
+    same = "" if half != 0 else "it is the same with every seed, so its chance is unknown"
+    why = measured.why_no_interval(arm) or same
+    return judged(pair, interval(measured, arm), interval(measured, arm, None, factor), why)
 
 
 def _measured(figures: Figures) -> Measured:

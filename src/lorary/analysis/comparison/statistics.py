@@ -205,7 +205,7 @@ def _difference(tests: Mapping[Measure, Measured], measure: Measure, arm: str, o
     """The difference of a pair, whose joint interval is wider by a factor."""
     test = tests[measure]
     at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
-    pair, joint = (interval(test, arm, other, wider, at_least) for wider in (1.0, factor))
+    pair, joint = (interval(test, arm, other, wider, wider * at_least) for wider in (1.0, factor))
     return judged((arm, other), pair, joint, test.why_no_interval(arm, other), measure == "accuracy")
 
 

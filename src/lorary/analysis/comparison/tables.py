@@ -96,7 +96,7 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
 
 
 def runs(found: Findings) -> TextTable:
-    """All runs, in the order in which they ended."""
+    """All runs, by method, seed and rate."""
     rows = [
         (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
         for t in found.comparison.trials

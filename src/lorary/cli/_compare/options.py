@@ -34,7 +34,9 @@ class Options:
     @property
     def folder(self) -> Path:
         """The folder of the comparison."""
-        return self.out or Path("comparison")
+        from lorary.files.home import expanded
+
+        return expanded(self.out or Path("comparison"))
 
     @property
     def flags(self) -> dict[str, tuple[str, str]]:

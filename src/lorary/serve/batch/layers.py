@@ -35,7 +35,7 @@ class ServedLayers:
 
     Args:
         model: the base, in evaluation mode, without an adapter. It runs one forward pass at a time.
-        merged_budget: bytes for a second copy of weights, merged with adapters that have had all batches to themselves
+        merged_budget: bytes for a second copy of weights, merged with adapters that have had the batch to themselves
             for some time, so that they cost nothing; 0 for none.
         merge_after: how many forward passes that is; None for as many as pay for merging.
 

@@ -1,11 +1,11 @@
-"""Merged weights of the adapters that have had the whole batch for long: their layers cost what the base's do.
+"""Merged weights of the adapters that have had the whole batch for some steps: their layers cost what the base's do.
 
-W' = gain W + w b B d A and its bias lie beside W, which is never written to. An adapter is merged when adding its terms
-has taken about as long as merging takes: whether its next step is its last is not known, and so no more than twice the
-least time is spent. Weights are merged a few at each step, so that none of them takes long. The batch computes with W'
-only while all its rows have these adapters; as soon as another one joins, layers add terms to the base's output again.
-Only weights of 32 bits or more are merged: rounded to 16 bits, W' would lose much of an update, which is a small part
-of it.
+W' = gain W + w b B d A and its bias lie beside W, which is never written to. An adapter is merged once adding its terms
+is estimated to have taken as long as merging would: while it stays alone, and if the estimate is right, that costs at
+most twice the better choice. Weights are merged a few at each step, so that none of them takes long. The batch
+computes with W' only while all its rows have these adapters; as soon as another one joins, layers add terms to the
+base's output again. Only weights of 32 bits or more are merged: rounded to 16 bits, W' would lose much of an update,
+which is a small part of it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lorary.serve.batch.batch import Batch, Piece, Weighted
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
 
 _BYTES_PER_STEP = 4 * 2**20  # of weights, and one weight at least
-_SECONDS_OF_TERMS = 25e-6  # of a layer in a step, at least: what a call takes, whatever the layer
-_BYTES_PER_SECOND = 3e9  # of weights that are merged: read, multiplied, written
+_SECONDS_OF_TERMS = 25e-6  # of a layer in a step: what the calls take, whatever its size (an estimate from two cores)
+_BYTES_PER_SECOND = 3e9  # of weights that are merged: read, multiplied, written (likewise)
 
 Pair = tuple[Tensor, Tensor | None]  # W' [out, in], b' [out]
 

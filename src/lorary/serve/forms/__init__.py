@@ -1,1 +1,1 @@
-"""The serving form of an adapter of any method: the terms that a batch computes for its rows."""
+"""The serving form of an adapter: the terms that a batch computes for its rows."""

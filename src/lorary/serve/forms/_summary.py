@@ -44,21 +44,21 @@ def override_bytes(overrides: Overrides) -> int:
     return sum(t.numel() * t.element_size() for own in overrides.values() for t in own.values())
 
 
-def notes_of(adapter: Adapter, quantised: Collection[str], overrides: Overrides) -> tuple[str, ...]:
+def notes_of(adapter: Adapter, quantized: Collection[str], overrides: Overrides) -> tuple[str, ...]:
     """The adapter's own notes, and what its form costs or approximates.
 
     Args:
         adapter: the adapter.
-        quantised: the paths of the base's quantised layers.
+        quantized: the paths of the base's quantised layers.
         overrides: of its form.
     """
     notes = list(adapter.notes)
     trained = adapter.method.storage
-    quantized = {a.site.name in quantised for a in adapter.sites}
-    if not trained.writable and False in quantized:
+    here = {a.site.name in quantized for a in adapter.sites}
+    if not trained.writable and False in here:
         kind = type(trained).__name__
         notes.append(f"it was trained on a base quantised to {kind}; this base has the weights from before")
-    if trained.writable and True in quantized:
+    if trained.writable and True in here:
         notes.append("it was trained on a base that is not quantised; this base is")
     if overrides:
         size = override_bytes(overrides)

@@ -1,4 +1,4 @@
-"""The serving form of an adapter of any method, made once, when it is loaded.
+"""The serving form of an adapter, made once, when it is loaded.
 
 At a site of the low-rank form y = g (W x + B A x) + b + c, and with y0 = W x + b:
 
@@ -58,7 +58,7 @@ def serving_form(
     """The serving form of an adapter, on the CPU, relative to the base as it is served.
 
     Args:
-        adapter: of any method.
+        adapter: of any method with such a form; others raise MethodError.
         base: the served base, without an adapter; it is not changed. A `Base` of it is walked once for many adapters.
         uid: its content hash, if known.
         force: accept an adapter of another base, if every tensor fits.
@@ -74,8 +74,8 @@ def serving_form(
         >>> form.kind, form.rank
         ('low rank', 16)
     """
-    problems = not_a(nn.Module | Base, "a torch.nn.Module", base=base)
-    if problems := problems + not_a(Adapter, "an Adapter", adapter=adapter):
+    problems = not_a(nn.Module | Base, "a torch.nn.Module", base=base) + not_a(Adapter, "an Adapter", adapter=adapter)
+    if problems:
         raise StateError("cannot serve:", problems)
     base = Base.of(base)
     if state_of(base.model) is not None:
@@ -149,7 +149,8 @@ class _Forming:
                 found = form_at(adapted, self.adapter.tensors[name], layer)
         except MethodError as error:
             if why := not_mergeable([(name, adapted.join)]):
-                self.problems += why
+                if not adapted.join.needs_context:  # `scaled_rotary` has refused its context
+                    self.problems += why
                 return
             if name not in self.base.quantized:
                 self._merge_site(layer)

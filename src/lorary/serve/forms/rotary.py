@@ -24,7 +24,7 @@ def scaled_rotary(
     if context is None:
         return {}, None, []
     if context.taken:
-        what = f"{context.taken:,} keys and values before its text are those of its own rows, and not of a whole batch"
+        what = f"{context.taken:,} keys and values stand before the text, and a batch cannot add them to some rows only"
         fix = "use it alone: lorary generate, chat and eval compute it without the serving engine"
         return {}, None, [Diagnostic("context", what, fix)]
     if type(context) is not LongContext:

@@ -1,6 +1,6 @@
-"""The serving form of an adapter: the terms that a mixed batch computes for its rows, whatever its method.
+"""The serving form of an adapter: the terms that a mixed batch computes for its rows.
 
-Every method is brought to it once, when the adapter is loaded. At a site the output of its rows is
+An adapter is brought to it once, when it is loaded. At a site the output of its rows is
 
     y = gain * y0 + b * (B (d * (A x))) + shift        with y0 the base's output, bias included
 

@@ -81,7 +81,7 @@ def shown_state(card: AdapterCard) -> dict[str, Any]:
 
 
 def resolved_root(settings: Settings) -> Path | None:
-    """The root as it stands at the beginning of adapters' folders; to be asked for once, not for each adapter."""
+    """The root with its links resolved, as adapters' folders begin. Resolve it once, not for each adapter."""
     return None if settings.root is None else settings.root.resolve()
 
 
@@ -91,8 +91,8 @@ def shown_folder(folder: str, root: Path | None) -> str:
     >>> shown_folder("/srv/adapters/team/french", Path("/srv/adapters")), shown_folder("/data/ann/out", None)
     ('team/french', 'out')
     """
-    inside = folder.removeprefix(f"{root}/")
-    return Path(folder).name if inside == folder else inside
+    prefix = "" if root is None else f"{str(root).rstrip('/')}/"
+    return folder[len(prefix) :] if prefix and folder.startswith(prefix) else Path(folder).name
 
 
 def _card(id: str, created: int, root: str, parent: str | None, length: int | None) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from lorary.serve.http.limits import Traffic
 from lorary.serve.http.settings import Settings
 
 _HEADER_BYTES = 16 * 1024  # of a request at most
-_FILES = 8192  # descriptors that a process with many connections asks for
+_FILES = 8192  # the soft limit on open files that the server asks for
+_FEW_FILES = "at most %d connections at a time: the process may open %d files (raise the hard limit: ulimit -Hn)"
 _WAITING = 2048  # connections that the system holds until they are accepted
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 _CLOSING = 2  # seconds for the last bytes of the answers, after the drain
@@ -133,13 +134,14 @@ def _connections(wanted: int) -> tuple[int, int]:
     spare = (_FILES if soft == resource.RLIM_INFINITY else soft) - len(os.listdir("/dev/fd"))
     most = max(1, min(wanted, spare // 2))
     if most < wanted:
-        log.warning("at most %d connections at a time: the process may open %d files (ulimit -n)", most, soft)
+        log.warning(_FEW_FILES, most, soft)
     return most, max(1, min(_WAITING, spare // 16))
 
 
 def _protocol(seconds: float, most: int) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes connections whose request does not arrive in time, headers and body, and those
-    that are too many.
+    """uvicorn's protocol with two limits: a time for a request to arrive, and a number of connections.
+
+    The first that are too many get a 503, those beyond no answer.
     """
 
     class Protocol(H11Protocol):
@@ -207,7 +209,7 @@ def _protocol(seconds: float, most: int) -> type[H11Protocol]:
 
 
 def _raw(error: ApiError) -> bytes:
-    """The answer to a request that cannot be read."""
+    """The bytes of an error without a request: it cannot be read, is late, or its connection is one too many."""
     response = error.response()
     body = bytes(response.body)
     headers = {"content-type": "application/json", "connection": "close", **error.headers}

@@ -54,7 +54,7 @@ def stamp(folder: Path) -> Stamp:
 
 
 def changed_at(folder: str | os.PathLike[str]) -> float:
-    """The Unix time of an adapter's last change, its folder's; 0 if it is gone."""
+    """The Unix time at which a file was last added to a folder, removed or replaced; 0 if there is no such folder."""
     try:
         return os.stat(folder).st_mtime
     except (OSError, ValueError):

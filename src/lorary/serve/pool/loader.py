@@ -59,7 +59,7 @@ class Loader:
     """Reads adapters for a base.
 
     Args:
-        base: the served base, which is walked and measured once.
+        base: the served base; its tables and its fingerprint are computed once.
         limits: on an adapter.
         threads: how many are read at a time.
         pin_memory: whether their buffers are page-locked, for fast copies to a GPU.
@@ -129,8 +129,11 @@ class Loader:
         if problems := self._file_problems(folder, within):
             raise FileError("", problems)
         digest = self._hashing.submit(folder_digest, folder)  # hashing takes longer than reading
-        adapter = load_adapter(folder, model=self.base)
-        form = serving_form(adapter, self.base, uid=digest.result())
+        try:
+            adapter = load_adapter(folder, model=self.base)
+            form = serving_form(adapter, self.base, uid=digest.result())
+        finally:
+            digest.cancel()  # of an adapter that is refused, unless it has begun
         if self.limits.rank is not None and (form.rank or 0) > self.limits.rank:
             what = f"it is served with rank {form.rank}, and this server accepts {self.limits.rank}"
             raise FileError("", [Diagnostic("rank", what, "give it a lower rank: lorary compress")])

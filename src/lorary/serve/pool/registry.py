@@ -149,11 +149,12 @@ class Registry:
     def cards(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
         found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
+        created = {name: changed_at(folder) for name, folder in found.items()}  # without the lock: requests need it
         with self._lock:
             for name in [n for n, entry in self._entries.items() if entry.source is None and n not in found]:
                 self._replace(name, None)  # its folder is gone
             hidden = self._unloaded | self._entries.keys() | set(self.reserved)
-            cards = {n: AdapterCard(n, folder=f, created=changed_at(f)) for n, f in found.items() if n not in hidden}
+            cards = {n: AdapterCard(n, folder=f, created=created[n]) for n, f in found.items() if n not in hidden}
             cards |= {name: self._card(entry) for name, entry in self._entries.items()}
         return [cards[name] for name in sorted(cards)]
 

@@ -16,7 +16,7 @@ from lorary.train.advice.facts import Subject
 from lorary.train.data.tokenize import IGNORED, Row
 
 ROWS = 16  # of the batch, evenly spread over the data
-SOURCE = "lorary.ranks_from_gradients; against uniform ranks: benchmarks/advice.py"
+SOURCE = "lorary.ranks_from_gradients; not measured against uniform ranks yet"
 
 
 def gradient_ranks(draft: Draft, subject: Subject) -> None:

@@ -192,7 +192,8 @@ def _batch(draft: Draft, facts: Facts, rows: int) -> int:
     least = 2 if facts.task == "kto" else 1  # KTO compares the answers of a batch
     micro = micro_given or max(min(MICRO_BATCH, wanted // (steps_given or 1)), least)
     micro = draft.recommend(keys[0], micro, f"rows per forward pass, of {wanted} in a step; {reason}", REGRET)
-    more = draft.recommend(keys[1], max(wanted // micro, 1), f"forward passes for {wanted} rows in a step", REGRET)
+    passes = max(wanted // micro, 1)
+    more = draft.recommend(keys[1], passes, f"forward passes for {micro * passes} rows in a step", REGRET)
     return int(micro * more)
 
 
@@ -204,7 +205,8 @@ def _steps(draft: Draft, rows: int, batch: int) -> int:
 
 def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int) -> None:
     """The learning rate: LoRA's, times the factors of the task and of the method."""
-    per_row = facts.answers / rows if facts.task == "sft" else ROW_TOKENS
+    held_out = 0.0 if facts.held_out else draft.value("data.validation_split") or 0.0
+    per_row = facts.answers * (1 - held_out) / rows if facts.task == "sft" else ROW_TOKENS
     tokens, repeats = max(round(batch * per_row), 1), steps * batch > 1.5 * rows
     found = rates.lora_rate(facts.family, facts.hidden, tokens, steps, repeats=repeats)
     names = draft.config.method.names

@@ -51,7 +51,10 @@ def from_config(config: Config) -> Asked:
     if problems := [*_problems(config, number)]:
         raise ConfigError(HEADLINE, problems)
     known = {field.name for field in fields(Settings)}
-    given = {key: getattr(section, key) for key in section.model_fields_set & known} | {"rates": number | 1}
+    given = {key: getattr(section, key) for key in section.model_fields_set & known}
+    given.pop("rates", None)
+    if not common:  # with a list, every arm has its own
+        given["rates"] = number | 1
     arms = tuple(Arm(arm.name, _inherited(config, arm.method), arm.rates or common) for arm in section.methods)
     return Asked(config, arms, Settings(**given))
 

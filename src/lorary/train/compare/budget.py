@@ -4,8 +4,8 @@
     judgement   the best rate of every arm, one run for each seed, and its scores
     costs       the short runs in turns in which steps are timed, in one process
 
-Dropped are whole things, in this order, until the rest fits: further seeds, down to one; outer rates, the same for
-every arm; arms, from the last one on, the reference never.
+Dropped are whole things, in this order, until the rest fits: further seeds, down to two; outer rates, the same for
+every arm; arms, from the last one on, the reference never; and the second seed, without which there is no verdict.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def fitted(request: Request, forecast: Forecast) -> tuple[Request, dict[str, str
 
 def _smaller(request: Request) -> Iterator[tuple[Request, str]]:
     """The request with one thing dropped after another; each with the name of what was dropped last."""
-    for seeds in range(request.settings.seeds - 1, 0, -1):
+    for seeds in range(request.settings.seeds - 1, 1, -1):
         request = replace(request, settings=replace(request.settings, seeds=seeds))
         yield request, f"seed {seeds + 1} of every arm"
     while any(len(arm.rates) > 1 for arm in request.arms):
@@ -96,6 +96,8 @@ def _smaller(request: Request) -> Iterator[tuple[Request, str]]:
         if arm.name != _reference(request):
             request = replace(request, arms=tuple(one for one in request.arms if one.name != arm.name))
             yield request, arm.name
+    if request.settings.seeds > 1:
+        yield replace(request, settings=replace(request.settings, seeds=1)), "seed 2 of every arm"
 
 
 def _inner(arm: Arm) -> tuple[float, ...]:
@@ -105,4 +107,5 @@ def _inner(arm: Arm) -> tuple[float, ...]:
 
 
 def _reference(request: Request) -> str:
-    return request.settings.reference or request.arms[0].name
+    names = [arm.name for arm in request.arms]  # one whose first steps failed is not among them
+    return request.settings.reference if request.settings.reference in names else names[0]

@@ -164,6 +164,9 @@ class Course:
             for k in range(1, self.request.settings.seeds + 1):
                 jobs.append(TrialJob(arm.name, best.lr, (self.seed + k) % 2**32, judged=True))
         self._do(jobs)
+        for arm_name in dict.fromkeys(job.arm for job in jobs if job.arm not in self._failed):
+            if not any(trial.test for trial in self.ledger.comparison.of(arm_name)):
+                self._leave_out(arm_name, "every run that was to be judged has diverged")
 
     def _costs(self) -> None:
         """The costs of the arms that were judged; their steps are timed in turns, with nothing beside them."""
@@ -180,6 +183,8 @@ class Course:
                 timing = TimingJob(trial.arm, trial.lr, trial.seed, TIMED).run(self.bench, self.tell)
                 if isinstance(timing, Timing):
                     turns[trial.arm].append(timing)
+                else:
+                    self._leave_out(trial.arm, timing.why)
         self.ledger.note(costs={t.arm: cost(self.bench, t, turns[t.arm]) for t in trials if turns[t.arm]})
 
     # --- the runs -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,16 @@ class Ledger:
         with _new_only_if_it_fits(path), RunFolder(path).locked():
             check_folder(asked, overwrite)
             remove_stale(path)
-            if overwrite:
+            if overwrite:  # a kill in between leaves a record that names none of the runs
+                task: Any = request.config.task
+                store.write(Comparison({"request": identity(asked)}, task, request.arms), path / FILE)
                 shutil.rmtree(path / RUNS, ignore_errors=True)
                 (path / FILE).unlink(missing_ok=True)
             found = store.read(path / FILE) if (path / FILE).exists() else None
+            _check_digests(found, facts)
             settings = {**(found.settings if found else {}), **_plain(facts), "request": identity(asked)}
             if found is None:
-                task: Any = request.config.task
+                task = request.config.task
                 found = Comparison(settings, task, request.arms)
             ledger = Ledger(request, dataclasses.replace(found, settings=settings))
             ledger.note()
@@ -84,7 +87,7 @@ def _new_only_if_it_fits(path: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError:
-        if is_new:
+        if is_new and not (path / RUNS).exists():  # refused before its first run
             shutil.rmtree(path, ignore_errors=True)
         raise
 
@@ -95,7 +98,21 @@ def identity(asked: Request) -> dict[str, Any]:
     settings = dataclasses.asdict(asked.settings)
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
     arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}
-    return _plain({"config": config, "settings": settings, "arms": arms})
+    order = ",".join(arm.name for arm in asked.arms)  # the first one may be the reference of ranks
+    return _plain({"config": config, "settings": settings, "arms": arms, "order": order})
+
+
+def _check_digests(found: Comparison | None, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with other rows than those of the runs in the folder.
+
+    Raises:
+        ConfigError: every part of the data that has changed.
+    """
+    before = found.settings.get("digests", {}) if found is not None and found.trials else {}
+    now, what = facts.get("digests", {}), "are not those of the runs in the folder"
+    if moved := [part for part, digest in before.items() if now.get(part) != digest]:
+        fix = "restore the data, pass overwrite, or name another folder"
+        raise ConfigError("the folder holds another comparison:", [Diagnostic(f"{p} rows", what, fix) for p in moved])
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

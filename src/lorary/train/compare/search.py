@@ -7,7 +7,7 @@ started again decides as it did before, and as one that is never killed.
     diverged    a loss that is not finite; or, from a third of the steps on, more than 1.1 times the loss at step 0
     hopeless    at a third of the steps less than half of the progress that the best earlier rate of the same method had
                 made there and still had at its end, counted from the loss at step 0: such a rate stops there. The
-                best of a method never does.
+                first one has no rival, and runs to its end.
 """
 
 from __future__ import annotations

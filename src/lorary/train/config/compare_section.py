@@ -31,7 +31,7 @@ def rates(value: Any) -> Any:
         return None
     listed = [_rate(item) for item in _split(value)] if isinstance(value, str | list | tuple) else [_rate(value)]
     if len(listed) < LEAST_RATES:
-        what = f"has {len(listed)} learning rate{'s' if len(listed) > 1 else ''}, which is no search"
+        what = f"has {len(listed)} learning rate{'s' if len(listed) > 1 else ''}, too few for a search"
         raise _problem(what, f"list at least {LEAST_RATES}, such as 1e-4, 3e-4, 1e-3")
     if any(a >= b for a, b in pairwise(listed)):
         raise _problem(f"are {', '.join(f'{rate:g}' for rate in listed)}", "let them rise, each once")
@@ -66,7 +66,7 @@ def seconds(value: Any) -> Any:
         fix = "write a number with its unit, such as 90s, 20min or 1.5h"
         raise _problem(f"is {value!r}, which is not a time", fix)
     if not (found := sum(float(number) * _UNITS[unit] for number, unit in parts)):
-        raise _problem("is no time at all", "leave it out, for as long as it takes")
+        raise _problem("is zero", "leave it out, for as long as it takes")
     return found
 
 

@@ -30,7 +30,7 @@ _REORDERED = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fa
 OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared", "-pthread", *_REORDERED)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _USUAL_RANK = 16  # by which work is shared among threads
-# rows of a segment times the layer's inputs and outputs, for compiled code to be faster than two matrix products
+# rows * (in + out) of the model's median layer, up to which compiled code beats two matrix products
 _SHORT = 2**15
 SHORT_ROWS = (8, 128)  # least and most
 

@@ -24,7 +24,7 @@ class Kernels(Protocol):
     def types(self) -> Sequence[torch.dtype]: ...
 
     def short(self, width: int) -> int:
-        """The rows of a segment at most, for layers of so many inputs and outputs; longer ones take matrix products."""
+        """The most rows of a segment for kernels, where in + out = width; longer ones take matrix products."""
         ...
 
     def prepare(self, pieces: Sequence[tuple[int, int, int, float]], rows: int, device: torch.device) -> Any:

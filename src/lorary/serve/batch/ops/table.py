@@ -40,7 +40,7 @@ class AdapterTable:
     Args:
         layers: path -> dtype of the layers that kernels compute; an adapter's tensors must have it.
         device: of the adapters' tensors; the table lies there.
-        width: inputs and outputs of the usual layer, by which kernels are chosen.
+        width: in + out of the median layer, from which one limit of short segments for all layers follows.
     """
 
     def __init__(self, layers: Mapping[str, torch.dtype], device: torch.device, width: int = 2048) -> None:
