@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group(fresh.GROUP)]
 FILE = Path(__file__).parent / "outside" / "moslora.py"
 
 # With each of lorary's presets, in their order.
-LETTERS = [*"YYrYYYNNNNNNNNNYYN"]
+LETTERS = [*"YYrYYYNNNNNNNNNYNNNNYN"]
 
 CONFIG = """
 model: builtin:base

@@ -27,6 +27,7 @@ from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.errors import ConfigError, PlanError, not_a
 from lorary.files.home import expanded
+from lorary.model.ambient import mode_independent
 from lorary.train.compare.arms import fitted_arms
 from lorary.train.compare.asked import Asked, from_config
 from lorary.train.compare.bench import Bench
@@ -39,6 +40,7 @@ from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.environment import environment
 
 
+@mode_independent
 def compare(
     config: Config,
     arms: Sequence[Arm] | None = None,

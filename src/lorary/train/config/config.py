@@ -59,8 +59,7 @@ class MethodSection(Section):
     dropout: Fraction | None = Field(default=None, description="dropout on the adapter's input; empty: 0")
     targets: SomeNames | None = Field(
         default=None,
-        description="all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, "
-        "conv, names, globs, re:REGEX; empty: default",
+        description="presets such as all-linear, attention-kv or mlp; names, globs, re:REGEX; empty: the method's own",
     )
     exclude: Names = Field(default=(), description="names, globs or re:REGEX to leave out of targets")
     layers: Layers | None = Field(
