@@ -383,14 +383,16 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "no peft_type",
         without("peft_type"),
         (
-            "  - adapter_config.json: has no `peft_type`\n      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
+            "  - adapter_config.json: has no `peft_type`\n"
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
         ),
     ),
     (
         "another peft_type",
         say(peft_type="EVIL"),
         (
-            "  - adapter_config.json: is of type 'EVIL'\n      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
+            "  - adapter_config.json: is of type 'EVIL'\n"
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
         ),
     ),
     ("a field twice", raw("r", "8"), "  - adapter_config.json: the key 'r' appears twice"),

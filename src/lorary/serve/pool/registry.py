@@ -148,14 +148,13 @@ class Registry:
 
     def cards(self) -> list[AdapterCard]:
         """All adapters that requests may name, by name."""
-        found = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
-        created = {name: changed_at(folder) for name, folder in found.items()}  # without the lock: requests need it
+        paths = {name: f"{self.root.folder}/{name}" for name in self.root.names()} if self.root is not None else {}
+        found = {n: AdapterCard(n, folder=p, created=changed_at(p)) for n, p in paths.items()}  # requests need the lock
         with self._lock:
             for name in [n for n, entry in self._entries.items() if entry.source is None and n not in found]:
                 self._replace(name, None)  # its folder is gone
             hidden = self._unloaded | self._entries.keys() | set(self.reserved)
-            cards = {n: AdapterCard(n, folder=f, created=created[n]) for n, f in found.items() if n not in hidden}
-            cards |= {name: self._card(entry) for name, entry in self._entries.items()}
+            cards = {n: found[n] for n in found.keys() - hidden} | {n: self._card(e) for n, e in self._entries.items()}
         return [cards[name] for name in sorted(cards)]
 
     def card(self, name: str) -> AdapterCard:
@@ -170,12 +169,12 @@ class Registry:
     def statistics(self) -> dict[str, int]:
         """Figures of this moment."""
         with self._lock:
-            current = {entry.uid for entry in self._entries.values()}
+            entries = list(self._entries.values())
             return {
-                "names": len(self._entries),
-                "reading": sum(1 for entry in self._entries.values() if entry.reading is not None),
-                "failed": sum(1 for entry in self._entries.values() if entry.error is not None),
-                "draining": sum(1 for uid in self._users if uid not in current),
+                "names": len(entries),
+                "reading": sum(entry.reading is not None for entry in entries),
+                "failed": sum(entry.error is not None for entry in entries),
+                "draining": len(self._users.keys() - {entry.uid for entry in entries}),
             }
 
     # --- names --------------------------------------------------------------------------------------------------------
