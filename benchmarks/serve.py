@@ -12,7 +12,7 @@ time (`set_adapter`), or mixed (`adapter_names`).
 
 The figures are written after every turn of a row and every other part, so that a run that is cut off leaves what it has
 measured, with the ratios of the turns so far; `complete` says whether it reached its end, `seconds` when each part was
-written last. On a CPU with two cores --quick takes a minute. The stored run (96 requests, 4 repeats) took 13 minutes,
+written last. On a CPU with two cores --quick takes a minute. A run of 96 requests and 4 repeats took 13 minutes,
 10 for the closed loop and 3 for the rest; the defaults make twice the requests and a turn more.
 """
 
