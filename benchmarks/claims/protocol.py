@@ -6,7 +6,7 @@
 2. Runs with equal seeds see the same batches in the same order. What is reported is the difference of the means over
    the seeds, with the intervals of `lorary.analysis.comparison.over_seeds`.
 
-What `lorary compare` does not do, and this does: figures that are no loss on rows, such as the steps to a loss; tasks
+Beyond `lorary compare`: figures other than a loss on rows, such as the steps to a loss; tasks
 in turn, where the runs of both methods begin from one adapter, and are compared in pairs; means of two seeds to choose
 a rate. The runs were made before there was `lorary compare`: they keep the mean loss over the held-out windows, not the
 loss of each, so that the chance of the seeds counts alone.

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lorary.cli._options import Decided, GpuMemory
+
 RANKS = "uniform, or gradient: a rank for each layer from one batch's gradients; reads the weights."
 
 
@@ -14,12 +16,8 @@ def advise(
     data: Annotated[
         str | None, typer.Argument(help="File, folder, Hub id or builtin:NAME; a configuration has its own.")
     ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value that is decided already; may be repeated.")
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option("--memory", min=0.1, max=1e6, help="Memory of your GPU in GB; empty: this machine.")
-    ] = None,
+    sets: Decided = None,
+    memory: GpuMemory = None,
     ranks: Annotated[str, typer.Option("--ranks", help=RANKS)] = "uniform",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lorary.cli._options import Decided, GpuMemory
+
 
 def init(
     file: Annotated[Path, typer.Argument(help="Output file; - is stdout.")] = Path("train.yaml"),
@@ -18,12 +20,8 @@ def init(
     data: Annotated[
         str | None, typer.Option("--data", help="... and these data: file, folder or builtin:NAME.")
     ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value that is decided already; may be repeated.")
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option("--memory", min=0.1, max=1e6, help="Memory of your GPU in GB; empty: this machine.")
-    ] = None,
+    sets: Decided = None,
+    memory: GpuMemory = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

@@ -18,10 +18,11 @@ from lorary import builtin
 from lorary.errors import ConfigError, DataError, FileError, LoraryError, PlanError
 from lorary.train.advice.advice import Advice, shown
 from lorary.train.advice.advise import advise
-from lorary.train.advice.gradient import padded, spread
+from lorary.train.advice.gradient import padded
 from lorary.train.advice.machine import Machine
 from lorary.train.config.load import from_dict, load
 from lorary.train.config.template import template
+from lorary.train.data.spread import spread
 from lorary.train.runner.prepare import prepare
 from tests.train.runs import WORDS, base_folder
 from tests.train.small import tokenizer

@@ -3,7 +3,7 @@
     linear, transposed   <site>.ia3_l  (out, 1), or (1, in) where the inputs are scaled
     convolution          <site>.ia3_l  (1, out, 1, ...)
 
-A fused weight of which only some projections are scaled has, for PEFT, a factor of 1 at all other rows.
+PEFT's vector for a fused weight has a factor of 1 at the rows of projections that are not scaled.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[str, str]]
 def differences_over_seeds(
     figures: Figures, pairs: Pairs, *, paired: bool = False
 ) -> dict[tuple[str, str], Difference]:
-    """The differences of arms in a figure of which less is better, with intervals and verdicts.
+    """The differences of arms in a lower-is-better figure, with intervals and verdicts.
 
     Args:
         figures: arm -> the figure of its run with each seed.

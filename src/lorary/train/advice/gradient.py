@@ -13,6 +13,7 @@ from lorary.model.loading.from_pretrained import load_model
 from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.train.advice.draft import Draft
 from lorary.train.advice.facts import Subject
+from lorary.train.data.spread import spread
 from lorary.train.data.tokenize import IGNORED, Row
 
 ROWS = 16  # of the batch, evenly spread over the data
@@ -36,11 +37,6 @@ def gradient_ranks(draft: Draft, subject: Subject) -> None:
     found = ranks_from_gradients(model, batch, plan)
     reason = f"the share of its gradient that a layer's rank covers, on {len(batch['input_ids'])} rows; as many numbers"
     draft.recommend("method.ranks", found, reason, SOURCE)
-
-
-def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """So many rows, evenly spread."""
-    return [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
 
 
 def padded(rows: Sequence[Row], padding: int, most: int) -> dict[str, Tensor]:

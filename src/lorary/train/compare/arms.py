@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from lorary.analysis.comparison.record import Arm
-from lorary.errors import ConfigError, Diagnostic, LoraryError, PlanError
+from lorary.errors import ConfigError, Diagnostic, LoraryError
 from lorary.model.loading.from_pretrained import skeleton
 from lorary.model.plan import Plan
 from lorary.train.compare.request import HEADLINE, Request, each_arm, has_common_targets
@@ -75,7 +75,7 @@ def _matched(arm: Arm, planned: Callable[[Arm], Plan], target: int) -> Arm:
     def numbers(r: int) -> int | None:
         try:
             return planned(_with_rank(arm, r)).trainable
-        except (PlanError, LoraryError):
+        except LoraryError:
             return None  # the method takes no rank, or not this one
 
     ranks = _around(numbers, target)

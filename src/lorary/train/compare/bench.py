@@ -21,6 +21,7 @@ from lorary.model.loading.from_pretrained import load_model
 from lorary.train.compare.request import Request
 from lorary.train.config.data_section import DataSection
 from lorary.train.data import load as data
+from lorary.train.data.spread import spread
 from lorary.train.data.tokenize import Row, Tokens, tokenize
 from lorary.train.runner.prepare import RunPlan, prepare
 
@@ -145,13 +146,6 @@ class Bench:
         model = load_base(section, path, load_adapter(path))
         put_on(model, path)
         return model
-
-
-def spread(rows: Sequence[T], most: int) -> list[T]:
-    """At most so many of the rows, evenly spread."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def run_name(request: Request, arm: str, lr: float, seed: int) -> str:

@@ -18,11 +18,10 @@ from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic
 from lorary.train.compare.request import HEADLINE, Request
 from lorary.train.compare.search import EVALUATIONS
-from lorary.train.compare.timing import Timing
+from lorary.train.compare.timing import UNTIMED, Timing
 
 RESERVE = 0.9  # the share of a budget that is planned for; outward rates and delays take the rest
 TURNS, TIMED = 3, 4  # short runs of every arm, and their timed steps
-_UNTIMED = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Forecast:
 
     def _costs(self, arm: str) -> float:
         one = self.timings[arm]
-        return TURNS * (one.setup + (_UNTIMED + TIMED) * one.step)
+        return TURNS * (one.setup + (UNTIMED + TIMED) * one.step)
 
 
 def fitted(request: Request, forecast: Forecast) -> tuple[Request, dict[str, str]]:

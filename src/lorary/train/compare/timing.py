@@ -17,7 +17,7 @@ from lorary.train.compare.outcomes import Failure, Stopped
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.step_memory import CountMemory
 
-_UNTIMED = 2  # the first step is slow, and in the second one tensors are counted
+UNTIMED = 2  # the first step is slow, and in the second one tensors are counted
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class TimingJob:
     def _timing(self, bench: Bench) -> Timing:
         start = time.monotonic()
         with TemporaryDirectory() as folder:
-            length: dict[str, Any] = {"max_steps": self.steps + _UNTIMED, "epochs": None}
-            length |= {"eval_steps": self.steps + _UNTIMED, "save_steps": self.steps + _UNTIMED, "logging_steps": 10**6}
+            length: dict[str, Any] = {"max_steps": self.steps + UNTIMED, "epochs": None}
+            length |= {"eval_steps": self.steps + UNTIMED, "save_steps": self.steps + UNTIMED, "logging_steps": 10**6}
             plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, folder, **length)
             clock, counter = _Clock(), CountMemory(lambda: ())
             counters = [counter] if plan.config.task == "classification" else []  # a run counts those of the others
@@ -86,7 +86,7 @@ class TimingJob:
         spent = sum(clock.steps) + sum(clock.evaluations)
         return Timing(
             setup=max(time.monotonic() - start - spent, 0.0),
-            steps=tuple(clock.steps[_UNTIMED:]),
+            steps=tuple(clock.steps[UNTIMED:]),
             evaluation=statistics.median(clock.evaluations) if clock.evaluations else 0.0,
             peak=counted.peak if counted else 0,
         )
