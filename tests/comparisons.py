@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from lorary.analysis.comparison.record import Arm, Comparison, Cost, Ending, Scores, Trial
+from lorary.analysis.comparison.record import Arm, Comparison, Cost, Ending, Merge, Scores, Trial
 
 RATES = (1e-4, 3e-4, 1e-3)
 EFFECTS = {"lora": 0.0, "dora": -0.002, "pissa": -0.08, "lora+": 0.003, "vera": 0.25, "ia3": 0.4}
@@ -67,12 +68,19 @@ def comparison(
     return Comparison(SETTINGS, task, arms, tuple(trials), base, base_general, costs, left_out)
 
 
+def diverged(record: Comparison, arm: str, seeds: int = 1) -> Comparison:
+    """The comparison with this many judged runs of an arm diverged."""
+    runs = [run for run in record.trials if run.arm == arm and run.test][:seeds]
+    changed = {run.seed: replace(run, ending="diverged", test=None, general=None) for run in runs}
+    return replace(record, trials=tuple(changed.get(run.seed, run) for run in record.trials))
+
+
 def cost(generator: np.random.Generator, name: str) -> Cost:
     """The cost of a method."""
     trained = TRAINED.get(name, 81_920)
     seconds = tuple(map(float, generator.gamma(400, 0.25 / 400, 24)))
     engines = {"vllm": "" if name in ("lora", "lora+") else f"it has no {name}", "llama.cpp": "", "lorary": ""}
-    merge = "after rounding" if name == "dora" else "exactly"
+    merge: Merge = "to rounding" if name == "dora" else "exactly"
     return Cost(trained, trained * 4 + 2_400, 61_000_000 + trained * 16, seconds, merge, engines)
 
 

@@ -116,6 +116,30 @@ def test_a_quantised_layer_has_the_gradient_of_its_dense_weight() -> None:
     assert len(set(quantised.values())) > 1
 
 
+class TwoTexts(nn.Module):
+    """A language model that reads two texts in one forward pass, and a third one for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny.model("LlamaForCausalLM")
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        first, second = input_ids, input_ids.flip(1)
+        loss = self.inner(first, labels=first).loss + 0.01 * self.inner(second, labels=second).loss
+        self.inner(input_ids + 1)
+        return SimpleNamespace(loss=loss)
+
+
+def test_a_quantised_layer_that_is_called_twice_has_the_gradient_of_both_calls() -> None:
+    model, method = TwoTexts(), lorary.method("lora", r=2)
+    lorary.quantize(model)
+    plan = lorary.plan(model, method, example=IDS)
+    assert plan.sites
+    quantised = ranks_from_gradients(model, BATCH, plan)
+    dense = lorary.dequantize(model)
+    assert ranks_from_gradients(dense, BATCH, lorary.plan(dense, method, example=IDS)) == quantised
+
+
 def test_the_model_is_as_before() -> None:
     model = tiny.model("LlamaForCausalLM")
     model.train()

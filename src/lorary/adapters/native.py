@@ -124,6 +124,15 @@ def read_native(folder: Path, findings: Findings) -> Adapter:
     return _unwrapped(Adapter(method, sites, tensors, full, base, notes, provenance))
 
 
+def recorded_sites(folder: Path) -> tuple[AdaptedSite, ...]:
+    """The sites in the record of a folder, without their tensors.
+
+    Raises:
+        FileError: every reason to refuse the record.
+    """
+    return _description(folder, Findings("", strict=True))[2]
+
+
 def check_written(folder: Path) -> None:
     """Read the record and the tensors' header of a new folder as a reader does, without the tensors' values.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,13 +65,45 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     Raises:
         FileError: neither names a model that can be found.
     """
+    from lorary.adapters.readers.folder import base_of
     from lorary.adapters.save_load import load_adapter
 
-    name = base or load_adapter(adapter).base.name
+    name = base or (base_of(adapter) if needs_base(adapter) else load_adapter(adapter).base.name)
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
     return ModelSection.of(name, dtype=dtype)
+
+
+def read_adapter(folder: Path, base: str | None = None) -> Adapter:
+    """The adapter in a folder; if it cannot be read without its base, with that on the meta device.
+
+    Args:
+        folder: of the adapter.
+        base: the model to put it on; None: the one that it was trained on.
+
+    Raises:
+        FileError: every reason why it cannot be used, or its base is needed and cannot be found.
+    """
+    from lorary.adapters.save_load import load_adapter
+    from lorary.model.loading.from_pretrained import skeleton
+
+    return load_adapter(folder, model=skeleton(find_base(folder, base)) if needs_base(folder) else None)
+
+
+def needs_base(folder: Path) -> bool:
+    """Whether a folder holds virtual tokens that PEFT saved: only a base says which of its layers they belong to."""
+    from lorary.adapters.native import NAME
+    from lorary.adapters.peft.config import NAME as PEFT_CONFIG
+    from lorary.adapters.peft.reader import MOST_JSON
+    from lorary.adapters.peft.virtual_tokens import FIELDS
+    from lorary.files.safe_open import read_json
+
+    config: object = None
+    if not (folder / NAME).exists():
+        with suppress(FileError):  # which its reader explains
+            config = read_json(folder.resolve(), PEFT_CONFIG, MOST_JSON)
+    return isinstance(config, dict) and str(config.get("peft_type")).upper() in FIELDS
 
 
 def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:
@@ -183,10 +216,9 @@ def load_for_adapter(section: ModelSection, folder: Path | None) -> PreTrainedMo
     Raises:
         LoraryError: the model cannot be loaded or generates no text.
     """
-    from lorary.adapters.save_load import load_adapter
     from lorary.model.loading.from_pretrained import load_model, load_storage
 
-    adapter = load_adapter(folder) if folder else None
+    adapter = read_adapter(folder, section.id) if folder else None
     if folder and adapter and base_class(section, folder, adapter) is not None:
         what = f"it was trained on a {adapter.base.architecture}, which generates no text"
         fix = "`lorary merge` makes a plain model of it, for Transformers' pipeline"

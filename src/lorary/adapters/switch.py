@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -30,6 +29,7 @@ from lorary.model.quantize import already_quantized, quantizable_layers, warn_of
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.model.undo import Undo, all_or_nothing
+from lorary.spec.context import reverted
 
 _OTHER_BASE = "load the base that it was trained on, or pass force=True"
 
@@ -249,7 +249,7 @@ def _context_problems(model: nn.Module, adapter: Adapter) -> list[Diagnostic]:
     state, context = state_of(model), adapter.method.context
     if context is None:
         return []
-    with state.context_patch.reverted() if state is not None and state.context_patch else contextlib.nullcontext():
+    with reverted(state.context_patch if state is not None else None):
         return [Diagnostic("context", *found) for found in context.problems(model)]
 
 

@@ -152,6 +152,7 @@ def _spectra(model: nn.Module, sites: Sequence[AdaptedSite]) -> Iterator[dict[st
     input and the gradient of its output.
     """
     found: dict[str, Tensor] = {}
+    quantized: list[_QuantizedGradient] = []
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     by_weight: dict[nn.Parameter, list[AdaptedSite]] = {}
     with ExitStack() as stack:
@@ -161,15 +162,17 @@ def _spectra(model: nn.Module, sites: Sequence[AdaptedSite]) -> Iterator[dict[st
         for s in sites:
             layer: Any = submodule(model, s.site.name)
             if is_quantized(layer):
-                stack.callback(layer.register_forward_hook(_of_quantized(s, found)).remove)
+                quantized.append(_QuantizedGradient(s, found))
+                stack.callback(layer.register_forward_hook(quantized[-1].forward).remove)
             else:
                 by_weight.setdefault(layer.weight, []).append(s)
-        quantized = len(sites) > sum(map(len, by_weight.values()))
         for p in [*by_weight, *(_first_parameters(model) if quantized else ())]:
             p.requires_grad_(True)
             p.grad = None
             stack.callback(p.register_post_accumulate_grad_hook(_of_weight(by_weight.get(p, ()), found)).remove)
         yield found
+        for each in quantized:
+            each.measure()
 
 
 def _restore(flags: Sequence[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
@@ -201,21 +204,42 @@ def _matrices(s: AdaptedSite, G: Tensor) -> list[Tensor]:
     return s.site.split(G.T if s.site.kind in ("transposed", "embedding") else G.flatten(1))
 
 
-def _of_quantized(s: AdaptedSite, found: dict[str, Tensor]) -> Any:
-    """A hook that measures the gradient of a quantised linear layer's weight, as G = dL/dy^T x."""
+class _QuantizedGradient:
+    """The gradient of a quantised linear layer's weight, G = sum of dL/dy^T x over the calls of the layer.
 
-    def forward(_: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+    It is measured and freed when all calls have added their part; at the end, if some outputs have no gradient.
+
+    Args:
+        s: the layer's site.
+        found: takes the shares.
+    """
+
+    def __init__(self, s: AdaptedSite, found: dict[str, Tensor]) -> None:
+        self.s, self.found = s, found
+        self.G: Tensor | None = None
+        self.missing = 0  # calls
+
+    def forward(self, _: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+        """A forward hook of the layer."""
         x = inputs[0].detach()
         if not y.requires_grad:
             return
+        self.missing += 1
 
         def backward(gradient: Tensor) -> None:
-            G = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-            found[s.site.name] = shares(s.site.split(G))
+            part = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+            self.G = part if self.G is None else self.G + part
+            self.missing -= 1
+            if not self.missing:
+                self.measure()
 
         y.register_hook(backward)
 
-    return forward
+    def measure(self) -> None:
+        """Measure what has been added."""
+        if self.G is not None:
+            self.found[self.s.site.name] = shares(self.s.site.split(self.G))
+            self.G = None
 
 
 def shares(matrices: Sequence[Tensor]) -> Tensor:

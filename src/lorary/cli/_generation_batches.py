@@ -30,7 +30,7 @@ class PlainWriter:
         if name is not None and state_of(model) is None:
             load(model, folders[name])
         else:
-            switch(model, None if name is None else load_adapter(folders[name]))
+            switch(model, None if name is None else load_adapter(folders[name], model=model))
 
     def write(self, rows: Sequence[Sequence[int]], printer: Printer | None = None) -> Iterator[Answer]:
         for part in self._batches(rows):

@@ -192,13 +192,13 @@ def _of_each(folders: Mapping[str, Path], read: Callable[[str, Path], A]) -> dic
     return found
 
 
-def storage_of(folders: Mapping[str, Path], quantize: str) -> Storage | None:
+def storage_of(base: str, folders: Mapping[str, Path], quantize: str) -> Storage | None:
     """The storage of the base: as said, or that in which all adapters were trained; None for plain weights.
 
     Raises:
         FileError: every adapter that cannot be read.
     """
-    from lorary.adapters.save_load import load_adapter
+    from lorary.adapters.resolve import read_adapter
     from lorary.layers.nf4 import NF4
     from lorary.model.loading.from_pretrained import load_storage
 
@@ -206,7 +206,7 @@ def storage_of(folders: Mapping[str, Path], quantize: str) -> Storage | None:
         return NF4() if quantize == "nf4" else None
 
     def of(_: str, folder: Path) -> Storage | None:
-        adapter = load_adapter(folder)
+        adapter = read_adapter(folder, base)
         return load_storage(adapter.method, adapter.full, adapter.sites)
 
     found = list(_of_each(folders, of).values())
@@ -224,7 +224,7 @@ def opened(start: Start, base: str, folders: Mapping[str, Path]) -> BatchingEngi
     engine = open_engine(
         base,
         dtype=start.dtype,
-        storage=storage_of(folders, start.quantize),
+        storage=storage_of(base, folders, start.quantize),
         name=base_name(start, base),
         root=start.root,
         budget=start.budget,

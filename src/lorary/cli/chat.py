@@ -48,8 +48,7 @@ def chat(
 def _conversation(
     models: list[str], base: str | None, system: str, template: str | None, sampling: Sampling
 ) -> Iterator[Conversation]:
-    from lorary.adapters import load_adapter
-    from lorary.adapters.resolve import adapter_at, find_adapter, find_model
+    from lorary.adapters.resolve import adapter_at, find_adapter, find_model, read_adapter
     from lorary.cli._chat import Conversation, names_of
     from lorary.cli._generation import Generation, require_chat_template, tokenizer_of
     from lorary.cli._model import ready_base
@@ -64,7 +63,7 @@ def _conversation(
     tokenizer = tokenizer_of(section, folder, template)
     require_chat_template(tokenizer, models[0], "cannot chat:")
     for each in folders.values():  # those that cannot be read are refused before the first message
-        load_adapter(each)
+        read_adapter(each, section.id)
     model = ready_base(section, folder)
     tokens = min(max_context(text_config(model)) or _MOST_TOKENS, _MOST_TOKENS)
     with closing(AnyWriter(Generation(model, tokenizer, folders, sampling, 1, 1, tokens))) as writer:

@@ -48,8 +48,7 @@ def merge(
     The sum is computed in fp32 and rounded once. The rounding error is measured against the adapted model, shown, and
     saved in fidelity.json. A 4-bit base is written in 16 or 32 bits: quantising again would destroy the update.
     """
-    from lorary.adapters import load_adapter
-    from lorary.adapters.resolve import find_adapter, find_base
+    from lorary.adapters.resolve import find_adapter, find_base, read_adapter
     from lorary.cli._comparison_rows import comparison_rows
     from lorary.cli._model import tokenizer_or_none
     from lorary.cli._notes import print_notes
@@ -60,7 +59,7 @@ def merge(
 
     check_precision(f"cannot merge {adapter}:", dtype, onto)
     folder = find_adapter(adapter, "merge")
-    value = load_adapter(folder)
+    value = read_adapter(folder, base)
     check_mergeable(value.sites)
     section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
     with atomic_directory(output) as written:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -148,14 +147,6 @@ class PrependedKeysValues:
         """Nothing is for training only."""
 
     reapply = make_permanent
-
-    @contextmanager
-    def reverted(self) -> Iterator[None]:
-        self.revert()
-        try:
-            yield
-        finally:
-            self.restore()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -15,8 +15,6 @@ sequences have groups of their own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import field
 from typing import Any, Self
 
@@ -143,14 +141,6 @@ class _LongContextPatch:
     def reapply(self) -> None:
         if self.attention:
             self.attention.install()
-
-    @contextmanager
-    def reverted(self) -> Iterator[None]:
-        self.revert()
-        try:
-            yield
-        finally:
-            self.restore()
 
 
 @preset(

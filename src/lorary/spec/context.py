@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import nn
@@ -27,8 +27,18 @@ class ContextPatch(Protocol):
     def reapply(self) -> None:
         """Undo `make_permanent`."""
 
-    def reverted(self) -> AbstractContextManager[Any]:
-        """A context in which the original model is restored."""
+
+@contextmanager
+def reverted(patch: ContextPatch | None) -> Iterator[None]:
+    """A context in which the original model is restored; None: no patch is applied."""
+    if patch is None:
+        yield
+        return
+    patch.revert()
+    try:
+        yield
+    finally:
+        patch.restore()
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from lorary.analysis.comparison.tables import (
 )
 from lorary.analysis.comparison.words import change, level, names, rate, remarks, signed, verdict
 from tests.analysis.test_html_report import read
-from tests.comparisons import RATES, comparison
+from tests.comparisons import RATES, comparison, diverged
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,62 @@ def test_what_weakens_a_result_is_said() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("effects", "unstable", "sentence"),
+    [
+        (
+            {"lora": 0.0, "good": -0.3, "bad": 0.3},
+            ["good"],
+            "lora is better than bad: # nats per token, # [#, #] below bad. Undecided: good, as some of its seeds "
+            "diverged.",
+        ),
+        (
+            {"lora": 0.0, "again": 0.0, "good": -0.3, "also": -0.3},
+            ["good", "also"],
+            "No difference is shown between again and lora. again has the lowest held-out loss, # nats per token. "
+            "Undecided: good and also, as some of their seeds diverged.",
+        ),
+        (
+            {"lora": 0.0, "again": 0.0, "good": -0.3, "bad": 0.3},
+            ["good"],
+            "again has the lowest held-out loss, # nats per token; no difference from lora is shown. Worse: bad. "
+            "Undecided: good, as some of its seeds diverged.",
+        ),
+        (
+            {"lora": 0.0, "good": -0.3},
+            ["good"],
+            "lora has the lowest held-out loss, # nats per token, and nothing is decided: 1 of 2 seeds of good "
+            "diverged.",
+        ),
+        ({"lora": 0.0, "bad": 0.3}, ["bad"], "lora is better than bad: # nats per token, # [#, #] below bad."),
+    ],
+)
+def test_a_method_with_diverged_seeds_is_undecided_unless_it_is_worse(
+    effects: dict[str, float], unstable: list[str], sentence: str
+) -> None:
+    record = comparison(effects)
+    for arm in unstable:
+        record = diverged(record, arm)
+    found = findings(record)
+    assert re.sub(r"\d\.\d{3}", "#", verdict(found)) == sentence
+    remark = f"{unstable[0]} diverged with 1 of 2 seeds at its best rate."
+    assert remark in [*remarks(found)]
+    for table in (quality(found), summary(found)):
+        column = [*table.head].index("diverged")
+        assert [(row[0], row[column]) for row in table.rows if row[column]] == [
+            (s.arm, "1 of 2") for s in found.standings if s.arm in unstable
+        ]
+    page = comparison_page(found)
+    assert remark in page
+    assert "1 of 2" in page
+    counts = {method["name"]: method["diverged"] for method in as_record(found)["methods"]}
+    assert counts == {arm: int(arm in unstable) for arm in effects}
+
+
+def test_without_diverged_seeds_there_is_no_column_of_them(found: Findings) -> None:
+    assert "diverged" not in [*quality(found).head, *summary(found).head]
+
+
 def test_numbers_in_words() -> None:
     assert level(Interval(3.41234)) == "3.412"
     assert change(Interval(0.05, -0.01, 0.11), "accuracy") == "+5.0 pp [\N{MINUS SIGN}1.0, +11.0]"
@@ -149,7 +205,7 @@ def test_the_table_of_costs(found: Findings) -> None:
     row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["trained numbers"] == "87,552"
     assert row["file"] == "344.3 KiB"
-    assert row["merges"] == "after rounding"
+    assert row["merges"] == "to rounding"
     assert (row["vllm"], row["lorary"]) == ("no", "yes")
     assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
     assert "context taken" not in table.head
@@ -160,12 +216,24 @@ def with_cost(record: Comparison, arm: str, **changes: Any) -> Comparison:
 
 
 def test_reasons_stand_in_a_table_of_their_own() -> None:
-    why = "a bottleneck with a non-linearity has no weight to add to"
-    record = with_cost(with_cost(comparison(), "vera", merge=why), "ia3", merge=why)
+    """Whatever its length: a short reason is one too, and a large error is explained."""
+    record = comparison()
+    for arm in ("vera", "ia3"):
+        record = with_cost(record, arm, merge="no", merge_note="not linear")
+    record = with_cost(record, "lora", merge="with an error", merge_note="logits of up to 9 change by up to 2")
     found = findings(record)
-    assert [row[5] for row in costs(found).rows][-2:] == ["no", "no"]
+    assert {row[0]: row[5] for row in costs(found).rows} == {
+        "pissa": "exactly",
+        "dora": "to rounding",
+        "lora+": "exactly",
+        "lora": "with an error",
+        "vera": "no",
+        "ia3": "no",
+    }
     rows = limits(found).rows
-    assert ("merging", why, "vera, ia3") in rows
+    assert ("merging", "not linear", "vera, ia3") in rows
+    assert ("merging", "logits of up to 9 change by up to 2", "lora") in rows
+    assert as_record(found)["methods"][-1]["merge_note"] == "not linear"
     assert ("vllm", "it has no dora", "dora") in rows
     assert limits(findings(replace(record, costs={}))).rows == []
 

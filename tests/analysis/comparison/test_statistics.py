@@ -15,7 +15,7 @@ from lorary.analysis.comparison._chance import DRAWS, Measured, scatters
 from lorary.analysis.comparison.record import Comparison, Scores, Trial
 from lorary.analysis.comparison.statistics import Findings, Interval, chosen_rate, findings, why_untuned
 from lorary.errors import DataError
-from tests.comparisons import EFFECTS, RATES, comparison
+from tests.comparisons import EFFECTS, RATES, comparison, diverged
 
 SEED_NOISE = 0.01
 
@@ -267,10 +267,6 @@ def without(record: Comparison, arm: str, *rates: float) -> Comparison:
         (without(comparison(), "lora", RATES[2]), "its best rate, 0.0003, is the highest that was tried"),
         (without(comparison(), "lora", RATES[0], RATES[2]), "0.0003 is the only rate that was tried"),
         (without(comparison(), "lora", *RATES), "it was not run"),
-        (
-            at_rate(comparison(), "lora", RATES[2], ending="budget"),
-            "its best rate, 0.0003, is the highest that was tried",
-        ),
         (at_rate(comparison(), "lora", RATES[2], ending="diverged"), ""),  # too large a rate is an answer
         (at_rate(comparison(), "lora", RATES[0], ending="hopeless"), ""),
     ],
@@ -291,6 +287,40 @@ def test_all_diverged() -> None:
     assert found.standings[-1].arm == "lora"
     assert found.standings[-1].loss is None
     assert len(found.against_best) == len(EFFECTS) - 2
+
+
+def test_seeds_that_diverge_are_counted_and_nothing_is_judged_in_their_favour() -> None:
+    """The good one would win by the seed that survived; the bad one is worse with it already."""
+    record = diverged(diverged(comparison({"lora": 0.0, "good": -0.3, "bad": 0.3}), "good"), "bad")
+    found = findings(record)
+    assert [(s.arm, s.seeds, s.diverged) for s in found.standings] == [("lora", 2, 0), ("good", 1, 1), ("bad", 1, 1)]
+    assert found.best == "lora"
+    verdicts = {arm: (d.verdict, d.why) for arm, d in found.against_reference.items()}
+    assert verdicts == {"good": ("not judged", "1 of 2 seeds of good diverged"), "bad": ("worse", "")}
+
+
+def test_a_reference_with_diverged_seeds_is_never_better() -> None:
+    record = diverged(comparison({"lora": 0.0, "good": -0.3, "bad": 0.3, "same": 0.0}), "lora")
+    verdicts = {arm: d.verdict for arm, d in findings(record).against_reference.items()}
+    assert verdicts == {"good": "better", "bad": "not judged", "same": "not judged"}
+
+
+def test_two_methods_with_diverged_seeds_are_not_compared() -> None:
+    record = diverged(diverged(comparison({"lora": 0.0, "bad": 0.3}), "lora"), "bad")
+    found = findings(record)
+    assert found.best == "lora"
+    assert (found.against_best["bad"].verdict, found.against_best["bad"].why) == (
+        "not judged",
+        "1 of 2 seeds of lora diverged",
+    )
+
+
+def test_a_method_whose_judged_seeds_all_diverge_is_not_judged() -> None:
+    found = findings(diverged(comparison({"lora": 0.0, "good": -0.3}), "good", seeds=2))
+    assert [(s.arm, s.seeds, s.diverged, s.loss is None) for s in found.standings] == [
+        ("lora", 2, 0, False),
+        ("good", 0, 2, True),
+    ]
 
 
 def test_test_scores_never_choose_the_rate() -> None:

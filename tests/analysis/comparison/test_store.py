@@ -46,6 +46,24 @@ def test_round_trip(record: Comparison, path: Path) -> None:
     assert path.read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "note"),
+    [
+        ("exactly", "exactly", ""),
+        ("has no weight: it is one", "no", "has no weight: it is one"),
+        ("with an error: logits of up to 9 change by up to 2", "with an error", "logits of up to 9 change by up to 2"),
+    ],
+)
+def test_the_first_records_have_the_reason_in_merge_itself(text: str, kind: str, note: str, path: Path) -> None:
+    write(comparison(rows=9), path)
+    document = json.loads(path.read_text())
+    document["costs"]["lora"]["merge"] = text
+    del document["costs"]["lora"]["merge_note"]
+    path.write_text(json.dumps(document))
+    cost = read(path).costs["lora"]
+    assert (cost.merge, cost.merge_note) == (kind, note)
+
+
 def test_losses_that_are_not_finite(path: Path) -> None:
     curve = ((0, 5.0), (10, math.inf), (20, math.nan), (30, -math.inf))
     record = Comparison({}, "sft", (Arm("lora", {}, (0.1,)),), (Trial("lora", 0.1, 1, 20, curve, "diverged"),))
@@ -106,7 +124,7 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
     "a loss in words": (trial(0, curve=[[0, "low"]]), "- trials[0].curve[0][1]: is a text, not a number"),
     "another ending": (
         trial(0, ending="tired"),
-        "- trials[0].ending: is 'tired', not 'finished' or 'diverged' or 'hopeless' or 'budget'",
+        "- trials[0].ending: is 'tired', not 'finished' or 'diverged' or 'hopeless'",
     ),
     "a trial of nobody": (
         trial(2, arm="lorra"),

@@ -17,7 +17,7 @@ from lorary.adapters import load_adapter
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.train.compare.bench import Bench, spread
-from lorary.train.compare.compare import compare
+from lorary.train.compare.compare import compare, prepare_comparison
 from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.search import best_trial
 from lorary.train.config.load import from_dict
@@ -98,6 +98,8 @@ def test_what_is_needed_to_repeat_it_is_recorded(whole: Comparison, place: Path)
     assert (s["steps"], s["search_seed"], s["judged_seeds"]) == (6, 42, [43])
     assert s["rows"] == {"training": 12, "validation": 6, "test": 6, "general": 6}
     assert len({*s["digests"].values()}) == 4
+    folder = place / "comparison" / whole.trials[0].folder / "adapter"
+    assert s["base"]["weights"] == load_adapter(folder).base.weights
     assert "torch" in s["environment"]["packages"]
     assert store.read(place / "comparison" / "comparison.json") == whole
 
@@ -115,7 +117,7 @@ def test_killed_and_started_again_it_equals_one_that_is_not(
     whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
     """Killed in its first run, in the second round of the search and in a judged run; what is done is not repeated."""
-    steps, done = sum(trial.steps for trial in whole.trials), []
+    steps, told = sum(trial.steps for trial in whole.trials), Told()
 
     def kill_at(step: int, **told: Any) -> None:
         if told.get("completed") == step:
@@ -125,9 +127,9 @@ def test_killed_and_started_again_it_equals_one_that_is_not(
     for step in (5, 12, 16):
         pid = child(lambda: compare(*request, progress=functools.partial(kill_at, step)))  # noqa: B023
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    again = compare(*request, progress=lambda **told: done.append(told.get("completed", 0)))
+    again = compare(*request, progress=told)
     assert timeless(again) == timeless(whole)
-    assert max(done) <= steps - 5 - 12 - 16 + 3 * 2  # a kill costs a third of a run at most
+    assert told.end() <= steps - 5 - 12 - 16 + 3 * 2  # a kill costs a third of a run at most
 
 
 def test_a_signal_stops_it_cleanly_and_says_so(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
@@ -178,10 +180,60 @@ def test_the_best_rate_at_the_edge_leads_further_out(words: dict[str, Any], plac
     """One rate at a time, as often as `outward` says; without halving every run comes to its end."""
     arm = dataclasses.replace(LORA, rates=(1e-4, 1e-3))
     settings = quick(place, outward=1, halving=False, spacing=4.0)
-    found = compare(from_dict(words), (arm,), settings, tmp_path / "comparison")
+    told = Told()
+    found = compare(from_dict(words), (arm,), settings, tmp_path / "comparison", progress=told)
     assert found.arms[0].rates == (1e-4, 1e-3, 4e-3)
     assert {trial.ending for trial in found.trials} == {"finished"}
     assert [trial.lr for trial in found.trials if trial.test] == [4e-3]
+    ready = prepare_comparison(from_dict(words), (arm,), settings, tmp_path / "comparison")
+    assert (ready.request.runs, ready.runs_done) == (3, 3)
+    assert told.end() == 4 * 6
+
+
+class Told:
+    """A `progress` that never passes its total."""
+
+    def __init__(self) -> None:
+        self.completed, self.total = 0, 0
+
+    def __call__(self, description: str = "", completed: int = 0, total: int | None = None) -> None:
+        self.completed, self.total = max(self.completed, completed), self.total if total is None else total
+        assert self.completed <= self.total
+
+    def end(self) -> int:
+        """The steps done: all of the total."""
+        assert self.completed == self.total
+        return self.completed
+
+
+def test_rates_further_out_fit_into_the_budget_for_every_method_or_for_none(
+    words: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Planned: 14,000 s, and 2,000 s for a round of two runs. Room for one of them alone is room for none."""
+
+    def halt(description: str = "", **_: Any) -> None:
+        if description == "the base":
+            raise KeyboardInterrupt
+
+    arms = [dataclasses.replace(arm, rates=(1e-4, 1e-3)) for arm in (LORA, DORA)]
+    settings = quick(place, outward=2, halving=False, spacing=4.0, budget=15_600.0)
+    request = from_dict(words), arms, settings, tmp_path / "comparison"
+    with pytest.raises(KeyboardInterrupt):
+        compare(*request, progress=halt)
+    file = tmp_path / "comparison" / "comparison.json"
+    record = store.read(file)
+    timing = {"setup": 1000.0, "steps": [0.0], "evaluation": 0.0, "peak": 0}
+    planned = {**record.settings, "timings": {"lora": timing, "dora": timing}}
+    store.write(dataclasses.replace(record, settings=planned), file)
+    found = compare(*request)
+    assert found.settings["planned_seconds"] == 14_000
+    why = "the budget has no room for rates further out"
+    assert found.left_out == {"lora at 0.004": why, "dora at 0.004": why}
+    assert [arm.rates for arm in found.arms] == [(1e-4, 1e-3)] * 2
+    more = dataclasses.replace(settings, budget=16_500.0)
+    found = compare(from_dict(words), arms, more, tmp_path / "comparison")
+    assert found.left_out == {"lora at 0.016": why, "dora at 0.016": why}
+    assert [arm.rates for arm in found.arms] == [(1e-4, 1e-3, 4e-3)] * 2
 
 
 def test_arms_whose_rates_diverge_or_whose_runs_fail_are_left_out_with_the_reason(
@@ -214,6 +266,8 @@ def test_classification_is_compared_by_the_scores_of_labels(tmp_path: Path) -> N
     arms = Arm("lora", {"name": "lora", "r": 2}, (1e-2,)), Arm("bitfit", {"name": "bitfit"}, (1e-2,))
     found = compared(words, tmp_path, *arms, settings=quick(tmp_path))
     assert (found.task, found.base_test, found.base_general) == ("classification", None, None)
+    assert found.settings["base"]["frozen"]  # the head is drawn again at every load
+    assert compared(words, tmp_path, *arms, settings=quick(tmp_path)).trials == found.trials
     for name in ("lora", "bitfit"):
         judged = [trial for trial in found.of(name) if trial.test is not None]
         assert len(judged) == 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, DataError, LoraryError
@@ -223,6 +225,38 @@ def test_another_comparison_in_the_folder_is_named_by_what_differs(
     with pytest.raises(_HaltError):
         compare(from_dict(words), (other,), quick(place), tmp_path / "c", progress=halt, overwrite=True)
     assert json.loads(path.read_text())["settings"]["request"]["arms"]["lora"]["method"]["r"] == 4
+
+
+def test_another_base_or_other_rows_under_a_comparison_are_refused_with_both_digests(tmp_path: Path) -> None:
+    """Of the same name, in a comparison of which only the base has been scored."""
+
+    def halt(description: str = "", **_: Any) -> None:
+        if description == "lora":
+            raise _HaltError
+
+    words = tree(tmp_path)
+    request = from_dict(words), (LORA,), quick(tmp_path), tmp_path / "c"
+    with pytest.raises(_HaltError):
+        compare(*request, progress=halt)
+    path = tmp_path / "c" / "comparison.json"
+    before = path.read_bytes()
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    rows = Path(words["data"]["train"])
+    rows.write_text(rows.read_text().replace("hello", "world"))
+    with pytest.raises(ConfigError) as error:
+        compare(*request)
+    hint = "hint: restore the {}, pass overwrite, or name another folder"
+    found = re.sub(r"\b(?=\w*\d)[0-9a-f]{12}\b", "#", str(error.value)).split("\n")
+    assert found[:3] == [
+        "the folder holds another comparison:",
+        "  - base: other weights: # when it was trained, # here (it was trained on `base`)",
+        f"      {hint.format('base')}",
+    ]
+    rest = "rows: are not those of the runs in the folder: digest # there, # here"
+    assert f"  - training {rest}" in found
+    assert found[-1] == f"      {hint.format('data')}"
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"trials": 1}'])

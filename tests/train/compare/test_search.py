@@ -56,6 +56,19 @@ def test_why_a_run_stops(curve: tuple[tuple[int, float], ...], expected: str | N
     assert why_ended(curve, 12, GOOD) == expected
 
 
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        (((0, 5.0), (4, 9.0)), None),  # it may come back
+        (((0, 5.0), (4, 9.0), (12, 4.0)), None),
+        (((0, 5.0), (4, 4.0), (12, 5.6)), "diverged"),
+        (((0, 5.0), (2, math.nan)), "diverged"),
+    ],
+)
+def test_a_run_that_is_judged_diverges_at_its_end(curve: tuple[tuple[int, float], ...], expected: str | None) -> None:
+    assert why_ended(curve, 12, judged=True) == expected
+
+
 def test_without_a_rival_that_has_learnt_nothing_is_hopeless() -> None:
     slow = ((0, 5.0), (2, 5.0), (4, 5.0))
     assert why_ended(slow, 12) is None

@@ -30,6 +30,7 @@ from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.fingerprint import base_name
+from lorary.spec.placement import AdaptedSite
 
 FACTORS = ("lora_A.weight", "lora_embedding_A")  # the ends of A's name
 _LEAVES = (*FACTORS, "lora_B.weight", "lora_embedding_B")
@@ -76,6 +77,7 @@ class AdapterFolder:
         files: the names of all files in it.
         model: the base, on any device, if at hand.
         seconds: the time for all its patterns together.
+        own_sites: the sites of an adapter in lorary's own form; empty if its record cannot be read.
     """
 
     form: str
@@ -84,6 +86,7 @@ class AdapterFolder:
     files: frozenset[str] = frozenset()
     model: nn.Module | None = None
     seconds: float = MOST_SECONDS
+    own_sites: tuple[AdaptedSite, ...] = ()
 
     @property
     def peft_type(self) -> str:
@@ -189,7 +192,8 @@ def read_folder(
         if NAME not in names and native.NAME not in names:
             raise FileError("", [Diagnostic("", f"it holds neither {native.NAME} nor {NAME}")])
         if NAME not in names:
-            return AdapterFolder("lorary", {}, _shapes(path, _own_name(path)), names, model)
+            shapes = _shapes(path, _own_name(path))
+            return AdapterFolder("lorary", {}, shapes, names, model, own_sites=_own_sites(path))
         config = read_json(path, NAME, MOST_JSON)
         if not isinstance(config, dict):
             raise FileError("", [Diagnostic(NAME, f"is {show(config)}, not a JSON object")])
@@ -214,6 +218,13 @@ def read_folder(
 def _own_name(path: Path) -> str:
     """The file with the tensors of an adapter in lorary's own form."""
     return WEIGHTS if (path / WEIGHTS).exists() else native.TENSORS
+
+
+def _own_sites(path: Path) -> tuple[AdaptedSite, ...]:
+    """The sites of an adapter in lorary's own form; a damaged record changes nothing for other programs."""
+    with suppress(FileError):
+        return native.recorded_sites(path)
+    return ()
 
 
 def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:

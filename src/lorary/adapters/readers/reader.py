@@ -14,6 +14,7 @@ from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.types import without_low_rank_form
 from lorary.adapters.peft.virtual_tokens import FIELDS as VIRTUAL_TOKENS
+from lorary.adapters.peft.virtual_tokens import has_virtual_tokens
 from lorary.adapters.readers.features import FEATURES
 from lorary.adapters.readers.folder import AdapterFolder
 from lorary.errors import Diagnostic, deduplicated
@@ -107,7 +108,11 @@ class Reader:
 
     def _findings(self, folder: AdapterFolder) -> Iterator[Finding]:
         if folder.form != self.form:
-            yield self.finding(Outcome.REJECTED, *_wrong_form(self, folder), merged=False)
+            where, what = _wrong_form(self, folder)
+            if why := self._why_no_export(folder):
+                yield Finding(Outcome.REJECTED, Diagnostic(where, what, f"no export helps: {why}"))
+            else:
+                yield self.finding(Outcome.REJECTED, where, what, merged=False)
             return
         if self.form == "peft" and folder.peft_type not in self.types:
             found = f"the PEFT type {folder.peft_type}" if folder.peft_type else "a configuration without `peft_type`"
@@ -122,6 +127,13 @@ class Reader:
             yield from self._features(folder)
             yield from self._scales(folder)
         yield from self.rules(folder)
+
+    def _why_no_export(self, folder: AdapterFolder) -> str:
+        """Why an adapter in lorary's own form has none that this reader takes; empty if it may have one."""
+        if self.types & VIRTUAL_TOKENS.keys() and has_virtual_tokens(folder.own_sites):
+            return ""  # PEFT has a prefix and a prompt
+        joins = (adapted.join for adapted in folder.own_sites)
+        return next((f"{type(j).__name__} {j.why_not_merged}" for j in joins if j.why_not_merged), "")
 
     def _features(self, folder: AdapterFolder) -> Iterator[Finding]:
         for names, outcome, verb in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.statistics import Findings, Interval
@@ -131,6 +131,8 @@ def _trade_offs(found: Findings) -> Iterator[Block]:
 def _repeat(found: Findings) -> Iterator[Block]:
     comparison = found.comparison
     values = {key: value for key, value in comparison.settings.items() if key not in _TWICE}
+    if isinstance(base := values.get("base"), Mapping):  # the model has its own configuration
+        values["base"] = {key: value for key, value in base.items() if key != "settings"}
     if isinstance(command := values.pop("command", None), str):
         yield Code(command)
     rows = settings(values)

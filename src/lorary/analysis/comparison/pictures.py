@@ -114,7 +114,8 @@ def trade_off_svg(found: Findings, size: Callable[[Cost], int], label: str) -> s
     sizes = {s.arm: size(known[s.arm]) for s in found.standings if s.loss is not None and s.arm in known}
     points = {arm: (x, *_by_seed(found, arm)) for arm, x in sizes.items() if x > 0}
     high_is_good = found.measure == "accuracy"
-    front = _front({arm: (x, -y if high_is_good else y) for arm, (x, y, _, _) in points.items()})
+    stable = [s.arm for s in found.standings if s.arm in points and not s.diverged]
+    front = _front({arm: (points[arm][0], -points[arm][1] if high_is_good else points[arm][1]) for arm in stable})
     with style():
         figure = Figure(figsize=(4.8, max(3.2, 1.0 + 0.2 * len(points))))
         axes = figure.add_subplot()

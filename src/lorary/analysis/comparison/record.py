@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# why a trial ended before its last step
-Ending = Literal["finished", "diverged", "hopeless", "budget"]
+# why a trial has no more steps; one that a budget or a signal cuts has not ended, and is not recorded
+Ending = Literal["finished", "diverged", "hopeless"]
+Merge = Literal["exactly", "to rounding", "with an error", "no"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Cost:
         file_bytes: of the saved adapter.
         peak_bytes: of a training step, counted.
         step_seconds: of each timed optimizer step, the methods taking turns.
-        merge: how it merges into the base: "exactly", "to rounding", or why not.
+        merge: how it merges into the base.
+        merge_note: why it does not, or how large the error is; else empty.
         engines: engine -> "" if it serves the adapter, or why not.
         context: tokens of the context that it takes.
     """
@@ -99,9 +101,10 @@ class Cost:
     file_bytes: int
     peak_bytes: int
     step_seconds: tuple[float, ...]
-    merge: str
+    merge: Merge
     engines: Mapping[str, str] = field(default_factory=dict)
     context: int = 0
+    merge_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Comparison:
 
     Args:
         settings: what is needed to repeat it: base, data, targets, steps, batch, seeds, budget, command, versions,
-            machine, hashes of base and data.
+            machine, the fingerprint of the base, digests of the rows.
         task: "sft", or "classification", where accuracy is reported beside the loss.
         arms: the methods, in the order in which they were asked for, with the rates that were tried.
         trials: the runs that have ended, by arm, seed and rate.

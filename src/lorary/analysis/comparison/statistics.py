@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -68,6 +68,7 @@ class Standing:
         arm: its name.
         lr: the rate chosen on the validation rows; None if no run of it ended.
         seeds: number of runs that were judged on the test rows.
+        diverged: number of runs with other seeds that diverged at this rate; the measures are those of the rest.
         untuned: why its rate counts as "not tuned"; empty if the best rate lies between two others.
         loss: on the test rows, in nats per token; None if it was not judged.
         accuracy: likewise, as a share.
@@ -83,6 +84,7 @@ class Standing:
     accuracy: Interval | None = None
     forgotten: Interval | None = None
     spread: float = math.nan
+    diverged: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Findings:
         measure: what the verdicts are about.
         reference: name of the arm that the others are compared with; empty if it was not judged.
         best: name of the arm with the best measure; empty if none was judged.
-        standings: arms, the best first, those that were not judged last.
+        standings: arms, the best first; then those with a seed that diverged; those that were not judged last.
         base: the test loss without an adapter, over the rows alone; None if it was not measured.
         against_reference: arm -> its difference from the reference.
         against_best: arm -> its difference from the best.
@@ -132,17 +134,19 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
         for which in (("loss", "accuracy") if judged else ())
     }
     general = _general(comparison, judged)
-    standings = [_standing(comparison, name, tests if name in judged else {}, general) for name in names]
+    standings = {name: _standing(comparison, name, tests if name in judged else {}, general) for name in names}
     sign = -1 if measure == "accuracy" else 1
-    order = sorted(judged, key=lambda arm: (sign * tests[measure].value(arm), names.index(arm)))
-    place = {arm: i for i, arm in enumerate(order)}
-    standings.sort(key=lambda s: place.get(s.arm, len(place)))
+    order = sorted(judged, key=lambda arm: (standings[arm].diverged > 0, sign * tests[measure].value(arm)))
     reference = reference or (names[0] if names else "")
     reference = reference if reference in judged else ""
     best = order[0] if order else ""
     factor = tests[measure].joint_factor([*combinations(order, 2)]) if order else 1.0
     against = {
-        other: {arm: _difference(tests, measure, arm, other, factor) for arm in order if other and arm != other}
+        other: {
+            arm: _difference(tests, measure, standings[arm], standings[other], factor)
+            for arm in order
+            if other and arm != other
+        }
         for other in (reference, best)
     }
     return Findings(
@@ -150,7 +154,7 @@ def findings(comparison: Comparison, reference: str | None = None) -> Findings:
         measure,
         reference,
         best,
-        tuple(standings),
+        tuple(standings[name] for name in dict.fromkeys((*order, *names))),
         comparison.base_test.loss if comparison.base_test else None,
         against[reference],
         against[best],
@@ -175,10 +179,16 @@ def judged_runs(comparison: Comparison, arm: str) -> list[Trial]:
     return [run for run in comparison.of(arm) if run.lr == lr and run.test is not None and _finite(run.test)]
 
 
+def diverged_runs(comparison: Comparison, arm: str) -> list[Trial]:
+    """The runs of an arm that diverged at its best rate, which they had not done in the search."""
+    lr = chosen_rate(comparison, arm)
+    return [run for run in comparison.of(arm) if run.lr == lr and run.ending == "diverged"]
+
+
 def why_untuned(comparison: Comparison, arm: str) -> str:
     """Why the best rate of an arm may not be the best: no rate was tried below it, or above it."""
     lr = chosen_rate(comparison, arm)
-    tried = sorted({run.lr for run in comparison.of(arm) if run.ending != "budget"})
+    tried = sorted({run.lr for run in comparison.of(arm)})
     if lr is None:
         return "no run of it finished" if tried else "it was not run"
     if len(tried) == 1:
@@ -191,22 +201,39 @@ def _standing(
     comparison: Comparison, arm: str, tests: Mapping[Measure, Measured], general: Measured | None
 ) -> Standing:
     lr, untuned = chosen_rate(comparison, arm), why_untuned(comparison, arm)
+    diverged = len(diverged_runs(comparison, arm))
     if not tests:
-        return Standing(arm, lr, 0, untuned)
+        return Standing(arm, lr, 0, untuned, diverged=diverged)
     seeds = tests["loss"].seeds[arm]
     forgotten = interval(general, arm, BASE) if general is not None and arm in general.seeds else None
     spread = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan
     accuracy = interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
     accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
-    return Standing(arm, lr, len(seeds), untuned, interval(tests["loss"], arm), accuracy, forgotten, spread)
+    loss = interval(tests["loss"], arm)
+    return Standing(arm, lr, len(seeds), untuned, loss, accuracy, forgotten, spread, diverged)
 
 
-def _difference(tests: Mapping[Measure, Measured], measure: Measure, arm: str, other: str, factor: float) -> Difference:
+def _difference(
+    tests: Mapping[Measure, Measured], measure: Measure, one: Standing, reference: Standing, factor: float
+) -> Difference:
     """The difference of a pair, whose joint interval is wider by a factor."""
-    test = tests[measure]
+    test, arm, other = tests[measure], one.arm, reference.arm
     at_least = _RULE_OF_THREE / test.rows if measure == "accuracy" else 0.0
     pair, joint = (interval(test, arm, other, wider, wider * at_least) for wider in (1.0, factor))
-    return judged((arm, other), pair, joint, test.why_no_interval(arm, other), measure == "accuracy")
+    why = test.why_no_interval(arm, other)
+    return _if_stable(judged((arm, other), pair, joint, why, measure == "accuracy"), one, reference)
+
+
+def _if_stable(d: Difference, one: Standing, reference: Standing) -> Difference:
+    """The difference, not judged if seeds that diverged may have changed the verdict.
+
+    An arm that diverged with some seeds is worse than the others say, so the only verdict that stands is against it.
+    """
+    unstable = [s for s, against in ((one, "worse"), (reference, "better")) if s.diverged and d.verdict != against]
+    if d.verdict == "not judged" or not unstable:
+        return d
+    why = " and ".join(f"{s.diverged} of {s.seeds + s.diverged} seeds of {s.arm} diverged" for s in unstable)
+    return replace(d, verdict="not judged", why=why)
 
 
 def judged(

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lorary.analysis.comparison.record import Comparison, Scores
+from lorary.analysis.comparison.record import Comparison, Merge, Scores
 from lorary.errors import Diagnostic, FileError, suggestion
 from lorary.files.atomic import atomic_file
 from lorary.files.safe_open import read_json
@@ -62,12 +62,28 @@ def read(path: str | os.PathLike[str]) -> Comparison:
         raise FileError(headline, error.problems) from None
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(headline, [Diagnostic("", f"the path cannot be followed: {error}")]) from None
+    if isinstance(document, dict) and isinstance(costs := document.get("costs"), dict):
+        document = {**document, "costs": {name: _with_merge_note(cost) for name, cost in costs.items()}}
     if problems := [*_problems(document)]:
         raise FileError(headline, problems)
     assert isinstance(document, dict)
     found = _made(Comparison, {key: value for key, value in document.items() if key not in ("format", "version")})
     assert isinstance(found, Comparison)
     return found
+
+
+def _with_merge_note(cost: object) -> object:
+    """A cost; in the first records `merge` held the reason or the error too."""
+    if not isinstance(cost, dict) or "merge_note" in cost or not isinstance(text := cost.get("merge"), str):
+        return cost
+    kind, _, note = text.partition(": ")
+    if text in get_args(Merge):
+        return cost
+    return (
+        {**cost, "merge": kind, "merge_note": note}
+        if kind in get_args(Merge)
+        else {**cost, "merge": "no", "merge_note": text}
+    )
 
 
 def _problems(document: object) -> Iterator[Diagnostic]:

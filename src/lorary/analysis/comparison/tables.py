@@ -20,7 +20,6 @@ from lorary.spec.presets import method
 
 Column = tuple[str, Callable[[Standing], str]]
 _NEAR = 0.05  # share by which numbers of trained parameters may differ and count as equal
-_FEW = 16  # characters of an answer in the table of costs; longer ones are reasons
 _VERSION = "lorary-findings/1"
 
 
@@ -45,12 +44,14 @@ def summary(found: Findings) -> TextTable:
     """The most important columns, for a terminal, with the verdict below."""
     against = [*_against(found)][:2]  # the verdicts on the best are in the notes
     columns = [_METHOD, *_measures(found), *against, *_forgetting(found), *_costs(found, short=True), _RATE]
+    columns += _diverged(found)
     return _table("Comparison", found, columns, notes=[verdict(found), *remarks(found)])
 
 
 def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
     """Loss, differences and forgetting, for all arms or some."""
     columns = [_METHOD, *_measures(found), *_against(found), *_forgetting(found), _RATE, _SEEDS]
+    columns += _diverged(found)
     base = [""] * (len(columns) - 2)
     bottom = [["no adapter", level(Interval(found.base)), *base]] if found.base is not None and not arms else []
     return _table("Quality", found, columns, arms, bottom)
@@ -67,9 +68,9 @@ def limits(found: Findings) -> TextTable:
     for standing in found.standings:
         if (given := found.comparison.costs.get(standing.arm)) is None:
             continue
-        whys = {"merging": given.merge} if _merged(given) == "no" else {}
-        for what, why in (whys | {engine: why for engine, why in given.engines.items() if why}).items():
-            reasons.setdefault((what, why), []).append(standing.arm)
+        for what, why in {"merging": given.merge_note, **given.engines}.items():
+            if why:
+                reasons.setdefault((what, why), []).append(standing.arm)
     return TextTable("Why not", ("of", "why not", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
 
 
@@ -145,6 +146,7 @@ def _standing_record(found: Findings, s: Standing) -> dict[str, Any]:
         "lr": s.lr,
         "not_tuned": s.untuned or None,
         "seeds": s.seeds,
+        "diverged": s.diverged,
         "loss": _interval_record(s.loss),
         "accuracy": _interval_record(s.accuracy),
         "forgotten": _interval_record(s.forgotten),
@@ -155,6 +157,7 @@ def _standing_record(found: Findings, s: Standing) -> dict[str, Any]:
         "peak_bytes": given.peak_bytes if given else None,
         "step_seconds": seconds[1] if seconds else None,
         "merge": given.merge if given else None,
+        "merge_note": given.merge_note or None if given else None,
         "engines": dict(given.engines) if given else {},
         "context": given.context if given else None,
     }
@@ -212,6 +215,11 @@ def _forgetting(found: Findings) -> Iterator[Column]:
         yield "forgotten", lambda s: change(s.forgotten)
 
 
+def _diverged(found: Findings) -> Iterator[Column]:
+    if any(s.diverged for s in found.standings):
+        yield "diverged", lambda s: f"{s.diverged} of {s.seeds + s.diverged}" if s.diverged else ""
+
+
 def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
     def of(text: Callable[[Cost], str]) -> Callable[[Standing], str]:
         known = found.comparison.costs
@@ -224,7 +232,7 @@ def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
     yield "peak memory", of(lambda c: human_bytes(c.peak_bytes))
     yield "seconds per step", of(lambda c: _seconds(c, short))
     if not short:
-        yield "merges", of(_merged)
+        yield "merges", of(lambda c: c.merge)
         for engine in dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines):
             yield engine, of(lambda c, engine=engine: _served(c, engine))  # type: ignore[misc]
         if any(c.context for c in found.comparison.costs.values()):
@@ -240,10 +248,6 @@ def _seconds(given: Cost, short: bool) -> str:
 
 def _served(given: Cost, engine: str) -> str:
     return "" if engine not in given.engines else "no" if given.engines[engine] else "yes"
-
-
-def _merged(given: Cost) -> str:
-    return given.merge if len(given.merge) <= _FEW else "no"
 
 
 def _table(

@@ -17,20 +17,23 @@ def verdict(found: Findings) -> str:
     if not found.best:
         return "No method was judged on the test rows."
     best, others = _level(found), found.against_best
-    undecided = next((d.why for d in others.values() if d.verdict == "not judged"), "")
+    open_ = [d for d in others.values() if d.verdict == "not judged"]
     alike = [arm for arm, d in others.items() if d.verdict == "no difference shown"]
-    worse = [arm for arm, d in others.items() if d.verdict == "worse"]
+    worse = {arm: d for arm, d in others.items() if d.verdict == "worse"}
+    first = f"{found.best} has the {_best(found)}, {best}"
+    whose = "its" if len(open_) == 1 else "their"
+    last = f" Undecided: {names([d.arm for d in open_])}, as some of {whose} seeds diverged." if open_ else ""
     if not others:
         return f"Only {found.best} was judged: {best}."
-    if undecided:
-        return f"{found.best} has the {_best(found)}, {best}, and nothing is decided: {undecided}."
+    if len(open_) == len(others):
+        return f"{first}, and nothing is decided: {open_[0].why}."
     if not alike:
-        second = next(iter(others.values()))
-        return f"{found.best} is better than {_all_others(others)}: {best}, {_ahead(second, found.measure)}."
-    first = f"{found.best} has the {_best(found)}, {best}"
+        second = next(iter(worse.values()))
+        return f"{found.best} is better than {_all(worse, of=others)}: {best}, {_ahead(second, found.measure)}.{last}"
     if not worse:
-        return f"No difference is shown between the {len(others) + 1} methods. {first}."
-    return f"{first}; no difference from {names(alike)} is shown. Worse: {names(worse)}."
+        between = names([found.best, *alike]) if open_ else f"the {len(others) + 1} methods"
+        return f"No difference is shown between {between}. {first}.{last}"
+    return f"{first}; no difference from {names(alike)} is shown. Worse: {names([*worse])}.{last}"
 
 
 def remarks(found: Findings) -> Iterator[str]:
@@ -46,6 +49,9 @@ def remarks(found: Findings) -> Iterator[str]:
         scale, unit = (100, "percentage points") if found.measure == "accuracy" else (1, "nats per token")
         least = scale * sorted(halves)[len(halves) // 2]
         yield f"Differences of less than about {least:.2g} {unit} are not shown by so few seeds and rows."
+    for s in found.standings:
+        if s.diverged:
+            yield f"{s.arm} diverged with {s.diverged} of {s.seeds + s.diverged} seeds at its best rate."
     if untuned := [s.arm for s in found.standings if s.untuned and s.lr is not None]:
         yield f"Not tuned, as the best rate is the lowest or the highest that was tried: {names(untuned)}."
     if missing := [s.arm for s in found.standings if s.loss is None]:
@@ -111,8 +117,8 @@ def _best(found: Findings) -> str:
     return "highest accuracy" if found.measure == "accuracy" else "lowest held-out loss"
 
 
-def _all_others(others: Mapping[str, Difference]) -> str:
-    return next(iter(others)) if len(others) == 1 else f"all {len(others)} other methods"
+def _all(worse: Mapping[str, Difference], of: Mapping[str, Difference]) -> str:
+    return f"all {len(worse)} other methods" if len(worse) == len(of) > 1 else names([*worse])
 
 
 def _ahead(second: Difference, measure: Measure) -> str:

@@ -46,7 +46,7 @@ def _lines(ready: Ready) -> Iterator[str]:
     yield f"data      {data}: {ready.training_rows:,} rows to train on, {held_out}{general}"
     seeds = f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
     yield (
-        f"runs      {ready.runs} of {request.steps:,} steps: every rate on one seed, and the best of each method on "
+        f"runs      {request.runs} of {request.steps:,} steps: every rate on one seed, and the best of each method on "
         f"{seeds} more{_outward(ready)}{_done(ready)}"
     )
     if settings.budget is not None:

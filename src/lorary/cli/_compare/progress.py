@@ -21,20 +21,21 @@ def steps_bar(ready: Ready, *, quiet: bool) -> Iterator[Callable[..., Any]]:
     """The `progress` of a comparison.
 
     Its steps are counted for all of its runs from the beginning, so that the time that is left is that of the whole.
-    Rates that stop early make it shorter, further ones longer.
     """
-    total = ready.steps_to_do
+    total = (ready.request.runs - ready.runs_done) * ready.request.steps
     with progress_bar(total, quiet=quiet) as update:
         lines = _Lines(total) if not quiet and not sys.stderr.isatty() else None
 
-        def progress(description: str = "", completed: int = 0, **_: Any) -> None:
+        def progress(description: str = "", completed: int = 0, total: int = 0) -> None:
             short = printable(description if len(description) <= _MOST else description[: _MOST - 3] + "...")
             if lines is not None:
-                lines.tell(short, completed)
+                lines.tell(short, completed, total)
             if short:
                 update(description=short)
+            if total:
+                update(total=total)
             if completed:
-                update(completed=completed, total=max(total, completed))
+                update(completed=completed)
 
         yield progress
 
@@ -45,8 +46,9 @@ class _Lines:
     def __init__(self, total: int) -> None:
         self.total, self.tenths, self.start = total, 0, time.monotonic()
 
-    def tell(self, part: str, completed: int) -> None:
+    def tell(self, part: str, completed: int, total: int) -> None:
         """Print what has changed."""
+        self.total = total or self.total
         if part:
             print(part, file=sys.stderr)
         tenths = 10 * completed // max(self.total, 1)

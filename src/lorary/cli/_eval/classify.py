@@ -14,8 +14,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
-from lorary.adapters import load_adapter
-from lorary.adapters.resolve import base_class
+from lorary.adapters.resolve import base_class, read_adapter
 from lorary.adapters.switch import load
 from lorary.cli import printable
 from lorary.cli._eval.data import EvalData
@@ -62,7 +61,7 @@ def _class_of(model: EvalModel) -> ModelClass | None:
     if model.folder is None:
         config = load_config(model.section)
         return own_class(config) if kind_of_model(config) == "classifier" else None
-    adapter = load_adapter(model.folder)
+    adapter = read_adapter(model.folder, model.section.id)
     found = base_class(model.section, model.folder, adapter)
     return found if adapter.base.architecture in classes("SEQUENCE_CLASSIFICATION") else None
 
@@ -75,7 +74,7 @@ def run_classifiers(
     for model, kind in zip(models, kinds, strict=True):
         labels, examples = _with_labels(model.name, kind.config, cast("Sequence[Labelled]", data.examples))
         kind.config.problem_type = labels.problem
-        adapter = load_adapter(model.folder) if model.folder else None
+        adapter = read_adapter(model.folder, model.section.id) if model.folder else None
         storage = load_storage(adapter.method, adapter.full, adapter.sites) if adapter else None
         with quiet_progress_bars():
             loaded = load_model(model.section, storage, model_class=kind)

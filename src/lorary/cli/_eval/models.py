@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorary.adapters.resolve import adapter_at, find_model
+from lorary.adapters.resolve import adapter_at, find_model, read_adapter
 from lorary.cli._eval.data import precision_of_first_run
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context
@@ -24,7 +24,7 @@ class EvalModel:
         folder: of its adapter, if any.
         section: the base.
         tokenizer: of the base.
-        context: tokens that it reads; None if unknown.
+        context: tokens of text that it reads; None if unknown.
     """
 
     name: str
@@ -47,10 +47,18 @@ def find_models(names: Sequence[str], base: str | None, dtype: str | None) -> li
         try:
             folder, section = find_model(name, base if adapter_at(name) else None)
             section = section.model_copy(update=precision)
-            config = load_config(section).get_text_config()
-            found.append(EvalModel(name, folder, section, load_tokenizer(section), max_context(config)))
+            found.append(EvalModel(name, folder, section, load_tokenizer(section), _context(section, folder)))
         except LoraryError as error:
             problems += error.problems or [Diagnostic(name, error.headline)]
     if problems:
         raise FileError("cannot evaluate:", problems)
     return found
+
+
+def _context(section: ModelSection, folder: Path | None) -> int | None:
+    """The tokens of text that a model reads, with what its adapter adds to them and takes of them; None if unknown."""
+    known = max_context(load_config(section).get_text_config())
+    context = read_adapter(folder, section.id).method.context if folder else None
+    if known is None or context is None:
+        return known
+    return max(known, context.length or 0) - context.taken

@@ -12,8 +12,7 @@ import torch
 
 import lorary
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.resolve import base_class, find_adapter, find_base, find_model, load_base
-from lorary.adapters.save_load import load_adapter
+from lorary.adapters.resolve import base_class, find_adapter, find_base, find_model, load_base, read_adapter
 from lorary.analysis.inspection.adapter import inspect_adapter
 from lorary.analysis.inspection.figures import HEAD, AdapterInspection
 from lorary.analysis.inspection.page import inspection_page
@@ -57,7 +56,7 @@ def run(request: Request, out: Path | None, *, as_json: bool) -> None:
     if problems := _problems(request, out):
         raise ConfigError("cannot inspect this adapter:", problems)
     folder = find_adapter(request.adapter, "inspect")
-    adapter = load_adapter(folder)
+    adapter = read_adapter(folder, request.base)
     with report_folder(out) as target:
         found = _measure(request, folder, adapter)
         if target is not None:
@@ -109,7 +108,7 @@ def _tuned(name: str, folder: Path, adapter: Adapter) -> Any:
     """The other tuned model: a whole checkpoint, or an adapter or a run on its own base."""
     own, section = find_model(name)
     if own is not None:
-        return _with_adapter(section, own, load_adapter(own))
+        return _with_adapter(section, own, read_adapter(own))
     return load_model(section, model_class=base_class(section, folder, adapter))
 
 

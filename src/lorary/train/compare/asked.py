@@ -46,21 +46,20 @@ def from_config(config: Config) -> Asked:
         ConfigError: the section names no methods, or gives some of them more learning rates than others; all reasons.
     """
     section = config.compare
-    number = section.rates if isinstance(section.rates, int) else len(section.rates)
     common = () if isinstance(section.rates, int) else section.rates
-    if problems := [*_problems(config, number)]:
+    if problems := [*_problems(config)]:
         raise ConfigError(HEADLINE, problems)
     known = {field.name for field in fields(Settings)}
     given = {key: getattr(section, key) for key in section.model_fields_set & known}
     given.pop("rates", None)
     if not common:  # with a list, every arm has its own
-        given["rates"] = number | 1
+        given["rates"] = section.number_of_rates | 1
     arms = tuple(Arm(arm.name, _inherited(config, arm.method), arm.rates or common) for arm in section.methods)
     return Asked(config, arms, Settings(**given))
 
 
-def _problems(config: Config, number: int) -> Iterator[Diagnostic]:
-    section = config.compare
+def _problems(config: Config) -> Iterator[Diagnostic]:
+    section, number = config.compare, config.compare.number_of_rates
     if not section.methods:
         yield Diagnostic("compare.methods", "there are none", "name at least one method: --methods lora,dora")
     for arm in section.methods:

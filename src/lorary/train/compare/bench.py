@@ -17,6 +17,7 @@ from lorary.adapters.switch import load as put_on
 from lorary.analysis.comparison.record import Arm, Scores
 from lorary.analysis.evaluation import score_labels, score_rows
 from lorary.errors import DataError, Diagnostic
+from lorary.model.fingerprint import Fingerprint
 from lorary.model.loading.from_pretrained import load_model
 from lorary.train.compare.request import Request
 from lorary.train.config.data_section import DataSection
@@ -121,6 +122,12 @@ class Bench:
         examples = spread(data.load_validation(section), settings.general_rows)
         rows = tokenize(examples, plan.tokenizer, section).rows
         return tuple(spread([row for row in rows if _is_scored(row)], settings.general_rows))
+
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the base, without a head that is drawn again at every load."""
+        base = self.any_plan.base
+        model = load_model(self.any_plan.config.model, model_class=base)
+        return Fingerprint.of(model).without(model, base.fresh if base else ())
 
     def scored(self, folder: str | None) -> tuple[Scores | None, Scores | None]:
         """The scores on the test rows and on general text.

@@ -62,7 +62,7 @@ def compare(
         folder: of the comparison: a run folder for each run, and the record of those that have ended. Called again
             with the same request, the comparison goes on there, after a kill too.
         progress: called with keywords of Rich's `Progress.update`: `total` and `completed`, in optimizer steps, and
-            `description`.
+            `description`. The total grows with further rates, and falls with runs that stop early.
         overwrite: first remove the comparison in the folder.
 
     Returns:
@@ -105,20 +105,10 @@ class Ready:
         return len(self.bench.any_plan.train.rows)
 
     @property
-    def runs(self) -> int:
-        """The number of runs, without further rates outwards."""
-        return sum(len(arm.rates) + self.request.settings.seeds for arm in self.request.arms)
-
-    @property
     def runs_done(self) -> int:
-        """The number of runs that an earlier call has done."""
+        """The number of its runs that an earlier call has done, without further rates outwards."""
         file = self.request.folder / FILE
-        return 0 if self.overwrite or not file.is_file() else len(store.read(file).trials)
-
-    @property
-    def steps_to_do(self) -> int:
-        """Optimizer steps of the runs that are left."""
-        return max(self.runs - self.runs_done, 0) * self.request.steps
+        return 0 if self.overwrite or not file.is_file() else self.request.runs_done(store.read(file))
 
 
 @dataclass(frozen=True)
@@ -187,6 +177,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
     return {
         **settings,
         "model": request.config.model.id,
+        "base": bench.fingerprint().record(),
         "config": request.config.to_yaml(),
         "steps": request.steps,
         "search_seed": seed,

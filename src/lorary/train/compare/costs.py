@@ -8,7 +8,7 @@ import torch
 
 from lorary.adapters.readers.check import check
 from lorary.adapters.save_load import ADAPTER_FILES
-from lorary.analysis.comparison.record import Cost, Trial
+from lorary.analysis.comparison.record import Cost, Merge, Trial
 from lorary.analysis.merge_check import MergeCheck
 from lorary.errors import LoraryError
 from lorary.model.loading.from_pretrained import skeleton
@@ -31,30 +31,32 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
     """
     plan, folder = bench.plan(bench.request.arm(trial.arm)), f"{trial.folder}/{ADAPTER}"
     path = bench.request.folder / folder
+    merge, note = _merge(bench, folder)
     verdicts = check(path, model=skeleton(plan.config.model, plan.base))
     return Cost(
         trained=plan.plan.trainable,
         file_bytes=sum((path / name).stat().st_size for name in ADAPTER_FILES if (path / name).is_file()),
         peak_bytes=max((turn.peak for turn in turns), default=0),
         step_seconds=tuple(seconds for turn in turns for seconds in turn.steps),
-        merge=_merge(bench, folder),
+        merge=merge,
+        merge_note=note,
         engines={v.reader: "; ".join(str(reason) for reason in v.reasons) for v in verdicts},
         context=max((getattr(site.join, "tokens", 0) for site in plan.plan.sites), default=0),
     )
 
 
-def _merge(bench: Bench, folder: str) -> str:
-    """How the adapter merges: exactly, to rounding, or why not."""
+def _merge(bench: Bench, folder: str) -> tuple[Merge, str]:
+    """(how the adapter merges, why it does not or how large the error is)."""
     model = bench.trained(folder)
     rows: list[Any] = [list(row["input_ids"]) for row in bench.held_out.test[:_ROWS]]
     before = MergeCheck.of(model, rows)
     try:
         report = before.merge(model)
     except LoraryError as error:
-        return "; ".join(dict.fromkeys(problem.what for problem in error.problems)) or error.headline
+        return "no", "; ".join(dict.fromkeys(problem.what for problem in error.problems)) or error.headline
     if report.largest == 0:
-        return "exactly"
+        return "exactly", ""
     largest = max(float(logits.abs().max()) for logits in before.logits)
     if report.largest <= max(_SUMS, _WEIGHTS * torch.finfo(model.dtype).eps) * largest:
-        return "to rounding"
-    return f"with an error: logits of up to {largest:.3g} change by up to {report.largest:.2g}"
+        return "to rounding", ""
+    return "with an error", f"logits of up to {largest:.3g} change by up to {report.largest:.2g}"

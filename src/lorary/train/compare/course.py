@@ -49,7 +49,8 @@ class Course:
         self.start, self.before = start, float(ledger.comparison.settings.get("seconds", 0.0))
         budget = request.settings.budget
         self.deadline = math.inf if budget is None else start + budget - self.before
-        self._progress, self._completed, self._lock = progress, 0, threading.Lock()
+        self._progress, self._lock = progress, threading.Lock()
+        self._completed = self._total = 0  # optimizer steps
         self._failed: set[str] = set()
         self.signal = 0  # that has stopped it
 
@@ -59,6 +60,7 @@ class Course:
         try:
             with self.workers:
                 self._fit()
+                self._expect()
                 self._base()
                 self._search()
                 self._judge()
@@ -126,17 +128,23 @@ class Course:
         self._do([TrialJob(arm.name, search.centre_of(arm), self.seed) for arm in arms])
         centres = {arm.name: self._tried(arm, [search.centre_of(arm)]) for arm in arms}
         self._do([self._rate_job(arm, lr, centres[arm.name]) for arm in arms for lr in arm.rates])
-        tried, room = {arm.name: self._tried(arm, arm.rates) for arm in arms}, self._room()
+        self._outwards({arm.name: self._tried(arm, arm.rates) for arm in arms})
+
+    def _outwards(self, tried: dict[str, list[Trial]]) -> None:
+        """The runs of rates further out, round by round: one for every arm that needs it, or for none of them."""
+        room = self._room()
         for _ in range(self.request.settings.outward):
             jobs = []
-            for arm in arms:
+            for arm in self.request.arms:
                 lr = search.next_outward(tried[arm.name], self.request.settings.spacing)
-                seconds = self.forecast.run(arm.name) / self.forecast.workers if self.forecast else 0.0
-                if lr is not None and seconds > room:
-                    self._leave_out(f"{arm.name} at {lr:g}", "the budget has no room for a rate further out")
-                elif lr is not None:
-                    room -= seconds
+                if lr is not None and arm.name not in self._failed:
                     jobs.append(self._rate_job(arm, lr, tried[arm.name]))
+            if self.forecast:
+                room -= sum(self.forecast.run(job.arm) for job in jobs) / self.forecast.workers
+            if room < 0:
+                for job in jobs:
+                    self._leave_out(f"{job.arm} at {job.lr:g}", "the budget has no room for rates further out")
+                return
             self._do(jobs)
             for job in jobs:
                 tried[job.arm] += self._tried(self.request.arm(job.arm), [job.lr])
@@ -159,7 +167,7 @@ class Course:
             if arm.name in self._failed:
                 continue
             if best is None:
-                self._leave_out(arm.name, "every rate has diverged")
+                self._fail(Failure(arm.name, "every rate has diverged"))
                 continue
             for k in range(1, self.request.settings.seeds + 1):
                 jobs.append(TrialJob(arm.name, best.lr, (self.seed + k) % 2**32, judged=True))
@@ -174,6 +182,7 @@ class Course:
         trials = [judged[arm.name] for arm in self.request.arms if arm.name in judged]
         if all(trial.arm in self.ledger.comparison.costs for trial in trials):
             return
+        self._expect()
         turns: dict[str, list[Timing]] = {trial.arm: [] for trial in trials}
         for turn in range(TURNS):
             self._describe(f"seconds per step, turn {turn + 1} of {TURNS}")
@@ -195,7 +204,7 @@ class Course:
         jobs = list({(job.arm, job.lr, job.seed): job for job in open_jobs}.values())
         if not jobs:
             return
-        self._progress(total=self._completed + len(jobs) * self.request.steps)
+        self._expect(sum(not job.judged and job.lr not in self.request.arm(job.arm).rates for job in jobs))
         self._describe(", ".join(dict.fromkeys(job.arm for job in jobs)))
         timed = [dataclasses.replace(job, deadline=self.deadline) for job in jobs]
         self.workers.run(timed, lambda job, result: self._record(result))
@@ -205,7 +214,18 @@ class Course:
             self._fail(result)
         else:
             self._note(trials=(*self.ledger.comparison.trials, result))
+            with self._lock:
+                self._total = max(self._total - (self.request.steps - result.steps), self._completed)
+                self._progress(total=self._total)
         self._write_record()
+
+    def _expect(self, further: int = 0) -> None:
+        """Tell the optimizer steps of all runs that are left: the planned ones, and further ones."""
+        arms = tuple(arm for arm in self.request.arms if arm.name not in self._failed)
+        planned = dataclasses.replace(self.request, arms=arms)
+        left = planned.runs - planned.runs_done(self.ledger.comparison) + further
+        self._total = self._completed + left * self.request.steps
+        self._progress(total=self._total)
 
     def _note(self, **changes: Any) -> None:
         """Write the record, with the rates of its arms: those of the request and all that were tried beyond them."""

@@ -14,6 +14,7 @@ from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Comparison
 from lorary.errors import ConfigError, Diagnostic
 from lorary.files.atomic import remove_stale
+from lorary.model.fingerprint import Fingerprint
 from lorary.train.compare.request import Request
 from lorary.train.runner.folder import LOCKS, RunFolder, flatten
 
@@ -57,8 +58,9 @@ class Ledger:
                 shutil.rmtree(path / RUNS, ignore_errors=True)
                 (path / FILE).unlink(missing_ok=True)
             found = store.read(path / FILE) if (path / FILE).exists() else None
-            _check_digests(found, facts)
-            settings = {**(found.settings if found else {}), **_plain(facts), "request": identity(asked)}
+            facts = _plain(facts)
+            _check_same_base_and_rows(found, facts)
+            settings = {**(found.settings if found else {}), **facts, "request": identity(asked)}
             if found is None:
                 task = request.config.task
                 found = Comparison(settings, task, request.arms)
@@ -102,17 +104,24 @@ def identity(asked: Request) -> dict[str, Any]:
     return _plain({"config": config, "settings": settings, "arms": arms, "order": order})
 
 
-def _check_digests(found: Comparison | None, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with other rows than those of the runs in the folder.
+def _check_same_base_and_rows(found: Comparison | None, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with another base, or with other rows, than those of the runs in the folder.
 
     Raises:
-        ConfigError: every part of the data that has changed.
+        ConfigError: how the base differs, and every part of the data that has changed.
     """
-    before = found.settings.get("digests", {}) if found is not None and found.trials else {}
-    now, what = facts.get("digests", {}), "are not those of the runs in the folder"
-    if moved := [part for part, digest in before.items() if now.get(part) != digest]:
-        fix = "restore the data, pass overwrite, or name another folder"
-        raise ConfigError("the folder holds another comparison:", [Diagnostic(f"{p} rows", what, fix) for p in moved])
+    if found is None or not (found.trials or found.base_test):
+        return
+    before, now = (Fingerprint.from_record(settings.get("base")) for settings in (found.settings, facts))
+    problems = [*before.disagreements(now)] if before and now else []
+    rows, fix = facts.get("digests", {}), "restore the {}, pass overwrite, or name another folder"
+    problems = [dataclasses.replace(problem, fix=fix.format("base")) for problem in problems]
+    for part, digest in found.settings.get("digests", {}).items():
+        if (own := rows.get(part)) != digest:
+            what = f"are not those of the runs in the folder: digest {str(digest)[:12]} there, {str(own)[:12]} here"
+            problems.append(Diagnostic(f"{part} rows", what, fix.format("data")))
+    if problems:
+        raise ConfigError("the folder holds another comparison:", problems)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

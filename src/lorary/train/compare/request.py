@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorary.analysis.comparison.record import Arm
+from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
 from lorary.model.planning import default_targets
 from lorary.spec.method import Method
@@ -42,6 +42,20 @@ class Request:
     def arm(self, name: str) -> Arm:
         """The arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def runs(self) -> int:
+        """The number of runs, without further rates outwards."""
+        return sum(len(arm.rates) + self.settings.seeds for arm in self.arms)
+
+    def runs_done(self, found: Comparison) -> int:
+        """How many of them are recorded."""
+        search, done = self.config.training.seed, 0
+        for arm in self.arms:
+            runs = found.of(arm.name)
+            done += len({run.lr for run in runs if run.seed == search} & set(arm.rates))
+            done += min(len({run.seed for run in runs} - {search}), self.settings.seeds)
+        return done
 
     def config_of(self, arm: Arm) -> Config:
         """The configuration of the runs of an arm, but for their rate, seed and folder.

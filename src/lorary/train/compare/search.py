@@ -4,7 +4,8 @@ Every rule is a function of the recorded losses on the validation rows alone, so
 started again decides as it did before, and as one that is never killed.
 
     rates       the centre, then the others around it; while the best is the lowest or highest, one more outwards
-    diverged    a loss that is not finite; or, from a third of the steps on, more than 1.1 times the loss at step 0
+    diverged    a loss that is not finite; or, from a third of the steps on, more than 1.1 times the loss at step 0; in
+                a run that is judged, at its last step
     hopeless    at a third of the steps less than half of the progress that the best earlier rate of the same method had
                 made there and still had at its end, counted from the loss at step 0: such a rate stops there. The
                 first one has no rival, and runs to its end.
@@ -47,17 +48,18 @@ def third(steps: int) -> int:
     return min(steps, 2 * evaluation_steps(steps))
 
 
-def why_ended(curve: Curve, steps: int, rival: Curve = ()) -> Ending | None:
+def why_ended(curve: Curve, steps: int, rival: Curve = (), *, judged: bool = False) -> Ending | None:
     """Why a run stops before its last step; None if it goes on.
 
     Args:
         curve: (step, validation loss) of the run so far, from step 0 on.
         steps: of a whole run.
         rival: the curve of the best earlier rate of the same arm; empty: there is none.
+        judged: whether it is judged on the test rows; a loss that is too high counts at its last step only.
     """
     if not curve:
         return None
-    start, when = curve[0][1], third(steps)
+    start, when = curve[0][1], steps if judged else third(steps)
     for step, loss in curve:
         if not math.isfinite(loss) or (step >= when and loss > DIVERGED * start):
             return "diverged"
@@ -71,11 +73,6 @@ def _is_hopeless(progress: float, rival: dict[int, float], when: int) -> bool:
         return False
     best = rival[0] - max(rival[when], rival[max(rival)])  # what was lost again counts for nothing
     return best > 0 and progress < HOPELESS * best
-
-
-def is_finite(curve: Curve) -> bool:
-    """Whether every loss of a run is a number."""
-    return all(math.isfinite(loss) for _, loss in curve)
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:

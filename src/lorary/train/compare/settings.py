@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorary.errors import ConfigError, Diagnostic
+from lorary.train.config.compare_section import CompareSection
 
-GENERAL = "builtin:python"  # the training domain of the built-in base
-
+_SECTION = CompareSection()  # which has the defaults
 _AT_LEAST = {
     **{"rates": 1, "outward": 0, "seeds": 1, "workers": 1},
     **{"validation_rows": 1, "test_rows": 2, "general_rows": 1},
@@ -19,7 +19,7 @@ _AT_LEAST = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How methods are compared.
+    """How methods are compared. The defaults are those of the section `compare` of a configuration.
 
     Args:
         rates: the learning rates that every method tries at first, around its own centre; an odd number.
@@ -42,19 +42,19 @@ class Settings:
         ConfigError: a value is out of range; all of them.
     """
 
-    rates: int = 3
-    spacing: float = 3.16
-    outward: int = 2
-    seeds: int = 2
-    halving: bool = True
-    budget: float | None = None
-    match: Literal["rank", "parameters"] = "rank"
-    reference: str = ""
-    general: tuple[str, ...] = (GENERAL,)
-    validation_rows: int = 64
-    test_rows: int = 128
-    general_rows: int = 64
-    workers: int = 1
+    rates: int = _SECTION.number_of_rates
+    spacing: float = _SECTION.spacing
+    outward: int = _SECTION.outward
+    seeds: int = _SECTION.seeds
+    halving: bool = _SECTION.halving
+    budget: float | None = _SECTION.budget
+    match: Literal["rank", "parameters"] = _SECTION.match
+    reference: str = _SECTION.reference
+    general: tuple[str, ...] = _SECTION.general
+    validation_rows: int = _SECTION.validation_rows
+    test_rows: int = _SECTION.test_rows
+    general_rows: int = _SECTION.general_rows
+    workers: int = _SECTION.workers
 
     def __post_init__(self) -> None:
         if problems := [*_problems(self)]:

@@ -15,7 +15,7 @@ from lorary.analysis.comparison.record import Ending, Scores, Trial
 from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench, run_name
 from lorary.train.compare.outcomes import Failure, Stopped
-from lorary.train.compare.search import Curve, is_finite, why_ended
+from lorary.train.compare.search import Curve, why_ended
 from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.nan_guard import NotFiniteError
@@ -115,10 +115,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
 
     def verdict(self) -> Ending | None:
         """Why the run has to stop; None if it does not."""
-        curve = self.curve()
-        if self.job.judged:
-            return None if is_finite(curve) else "diverged"
-        return why_ended(curve, self.steps, self.job.rival)
+        return why_ended(self.curve(), self.steps, self.job.rival, judged=self.job.judged)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tell(1)

@@ -20,6 +20,7 @@ from lorary.train.config._fields import Count, Integer, Number, _problem, _split
 from lorary.train.config.yaml_source import parse, scalar
 
 LEAST_RATES, MOST_RATES = 3, 99
+GENERAL = ("builtin:python",)  # the training domain of the built-in base
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "days": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 _OUTSIDE_BRACKETS = r"(?![^\[]*\])(?![^{]*\})"
@@ -177,7 +178,7 @@ class CompareSection(Section):
     reference: str = Field(default="", description="name of the method to compare with; empty: the first")
     general: Annotated[
         tuple[str, ...], BeforeValidator(_texts, json_schema_input_type=str | tuple[str, ...] | None)
-    ] = Field(default=("builtin:python",), description="general text on which forgetting is measured; empty: none")
+    ] = Field(default=GENERAL, description="general text on which forgetting is measured; empty: none")
     validation_rows: Count = Field(default=64, description="most held-out rows on which rates are chosen")
     test_rows: Annotated[Integer, Field(ge=2, le=1_000_000_000)] = Field(
         default=128, description="most held-out rows on which methods are judged, none of those above"
@@ -186,6 +187,11 @@ class CompareSection(Section):
     workers: Annotated[Integer, Field(ge=1, le=1024)] = Field(
         default=1, description="runs at the same time, which share the cores"
     )
+
+    @property
+    def number_of_rates(self) -> int:
+        """How many learning rates each method tries."""
+        return self.rates if isinstance(self.rates, int) else len(self.rates)
 
     @property
     def names(self) -> Sequence[str]:
