@@ -19,15 +19,15 @@ RECORDS = BENCHMARKS / "results" / "comparisons"
 
 HEAD = """# Comparisons
 
-What `lorary compare` has measured on the built-in base: 3,049,920 parameters, in float32, on a CPU. Every method had
-the same search for its learning rate; the losses are those of test rows that no choice has seen, in nats per token,
-with 95 % intervals. Differences are taken row by row, and the interval beside a verdict holds for all differences of
-its table together. A rate marked "not tuned" is the lowest or the highest that was tried. What is forgotten is the
-rise of the loss on Python code, the text that the base was trained on. Seconds are those of a shared machine: the
-methods took turns, so that they can be compared with each other and with nothing else.
+Measured by `lorary compare` on the built-in base: 3,049,920 parameters, in float32, on a CPU. Every method had the same
+search for its learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to
+choose anything. Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of a
+table. A rate marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on
+Python code, which the base was trained on. The methods took turns on a shared machine, so compare their seconds with
+each other only.
 
-These are measurements of behaviour at a small size. Which method is best for a model of seven billion parameters they
-do not say; [what is known of that](how-to/choose-a-method.md) comes from larger runs of others.
+This is how methods behave at a small size. It does not tell which one is best for a model of seven billion parameters;
+[what is known about that](how-to/choose-a-method.md) comes from larger runs by others.
 """
 
 # record -> its heading, and what is asked
@@ -54,9 +54,9 @@ ASKED = {
 CLAIMS = """
 ## What papers claim
 
-The same question in another way: `benchmarks/claims` follows the loss in training and takes more seeds, so that it can
-tell how many steps a method takes to a loss, and what a second task does to the first. Verdicts are by the joint
-intervals; how the runs were made stands in `benchmarks/README.md`.
+`benchmarks/claims` asks the same question differently: with more seeds and the loss during training, it measures how many
+steps a method takes to reach a loss, and what a second task does to the first. The joint intervals decide;
+`benchmarks/README.md` describes the runs.
 
 """
 

@@ -20,9 +20,9 @@ from lorary.model.plan import Plan
 
 HEAD = """# Memory and parameter counts
 
-The tables that texts about LoRA usually show, computed by lorary on the models at full size: a plan needs shapes, not
-weights. `lorary plan MODEL` computes them for yours, and [the page on memory](memory.md) says how, and how far off
-it is. GB are 10⁹ bytes.
+The figures that texts about LoRA usually quote, computed by lorary for full-size models: a plan needs shapes, not
+weights. `lorary plan MODEL` computes them for your model, and [the page on memory](memory.md) explains how, and how
+accurate they are. 1 GB is 10⁹ bytes.
 
 """
 
@@ -71,13 +71,13 @@ Llama-2-7B has {numbers:,} parameters. Full fine-tuning with AdamW keeps, before
 
 {table(["bytes for each parameter", "weights", "gradients", "moments", "master", "together", "Llama-2-7B"], kept)}
 
-lorary trains in the first way or in the last. One training step of one sequence of {TOKENS:,} tokens; the adapters
-are float32 masters, and the weights are in bfloat16 where nothing else is said:
+lorary trains in the first way or in the last. The next table is for a training step of one sequence of {TOKENS:,} tokens,
+with adapters in float32, and weights in bfloat16 unless the row says otherwise:
 
 {table(["", "numbers trained", "weights", "adapters", "gradients", "optimizer", "step", "total", "checkpointed"], runs)}
 
-"Step" is what comes and goes in a step, activations and the memory of the loss; "checkpointed" is the total where the
-blocks are computed again in the backward pass. Both grow with the tokens. Another 1.4 GB go to the CUDA context.
+"Step" is the memory that a step takes and frees again: activations and the loss. "Checkpointed" is the total if the
+blocks are recomputed in the backward pass. Both grow with the number of tokens. The CUDA context takes another 1.4 GB.
 """
 
 
@@ -132,7 +132,7 @@ def _quoted_memory() -> str:
             "2.1 to 2.8 TB",
         ],
     ]
-    return f"What is often said of it:\n\n{table(['said', 'computed'], rows)}\n"
+    return f"What is often said about it:\n\n{table(['said', 'computed'], rows)}\n"
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def _baselines() -> str:
 
 {table([*head, "starts at"], rows)}
 
-"Extra multiplications" are those for one token, before merging, in percent of those in the linear layers of Llama-2-7B.
-What merges costs none after merging. They do not measure time: the two products of a bottleneck wait for the layer
-before and hold up the one after it, in every block, which its page [has measured](methods/houlsby.md). Refused:
+"Extra multiplications" are those for one token, before merging, as a share of those in the linear layers of Llama-2-7B.
+Merged methods need none. They do not measure time: in every block, the two products of a bottleneck wait for the layer
+before and delay the one after; its page [has the latency](methods/houlsby.md). Refused:
 {refused}
 
-That prefix tuning costs no latency, as some tables have it, is not so: every token attends to the prefix, whose keys
-and values stay in the cache of every sequence, and its tokens are taken from the context.
+Some tables say that prefix tuning adds no latency. It does: every token attends to the prefix, and the prefix takes up
+positions of the context.
 """
 
 

@@ -97,6 +97,21 @@ def test_plan_reads_no_weights(command: Command) -> None:
     assert "trains    448 of" in ran.out  # layer 0: q 4 (32 + 32), v 4 (16 + 32)
 
 
+def test_plan_says_when_another_machine_would_compute_in_another_precision(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(where, "is_available", lambda: False)
+    monkeypatch.setattr("lorary.model.loading.from_pretrained._cpu_is_quick", lambda dtype: False)
+    note = "this CPU has no bfloat16 arithmetic; plan for a GPU with --set model.dtype=bfloat16"
+    ran = command("plan", "builtin:base")
+    assert "weights in float32" in ran.out
+    assert f"the weights are saved in bfloat16 and compute in float32: {note}" in ran.out
+    ran = command("plan", "builtin:base", "--set", "model.dtype=bfloat16")
+    assert "weights in bfloat16" in ran.out
+    assert note not in ran.out
+
+
 def test_plan_takes_a_configuration_and_overrides(command: Command) -> None:
     base(Path("model"))
     Path("run.yaml").write_text("model: model\ndata: builtin:docstrings\nlora_r: 2\nmethod: {targets: q_proj}\n")

@@ -357,7 +357,8 @@ def test_no_export_is_advised_that_cannot_hold_the_adapter() -> None:
     """Houlsby's networks are in no other program; a prefix behind a network becomes one of PEFT's, and no LoRA."""
     model = tiny.trained(tiny.llama(), lorary.method("houlsby", m=2))
     found = lorary.check(lorary.Adapter.of(model))
-    fix = "no export helps: Bottleneck transforms the layer's output by a non-linear network, which no weight and bias can"
+    why = "transforms the layer's output by a non-linear network, which no weight and bias can"
+    fix = f"no export helps: Bottleneck {why}"
     assert [(str(v.outcome), r.fix) for v in found for r in v.reasons] == [("rejected", fix)] * len(found)
     model = tiny.llama()
     lorary.attach(model, lorary.plan(model, lorary.method("prefix-tuning", tokens=2, mlp=4)))

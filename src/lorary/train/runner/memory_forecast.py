@@ -78,6 +78,22 @@ def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
     return isinstance(module, nn.Embedding)
 
 
+def dtype_notes(config: Config, model_config: Any, advice: str = "") -> list[str]:
+    """A note if the weights compute in another precision here than they are saved in, and would on a GPU.
+
+    Args:
+        config: of the run.
+        model_config: of the base.
+        advice: at its end; `{}` is the precision.
+    """
+    saved, chosen = model_config.dtype, load_dtype(config.model, model_config)
+    if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
+        return []
+    name = str(saved).removeprefix("torch.")
+    note = f"the weights are saved in {name} and compute in float32: this CPU has no {name} arithmetic"
+    return [note + advice.format(name)]
+
+
 def workload(config: Config, model: Any) -> Workload:
     """The micro-batch of a run; DPO and reward models score a preferred and a rejected answer for every row."""
     training, kind = config.training, load_dtype(config.model, model.config)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lorary.adapters.adapter import Adapter
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
@@ -17,7 +15,7 @@ from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
 from lorary.methods.prompt_tuning import with_prompt_text
 from lorary.model.loading.checkpoint_kind import reader
-from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
@@ -32,7 +30,7 @@ from lorary.train.data.load import Data, load, load_validation
 from lorary.train.data.stream import RowStream
 from lorary.train.data.task_rows import Labels
 from lorary.train.data.tokenize import Tokens, tokenize
-from lorary.train.runner.memory_forecast import learned_positions, workload
+from lorary.train.runner.memory_forecast import dtype_notes, learned_positions, workload
 from lorary.train.runner.step_forecast import optimizer_of
 from lorary.train.runner.task_base import base_of_task, fit_positions, new_modules, with_labels
 from lorary.train.runner.trackers import require_trackers
@@ -105,7 +103,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     report.refuse()
     _refuse_rows_beyond_positions(model, plan, _longest(config, report))
     memory = _memory(config, model, plan, report)
-    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *_dtype_note(config))
+    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *dtype_notes(config, model.config))
     notes += tuple(label_notes(planned.labels)) if planned.labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
@@ -277,12 +275,3 @@ def _grpo_steps(config: Config, prompts: int, processes: int) -> int:
         fix = "lower training.batch_size or gradient_accumulation_steps, or raise num_generations"
         raise DataError("too few prompts:", [Diagnostic("data.train", what, fix)])
     return t.max_steps or math.ceil((t.epochs or 1) * (prompts // each))
-
-
-def _dtype_note(config: Config) -> list[str]:
-    model_config = load_config(config.model)
-    saved, chosen = model_config.dtype, load_dtype(config.model, model_config)
-    if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
-        return []
-    name = str(saved).removeprefix("torch.")
-    return [f"the weights are saved in {name} and compute in float32: this CPU has no {name} arithmetic"]
