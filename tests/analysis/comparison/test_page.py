@@ -15,7 +15,7 @@ import pytest
 import lorary
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.page import comparison_page
-from lorary.analysis.comparison.record import Comparison, Cost
+from lorary.analysis.comparison.record import Comparison
 from lorary.analysis.comparison.statistics import Findings, Interval, Standing, findings
 from lorary.analysis.comparison.tables import (
     as_record,
@@ -24,6 +24,7 @@ from lorary.analysis.comparison.tables import (
     quality,
     quartiles,
     runs,
+    serving,
     settings,
     summary,
     views,
@@ -149,10 +150,12 @@ def test_the_table_of_costs(found: Findings) -> None:
     row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["trained numbers"] == "87,552"
     assert row["file"] == "344.3 KiB"
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
+    assert not {"context taken", "merged", "forward pass, of the base's"} & {*table.head}
+    table = serving(found)
+    row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["merges"] == "after rounding"
     assert (row["vllm"], row["lorary"]) == ("no", "yes")
-    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
-    assert "context taken" not in table.head
 
 
 def with_cost(record: Comparison, arm: str, **changes: Any) -> Comparison:
@@ -163,7 +166,7 @@ def test_reasons_stand_in_a_table_of_their_own() -> None:
     why = "a bottleneck with a non-linearity has no weight to add to"
     record = with_cost(with_cost(comparison(), "vera", merge=why), "ia3", merge=why)
     found = findings(record)
-    assert [row[5] for row in costs(found).rows][-2:] == ["no", "no"]
+    assert [row[1] for row in serving(found).rows][-2:] == ["no", "no"]
     rows = limits(found).rows
     assert ("merging", why, "vera, ia3") in rows
     assert ("vllm", "it has no dora", "dora") in rows
@@ -177,9 +180,22 @@ def test_context_is_a_column_where_a_method_takes_some() -> None:
 
 
 def test_without_times_there_are_no_quartiles() -> None:
-    assert quartiles(None) is None
-    assert quartiles(Cost(1, 1, 1, (), "exactly")) is None
-    assert quartiles(Cost(1, 1, 1, (1.0, 2.0, 3.0, 4.0, 5.0), "exactly")) == (2.0, 3.0, 4.0)
+    assert quartiles(()) is None
+    assert quartiles((1.0, 2.0, 3.0, 4.0, 5.0)) == (2.0, 3.0, 4.0)
+
+
+def test_the_time_of_a_forward_pass_is_a_column_where_it_was_measured() -> None:
+    """One method does not merge, and the others were not measured."""
+    record = with_cost(comparison(), "dora", forward=(1.5, 1.6, 1.7), merged_forward=(1.0, 1.0, 1.0))
+    record = with_cost(record, "vera", forward=(2.0, 2.0, 2.0))
+    table = costs(findings(record))
+    rows = {row[0]: row[-2:] for row in table.rows}
+    assert table.head[-2:] == ["forward pass, of the base's", "merged"]
+    assert rows["dora"] == ["1.60 [1.55, 1.65]", "1.00 [1.00, 1.00]"]
+    assert rows["vera"] == ["2.00 [2.00, 2.00]", ""]
+    assert rows["lora"] == ["", ""]
+    dora = next(one for one in as_record(findings(record))["methods"] if one["name"] == "dora")
+    assert (dora["forward_over_base"], dora["merged_forward_over_base"]) == (1.6, 1.0)
 
 
 def test_views_of_equal_rank_and_equal_numbers(found: Findings) -> None:

@@ -93,6 +93,8 @@ class Cost:
         merge: how it merges into the base: "exactly", "to rounding", or why not.
         engines: engine -> "" if it serves the adapter, or why not.
         context: tokens of the context that it takes.
+        forward: of each timed forward pass over a test row, the seconds over those of the base beside it.
+        merged_forward: the same once merged; empty: it does not merge.
     """
 
     trained: int
@@ -102,6 +104,8 @@ class Cost:
     merge: str
     engines: Mapping[str, str] = field(default_factory=dict)
     context: int = 0
+    forward: tuple[float, ...] = ()
+    merged_forward: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
