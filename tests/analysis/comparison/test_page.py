@@ -254,7 +254,7 @@ def test_the_record_is_json(found: Findings) -> None:
 def test_all_runs_are_listed(found: Findings) -> None:
     table = runs(found)
     assert len(table.rows) == len(found.comparison.trials)
-    assert ("vera", "0.0001", "hopeless") in {(row[0], row[1], row[5]) for row in table.rows}
+    assert ("vera", "0.0001", "hopeless") in {(row[0], row[1], row[6]) for row in table.rows}
 
 
 def drawn(svg: str) -> str:

@@ -142,7 +142,7 @@ training:
 """, """\
 invalid configuration train.yaml:
   - train.yaml:4:3: unknown key `zzz` in `training`
-      hint: known: adam_beta1, adam_beta2, adam_epsilon, batch_size, bf16, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, grpo_beta, keep_best, kto_beta, label_smoothing, logging_steps, lr, max_completion_length, max_grad_norm, max_steps, neftune_noise_alpha, num_generations, optimizer, optimizer_options, reference, report_to, reward, save_steps, save_total_limit, schedule, schedule_options, seed, torch_compile, warmup, weight_decay"""),
+      hint: known: adam_beta1, adam_beta2, adam_epsilon, batch_size, bf16, data_seed, dpo_beta, early_stopping_patience, epochs, eval_batch_size, eval_steps, gradient_accumulation_steps, gradient_checkpointing, grpo_beta, keep_best, kto_beta, label_smoothing, logging_steps, lr, max_completion_length, max_grad_norm, max_steps, neftune_noise_alpha, num_generations, optimizer, optimizer_options, reference, report_to, reward, save_steps, save_total_limit, schedule, schedule_options, seed, torch_compile, warmup, weight_decay"""),
 Bad('a mistyped key of another section', """\
 model: builtin:base
 data: builtin:docstrings

@@ -1,6 +1,6 @@
 """The record of a comparison: what was trained, what was measured of it. Plain values, kept as one JSON file.
 
-A trial is one training run: a method at a learning rate, with a seed. Rates are chosen on the validation rows; a method
+A trial is one training run: a method at a learning rate, with a seed of the data's order and one of its start. Rates are chosen on the validation rows; a method
 is judged at its best rate on test rows, which no choice has seen, and which are the same for all methods and seeds.
 """
 
@@ -61,13 +61,14 @@ class Trial:
     Args:
         arm: name of its `Arm`.
         lr: peak learning rate.
-        seed: of the adapter's initialisation and the order of the data.
+        seed: of the order of the data: the same ones for all arms.
         steps: optimizer steps done.
         curve: (optimizer step, validation loss), from step 0 on.
         ending: why it has no more steps.
         test: the scores on the test rows; None unless it is one of the runs that are judged.
         general: the scores on general text, whose change from the base's is what was forgotten; likewise.
         folder: of the run, below the comparison's folder.
+        init_seed: of the adapter's initialisation and dropout: the arm's own. None: `seed`, as in earlier records.
     """
 
     arm: str
@@ -79,6 +80,7 @@ class Trial:
     test: Scores | None = None
     general: Scores | None = None
     folder: str = ""
+    init_seed: int | None = None
 
 
 @dataclass(frozen=True)

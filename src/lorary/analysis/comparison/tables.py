@@ -105,10 +105,11 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
 def runs(found: Findings) -> TextTable:
     """All runs, by method, seed and rate."""
     rows = [
-        (t.arm, f"{t.lr:.3g}", str(t.seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
-        for t in found.comparison.trials
+        (t.arm, f"{t.lr:.3g}", str(t.seed), str(t.init_seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
+        for t in (replace(t, init_seed=t.seed if t.init_seed is None else t.init_seed) for t in found.comparison.trials)
     ]
-    return TextTable("Runs", ("method", "rate", "seed", "steps", "validation loss", "ending", "folder"), rows)
+    head = ("method", "rate", "seed of the order", "of the start", "steps", "validation loss", "ending", "folder")
+    return TextTable("Runs", head, rows)
 
 
 def _last_loss(trial: Trial) -> str:

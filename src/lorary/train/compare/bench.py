@@ -19,6 +19,7 @@ from lorary.analysis.evaluation import score_labels, score_rows
 from lorary.errors import DataError, Diagnostic
 from lorary.model.loading.from_pretrained import load_model
 from lorary.train.compare.request import Request
+from lorary.train.compare.search import init_seed
 from lorary.train.config.data_section import DataSection
 from lorary.train.data import load as data
 from lorary.train.data.spread import spread
@@ -75,12 +76,13 @@ class Bench:
         Args:
             arm: its method.
             lr: its learning rate.
-            seed: of its initialisation and the order of its rows.
+            seed: of the order of its rows, and with the arm's name of its initialisation.
             folder: of the run, below the comparison's.
             training: further fields of the `training` section.
         """
         plan = self.plan(arm)
-        section = plan.config.training.model_copy(update={"lr": lr, "seed": seed, **training})
+        own = {"lr": lr, "seed": init_seed(arm.name, seed), "data_seed": seed}
+        section = plan.config.training.model_copy(update=own | training)
         output = str(self.request.folder.absolute() / folder)
         config = plan.config.model_copy(update={"training": section, "output": output})
         return dataclasses.replace(plan, config=config, held_out=self.held_out.validation)

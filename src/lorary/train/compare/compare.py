@@ -191,6 +191,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "steps": request.steps,
         "search_seed": seed,
         "judged_seeds": [(seed + k) % 2**32 for k in range(1, request.settings.seeds + 1)],
+        "initialisation": "of each method and seed: training.seed of its runs; the order of the rows is data_seed's",
         "rows": {name: len(part) for name, part in parts.items()},
         "digests": {name: _digest(part) for name, part in parts.items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

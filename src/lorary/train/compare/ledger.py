@@ -99,7 +99,7 @@ def identity(asked: Request) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
     arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}
     order = ",".join(arm.name for arm in asked.arms)  # the first one may be the reference of ranks
-    return _plain({"config": config, "settings": settings, "arms": arms, "order": order})
+    return _plain({"config": config, "settings": settings, "arms": arms, "order": order, "starts": "of each arm"})
 
 
 def _check_digests(found: Comparison | None, facts: Mapping[str, Any]) -> None:

@@ -122,6 +122,9 @@ def _config_problems(config: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("data.validation", what, "set data.validation or data.validation_split")
     if config.data.streaming:
         yield Diagnostic("data.streaming", "the runs of a comparison read the same rows again and again", "remove it")
+    if config.training.data_seed is not None:
+        what = "a comparison sets it for each of its runs, from training.seed"
+        yield Diagnostic("training.data_seed", what, "remove it, or set training.seed")
     if config.model.adapter:
         what = "an adapter to go on from brings its method, and there would be nothing to compare"
         yield Diagnostic("model.adapter", what, "remove it")

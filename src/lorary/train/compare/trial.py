@@ -30,7 +30,7 @@ class TrialJob:
     Args:
         arm: name of its arm.
         lr: learning rate.
-        seed: of the run.
+        seed: of the order of its rows, and with the arm's name of its initialisation.
         judged: whether it is scored on the test rows; only a loss that is not finite stops it early.
         rival: the curve with which it is compared after a third of its steps; empty: none.
         deadline: when it has to stop, in seconds since the epoch.
@@ -67,7 +67,8 @@ class TrialJob:
         if any(scores and not all(map(math.isfinite, scores.nats)) for scores in (test, general)):
             ending, test, general = "diverged", None, None
         shutil.rmtree(watch.folder / CHECKPOINTS, ignore_errors=True)  # once nothing can need them
-        return Trial(self.arm, self.lr, self.seed, steps, curve, ending, test, general, name)
+        own = plan.config.training.seed
+        return Trial(self.arm, self.lr, self.seed, steps, curve, ending, test, general, name, own)
 
     def _train(self, plan: Any, watch: _Watch) -> tuple[Ending, int]:
         """(why it ended, optimizer steps)."""

@@ -59,7 +59,7 @@ FLAT = {
     "model": "attn_implementation trust_remote_code dtype",
     "data": "max_length packing",
     "training": "max_steps weight_decay max_grad_norm gradient_checkpointing gradient_accumulation_steps seed bf16 "
-    "eval_steps save_steps save_total_limit logging_steps report_to adam_beta1 adam_beta2 adam_epsilon "
+    "data_seed eval_steps save_steps save_total_limit logging_steps report_to adam_beta1 adam_beta2 adam_epsilon "
     "neftune_noise_alpha torch_compile early_stopping_patience",
 }
 CANONICAL_AT_TOP = CANONICAL | {key: f"{name}.{key}" for name, keys in FLAT.items() for key in keys.split()}

@@ -60,7 +60,10 @@ class TrainingSection(Section):
         default=0.0, description="share of a target's probability that is spread over all tokens (SFT)"
     )
     seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] = Field(
-        default=42, description="seed of the data order, the initialisation and dropout"
+        default=42, description="seed of the initialisation, dropout and the order of the rows"
+    )
+    data_seed: Annotated[Integer, Field(ge=0, le=2**32 - 1)] | None = Field(
+        default=None, description="seed of the order of the rows; empty: training.seed"
     )
     logging_steps: Count = Field(default=10, description="optimizer steps between two log lines")
     eval_steps: Count | None = Field(default=None, description="optimizer steps between evaluations; empty: an epoch")
@@ -92,6 +95,11 @@ class TrainingSection(Section):
         default=None, description="GRPO: answers to each prompt, which are compared; empty: 8"
     )
     max_completion_length: Size | None = Field(default=None, description="GRPO: tokens of an answer; empty: 256")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def keeps_best(self) -> bool:

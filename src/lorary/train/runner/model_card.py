@@ -31,6 +31,7 @@ from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
 from lorary.train.config.sources import paths
+from lorary.train.config.training_section import TrainingSection
 from lorary.train.runner.result import Run
 from lorary.train.trainer.environment import versions
 
@@ -137,10 +138,16 @@ def _training(data: CardData) -> dict[str, str]:
         + (f"; {data.labelled:.1%} of the tokens are labelled" if data.labelled else ""),
         "steps": f"{data.run.steps:,} of {t.batch_size} × {t.gradient_accumulation_steps} rows, {data.tokens:,} tokens",
         "learning rate": f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}, {t.optimizer}",
-        "seed": str(t.seed),
+        "seed": seeds(t),
         "time": f"{data.run.seconds:,.0f} s in the last session",
         "memory": _memory(data.run),
     }
+
+
+def seeds(training: TrainingSection) -> str:
+    """The seed of a run, and that of the order of its rows if it is another one."""
+    other = training.order_seed != training.seed
+    return f"{training.seed}; {training.order_seed} of the order of the rows" if other else str(training.seed)
 
 
 def method_names(config: Config, plan: Plan) -> tuple[str, ...]:

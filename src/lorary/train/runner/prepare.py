@@ -192,7 +192,7 @@ def _rows(
     """(training rows, held-out rows, notes on the data, the stream of the training rows if they are streamed)."""
     section = config.data
     if data is None:
-        stream = RowStream(section, tokenizer, config.task, config.training.seed)
+        stream = RowStream(section, tokenizer, config.task, config.training.order_seed)
         examples = load_validation(section, config.task)
         held_out = tokenize(examples, tokenizer, section) if examples else None
         return stream.head, held_out, stream.notes, stream

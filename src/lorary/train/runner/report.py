@@ -39,7 +39,7 @@ from lorary.model.plan import human_bytes
 from lorary.model.rank_pruning import directions_of
 from lorary.train.config.sources import paths
 from lorary.train.runner.folder import CONFIG, REPORT, RunFolder
-from lorary.train.runner.model_card import CardData, evaluations, method_names
+from lorary.train.runner.model_card import CardData, evaluations, method_names, seeds
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.runner.result import Run
 from lorary.train.runner.samples import continuations
@@ -168,7 +168,7 @@ def _facts(data: CardData) -> Iterator[tuple[str, str]]:
     yield "batch", f"{t.batch_size} × {t.gradient_accumulation_steps} rows of at most {c.data.max_length:,} tokens"
     yield "learning rate", f"{t.lr:g}, {t.schedule}, warmup {t.warmup:g}"
     yield "optimizer", f"{t.optimizer}, weight decay {t.weight_decay:g}, gradients clipped at {t.max_grad_norm:g}"
-    yield "seed", str(t.seed)
+    yield "seed", seeds(t)
 
 
 def _memory(data: CardData) -> list[tuple[str, str, str]]:

@@ -43,7 +43,7 @@ def training_arguments(config: Config, output: Path, *, held_out: bool, resumed:
         "weight_decay": t.weight_decay,
         "max_grad_norm": t.max_grad_norm,
         "seed": t.seed,
-        "data_seed": t.seed,
+        "data_seed": t.order_seed,
         "logging_steps": t.logging_steps,
         "logging_first_step": True,
         "report_to": [name for name in t.report_to if name != "tensorboard"] or ["none"],  # its folder is the run's
