@@ -50,7 +50,7 @@ ASKED = {
     ),
 }
 BASELINES = {"baselines": "C headers", "baselines-prose": "prose"}
-SIZES = ("trained numbers", "file", "context taken", "forward pass, of the base's", "merged")
+SIZES = ("trained numbers", "file", "context taken", "forward pass / base", "merged / base")
 BEFORE = """
 ## LoRA and what came before it
 

@@ -151,7 +151,7 @@ def test_the_table_of_costs(found: Findings) -> None:
     assert row["trained numbers"] == "87,552"
     assert row["file"] == "344.3 KiB"
     assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
-    assert not {"context taken", "merged", "forward pass, of the base's"} & {*table.head}
+    assert not {"context taken", "merged / base", "forward pass / base"} & {*table.head}
     table = serving(found)
     row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["merges"] == "after rounding"
@@ -190,7 +190,7 @@ def test_the_time_of_a_forward_pass_is_a_column_where_it_was_measured() -> None:
     record = with_cost(record, "vera", forward=(2.0, 2.0, 2.0))
     table = costs(findings(record))
     rows = {row[0]: row[-2:] for row in table.rows}
-    assert table.head[-2:] == ["forward pass, of the base's", "merged"]
+    assert table.head[-2:] == ["forward pass / base", "merged / base"]
     assert rows["dora"] == ["1.60 [1.55, 1.65]", "1.00 [1.00, 1.00]"]
     assert rows["vera"] == ["2.00 [2.00, 2.00]", ""]
     assert rows["lora"] == ["", ""]
@@ -356,6 +356,7 @@ def test_the_page_has_the_verdict_first_and_all_to_repeat_it(found: Findings) ->
         "Verdict",
         "Quality",
         "Cost",
+        "Serving",
         "Equal rank",
         "Equally many trained numbers",
         "Learning rates",

@@ -232,10 +232,12 @@ def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
     yield "file", _of(found, lambda c: human_bytes(c.file_bytes))
     yield "peak memory", _of(found, lambda c: human_bytes(c.peak_bytes))
     yield "seconds per step", _of(found, lambda c: _times(c.step_seconds, short))
+    if short:
+        return
     if any(c.forward for c in known):
-        yield "forward pass, of the base's", _of(found, lambda c: _times(c.forward, short))
-    if any(c.merged_forward for c in known) and not short:
-        yield "merged", _of(found, lambda c: _times(c.merged_forward))
+        yield "forward pass / base", _of(found, lambda c: _times(c.forward))
+    if any(c.merged_forward for c in known):
+        yield "merged / base", _of(found, lambda c: _times(c.merged_forward))
     if any(c.context for c in known):
         yield "context taken", _of(found, lambda c: str(c.context))
 
