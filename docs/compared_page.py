@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import yaml
 from numbers_page import table
 
-from lorary.analysis.comparison.record import Comparison
-from lorary.analysis.comparison.statistics import findings
+from lorary.analysis.comparison.pictures import differences_svg
+from lorary.analysis.comparison.statistics import Findings, findings
 from lorary.analysis.comparison.store import read
-from lorary.analysis.comparison.tables import TextTable, costs, quality
+from lorary.analysis.comparison.tables import TextTable, costs, quality, serving
 from lorary.analysis.comparison.words import remarks, verdict
 from lorary.cli.method_page import cell
 
@@ -19,12 +20,16 @@ RECORDS = BENCHMARKS / "results" / "comparisons"
 
 HEAD = """# Comparisons
 
-Measured by `lorary compare` on the built-in base: 3,049,920 parameters, in float32, on a CPU. Every method had the same
-search for its learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to
-choose anything. Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of a
-table. A rate marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on
-Python code, which the base was trained on. The methods took turns on a shared machine, so compare their seconds with
-each other only.
+With the learning rate tuned for each of them, which methods differ? On the built-in base of 3,049,920 parameters:
+
+{answers}
+
+Everything here was measured by `lorary compare`, in float32, on a CPU. Every method had the same search for its
+learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to choose anything.
+Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of a table. A rate
+marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on Python code,
+which the base was trained on. Times are those of one small CPU, so compare them with each other only: training steps
+were timed in turns, and a forward pass (one test row, a batch of one) beside one of the base.
 
 This is how methods behave at a small size. It does not tell which one is best for a model of seven billion parameters;
 [what is known about that](how-to/choose-a-method.md) comes from larger runs by others.
@@ -32,15 +37,8 @@ This is how methods behave at a small size. It does not tell which one is best f
 
 # record -> its heading, and what is asked
 ASKED = {
-    "baselines": (
-        "LoRA and what came before it: C headers",
-        "Full fine-tuning, bottleneck adapters, prefix and prompt tuning, (IA)³, and LoRA at two sizes. BitFit is not "
-        "among them: the base has no biases.",
-    ),
-    "baselines-prose": (
-        "LoRA and what came before it: English prose",
-        "The same methods on pages of the language reference.",
-    ),
+    "baselines": ("LoRA and what came before it, on C headers", "CPython's C headers."),
+    "baselines-prose": ("LoRA and what came before it, on English prose", "Pages of the language reference."),
     "layers": (
         "Which layers",
         "LoRA of about equally many numbers at different layers: at fewer layers the rank is higher.",
@@ -51,11 +49,22 @@ ASKED = {
         "Methods whose papers claim to be better than LoRA, faster, or as good for less.",
     ),
 }
+BASELINES = {"baselines": "C headers", "baselines-prose": "prose"}
+SIZES = ("trained numbers", "file", "context taken", "forward pass / base", "merged / base")
+BEFORE = """
+## LoRA and what came before it
+
+Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on two
+tasks. BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every
+linear layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds;
+"merged" is the time of a forward pass after merging, where a method merges.
+
+"""
 CLAIMS = """
 ## What papers claim
 
-`benchmarks/claims` asks the same question differently: with more seeds and the loss during training, it measures how many
-steps a method takes to reach a loss, and what a second task does to the first. The joint intervals decide;
+`benchmarks/claims` asks the same question differently: with more seeds and the loss during training, it measures how
+many steps a method takes to reach a loss, and what a second task does to the first. The joint intervals decide;
 `benchmarks/README.md` describes the runs.
 
 """
@@ -63,8 +72,23 @@ steps a method takes to reach a loss, and what a second task does to the first. 
 
 def compared_page() -> str:
     """The page of all comparisons that are stored."""
-    sections = [_section(name) for name in ASKED if (RECORDS / f"{name}.json").exists()]
-    return "".join([HEAD, *sections, CLAIMS, _claims()])
+    found = stored()
+    answers = "\n".join(f"* **{ASKED[name][0]}:** {verdict(of)}" for name, of in found.items())
+    first = [name for name in BASELINES if name in found]
+    sections = [_baselines({name: found[name] for name in first})] if first else []
+    sections += [_section(name, of) for name, of in found.items() if name not in BASELINES]
+    return "".join([HEAD.format(answers=answers), *sections, CLAIMS, _claims()])
+
+
+@cache
+def stored() -> dict[str, Findings]:
+    """name -> the results of each comparison that is stored."""
+    return {name: findings(read(file)) for name in ASKED if (file := RECORDS / f"{name}.json").exists()}
+
+
+def picture(name: str) -> str:
+    """The differences of a comparison's methods from its first one."""
+    return differences_svg(stored()[name], stored()[name].against_reference)
 
 
 def _claims() -> str:
@@ -74,24 +98,53 @@ def _claims() -> str:
     return between.strip().partition("\n\n")[0] + "\n"
 
 
-def _section(name: str) -> str:
+def _section(name: str, of: Findings) -> str:
     title, asked = ASKED[name]
-    comparison = read(RECORDS / f"{name}.json")
-    found = findings(comparison)
-    notes = " ".join([verdict(found), *remarks(found)])
-    tables = "\n\n".join(_markdown(one) for one in (quality(found), costs(found)))
-    return f"\n## {title}\n\n{asked} {_size(comparison)}\n\n{tables}\n\n{notes}\n"
+    return f"\n## {title}\n\n{asked} {_size(of)}\n\n{_results(name, of)}\n{_costs(of)}"
 
 
-def _size(comparison: Comparison) -> str:
+def _results(name: str, of: Findings) -> str:
+    """The table of quality, the picture of the differences, the verdicts in words."""
+    text = f"The held-out loss of each method minus that of {of.reference}"
+    notes = " ".join([verdict(of), *remarks(of)])
+    return f"{_markdown(quality(of))}\n\n![{text}](pictures/compared-{name}.svg)\n\n{notes}\n"
+
+
+def _costs(of: Findings) -> str:
+    return f"\n{_markdown(costs(of))}\n\n{_markdown(serving(of))}\n"
+
+
+def _baselines(found: dict[str, Findings]) -> str:
+    """All tasks beside each other in one table, and the details of each below."""
+    first = next(iter(found.values()))
+    parts = [_columns(costs(first), {name: name for name in SIZES})]
+    for name, of in found.items():
+        own = {"held-out loss": "held-out loss", "verdict": "against LoRA", "seeds, sd": "seeds, sd"}
+        parts.append(_columns(quality(of), {head: f"{BASELINES[name]}: {here}" for head, here in own.items()}))
+    methods = [s.arm for s in first.standings]
+    heads = ["method", *(head for part in parts for head in part[methods[0]])]
+    rows = [[cell(method), *(text for part in parts for text in part.get(method, {}).values())] for method in methods]
+    details = [
+        f"\n### {ASKED[name][0]}\n\n{ASKED[name][1]} {_size(of)}\n\n{_results(name, of)}" for name, of in found.items()
+    ]
+    return f"{BEFORE}{table(heads, rows)}\n{''.join(details)}\n### Costs\n{_costs(first)}"
+
+
+def _columns(of: TextTable, named: dict[str, str]) -> dict[str, dict[str, str]]:
+    """method -> the cells of some columns, by their names here; of columns with one head, the first."""
+    places = {head: list(of.head).index(head) for head in named if head in of.head}
+    return {row[0]: {named[head]: cell(row[i]) or "–" for head, i in places.items()} for row in of.rows}
+
+
+def _size(of: Findings) -> str:
     """What was trained, and how the comparison is repeated."""
-    settings = comparison.settings
+    settings = of.comparison.settings
     training = yaml.safe_load(settings["config"])["training"]
     rows = settings["rows"]
     return (
-        f"{settings['steps']} steps of {training['batch_size']} rows each, {len(comparison.trials)} runs; rates chosen "
-        f"on {rows['validation']} rows, methods judged on {rows['test']} rows with {settings['seeds']} seeds each. "
-        f"`{settings['command']}`"
+        f"{settings['steps']} steps of {training['batch_size']} rows each, {len(of.comparison.trials)} runs; rates "
+        f"chosen on {rows['validation']} rows, methods judged on {rows['test']} rows with {settings['seeds']} seeds "
+        f"each. `{settings['command']}`"
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import typer
-from compared_page import compared_page
+from compared_page import compared_page, stored
+from compared_page import picture as compared_picture
 from method_picture import EXAMPLE, method_svg
 from numbers_page import numbers_page
 from pydantic import BaseModel
@@ -226,6 +227,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/serving.md": serving_page,
     "combinations.md": combinations_page,
     "compared.md": compared_page,
+    **{f"pictures/compared-{name}.svg": functools.partial(compared_picture, name) for name in stored()},
     "numbers.md": numbers_page,
     "methods/index.md": index_page,
     **{f"methods/{stem(name)}.md": functools.partial(written_page, name) for name in lorary.presets()},

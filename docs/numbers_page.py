@@ -71,8 +71,8 @@ Llama-2-7B has {numbers:,} parameters. Full fine-tuning with AdamW keeps, before
 
 {table(["bytes for each parameter", "weights", "gradients", "moments", "master", "together", "Llama-2-7B"], kept)}
 
-lorary trains in the first way or in the last. The next table is for a training step of one sequence of {TOKENS:,} tokens,
-with adapters in float32, and weights in bfloat16 unless the row says otherwise:
+lorary trains in the first way or in the last. The next table is for a training step of one sequence of {TOKENS:,}
+tokens, with adapters in float32, and weights in bfloat16 unless the row says otherwise:
 
 {table(["", "numbers trained", "weights", "adapters", "gradients", "optimizer", "step", "total", "checkpointed"], runs)}
 

@@ -49,7 +49,7 @@ def test_it_works_where_an_adapter_folder_does(folder: Path, command: Command, m
     assert ran.code == 0, ran.err
     ran = command("eval", "base", str(folder), *base, "--data", "rows.jsonl", "--json", "--quiet")
     assert ran.code == 0, ran.err
-    own, adapted = json.loads(ran.out)["models"]
+    own, adapted = json.loads(ran.out)["results"]
     assert own["loss"] != adapted["loss"]
     assert own["tokens"] == adapted["tokens"] == 2 * (POSITIONS - TAKEN - 1)  # the default length leaves it room
 

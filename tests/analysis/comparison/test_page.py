@@ -15,7 +15,7 @@ import pytest
 import lorary
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.page import comparison_page
-from lorary.analysis.comparison.record import Comparison, Cost
+from lorary.analysis.comparison.record import Comparison
 from lorary.analysis.comparison.statistics import Findings, Interval, Standing, findings
 from lorary.analysis.comparison.tables import (
     as_record,
@@ -24,6 +24,7 @@ from lorary.analysis.comparison.tables import (
     quality,
     quartiles,
     runs,
+    serving,
     settings,
     summary,
     views,
@@ -205,10 +206,12 @@ def test_the_table_of_costs(found: Findings) -> None:
     row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["trained numbers"] == "87,552"
     assert row["file"] == "344.3 KiB"
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
+    assert not {"context taken", "merged / base", "forward pass / base"} & {*table.head}
+    table = serving(found)
+    row = dict(zip(table.head, next(row for row in table.rows if row[0] == "dora"), strict=True))
     assert row["merges"] == "to rounding"
     assert (row["vllm"], row["lorary"]) == ("no", "yes")
-    assert re.fullmatch(r"0\.\d+ \[0\.\d+, 0\.\d+\]", row["seconds per step"])
-    assert "context taken" not in table.head
 
 
 def with_cost(record: Comparison, arm: str, **changes: Any) -> Comparison:
@@ -222,7 +225,7 @@ def test_reasons_stand_in_a_table_of_their_own() -> None:
         record = with_cost(record, arm, merge="no", merge_note="not linear")
     record = with_cost(record, "lora", merge="with an error", merge_note="logits of up to 9 change by up to 2")
     found = findings(record)
-    assert {row[0]: row[5] for row in costs(found).rows} == {
+    assert {row[0]: row[1] for row in serving(found).rows} == {
         "pissa": "exactly",
         "dora": "to rounding",
         "lora+": "exactly",
@@ -245,9 +248,22 @@ def test_context_is_a_column_where_a_method_takes_some() -> None:
 
 
 def test_without_times_there_are_no_quartiles() -> None:
-    assert quartiles(None) is None
-    assert quartiles(Cost(1, 1, 1, (), "exactly")) is None
-    assert quartiles(Cost(1, 1, 1, (1.0, 2.0, 3.0, 4.0, 5.0), "exactly")) == (2.0, 3.0, 4.0)
+    assert quartiles(()) is None
+    assert quartiles((1.0, 2.0, 3.0, 4.0, 5.0)) == (2.0, 3.0, 4.0)
+
+
+def test_the_time_of_a_forward_pass_is_a_column_where_it_was_measured() -> None:
+    """One method does not merge, and the others were not measured."""
+    record = with_cost(comparison(), "dora", forward=(1.5, 1.6, 1.7), merged_forward=(1.0, 1.0, 1.0))
+    record = with_cost(record, "vera", forward=(2.0, 2.0, 2.0))
+    table = costs(findings(record))
+    rows = {row[0]: row[-2:] for row in table.rows}
+    assert table.head[-2:] == ["forward pass / base", "merged / base"]
+    assert rows["dora"] == ["1.60 [1.55, 1.65]", "1.00 [1.00, 1.00]"]
+    assert rows["vera"] == ["2.00 [2.00, 2.00]", ""]
+    assert rows["lora"] == ["", ""]
+    dora = next(one for one in as_record(findings(record))["methods"] if one["name"] == "dora")
+    assert (dora["forward_over_base"], dora["merged_forward_over_base"]) == (1.6, 1.0)
 
 
 def test_views_of_equal_rank_and_equal_numbers(found: Findings) -> None:
@@ -408,6 +424,7 @@ def test_the_page_has_the_verdict_first_and_all_to_repeat_it(found: Findings) ->
         "Verdict",
         "Quality",
         "Cost",
+        "Serving",
         "Equal rank",
         "Equally many trained numbers",
         "Learning rates",

@@ -156,6 +156,22 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
         lambda document: document["costs"]["lora"].update(file_bytes=-1),
         "- costs.lora: a count or a time is negative or not finite",
     ),
+    "a negative time of a forward pass": (
+        lambda document: document["costs"]["lora"].update(forward=[1.0, -0.5]),
+        "- costs.lora: a count or a time is negative or not finite",
+    ),
+    "a time of a forward pass that is not finite": (
+        lambda document: document["costs"]["lora"].update(merged_forward=["inf"]),
+        "- costs.lora: a count or a time is negative or not finite",
+    ),
+    "one time instead of a list": (
+        lambda document: document["costs"]["lora"].update(forward=1.5),
+        "- costs.lora.forward: is the number 1.5, not a list",
+    ),
+    "a time in words": (
+        lambda document: document["costs"]["lora"].update(merged_forward=["fast"]),
+        "- costs.lora.merged_forward[0]: is a text, not a number",
+    ),
     "two of one name": (
         lambda document: document["arms"].append(document["arms"][0]),
         "- arms[1].name: 'lora' is the name of an earlier one",

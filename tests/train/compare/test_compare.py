@@ -18,6 +18,7 @@ from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.train.compare.bench import Bench, spread
 from lorary.train.compare.compare import compare, prepare_comparison
+from lorary.train.compare.latency import PASSES
 from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.search import best_trial
 from lorary.train.config.load import from_dict
@@ -88,6 +89,8 @@ def test_the_costs(whole: Comparison, place: Path) -> None:
     assert len(cost.step_seconds) == 4
     assert cost.peak_bytes > 4 * cost.trained
     assert cost.merge == "to rounding"
+    assert len(cost.forward) == len(cost.merged_forward) == PASSES
+    assert min(cost.forward + cost.merged_forward) > 0
     assert cost.engines["peft"] == cost.engines["vllm"] == ""
     assert cost.context == 0
     assert whole.costs[BAD.name].trained == cost.trained

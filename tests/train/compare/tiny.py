@@ -42,5 +42,8 @@ def compared(config: Config | dict[str, Any], folder: Path, *arms: Arm, **change
 def timeless(comparison: Comparison) -> Comparison:
     """The comparison without its seconds."""
     settings = {k: v for k, v in comparison.settings.items() if k not in ("seconds", "timings", "planned_seconds")}
-    costs = {name: dataclasses.replace(cost, step_seconds=()) for name, cost in comparison.costs.items()}
+    costs = {
+        name: dataclasses.replace(cost, step_seconds=(), forward=(), merged_forward=())
+        for name, cost in comparison.costs.items()
+    }
     return dataclasses.replace(comparison, settings=settings, costs=costs)

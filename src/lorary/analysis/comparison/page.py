@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from lorary.analysis.comparison import pictures
 from lorary.analysis.comparison.statistics import Findings, Interval
-from lorary.analysis.comparison.tables import TextTable, costs, limits, quality, runs, settings, views
+from lorary.analysis.comparison.tables import TextTable, costs, limits, quality, runs, serving, settings, views
 from lorary.analysis.comparison.words import level, remarks, verdict
 from lorary.analysis.html_report import (
     Block,
@@ -33,7 +33,9 @@ _QUALITY = (
 )
 _COST = (
     "At the best rate. Peak memory is counted for a training step. Seconds per step are medians with quartiles; the "
-    "methods took turns, a few steps each."
+    "methods took turns, a few steps each. A forward pass is one over a test row, a batch of one; its time is given as "
+    "a multiple of that of the base without an adapter, the two taking turns, and again with the adapter merged. "
+    "Context taken is the number of positions that the method uses up."
 )
 _TRADE = "Green diamonds: no other method is both smaller and better. Lines: the range over the seeds."
 _RATES = (
@@ -96,7 +98,8 @@ def _sections(found: Findings) -> Iterator[Section]:
     yield Section("Quality", [_table(quality(found)), Paragraph(_QUALITY)])
     if found.comparison.costs:
         reasons = [_table(table)] if (table := limits(found)).rows else []
-        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *reasons, *_trade_offs(found)])
+        yield Section("Cost", [_table(costs(found)), Paragraph(_COST), *_trade_offs(found)])
+        yield Section("Serving", [_table(serving(found)), *reasons])
     for view, about in views(found):
         yield Section(view.title, [Paragraph(about), _table(view)])
     if found.comparison.trials:

@@ -1,7 +1,8 @@
 """The record of a comparison: what was trained, what was measured of it. Plain values, kept as one JSON file.
 
-A trial is one training run: a method at a learning rate, with a seed of the data's order and one of its start. Rates are chosen on the validation rows; a method
-is judged at its best rate on test rows, which no choice has seen, and which are the same for all methods and seeds.
+A trial is one training run: a method at a learning rate, with a seed of the data's order and one of its start. Rates
+are chosen on the validation rows; a method is judged at its best rate on test rows, which no choice has seen, and
+which are the same for all methods and seeds.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Cost:
         merge_note: why it does not, or how large the error is; else empty.
         engines: engine -> "" if it serves the adapter, or why not.
         context: tokens of the context that it takes.
+        forward: of each timed forward pass over a test row, the seconds over those of the base beside it.
+        merged_forward: the same once merged; empty: it does not merge.
     """
 
     trained: int
@@ -107,6 +110,8 @@ class Cost:
     engines: Mapping[str, str] = field(default_factory=dict)
     context: int = 0
     merge_note: str = ""
+    forward: tuple[float, ...] = ()
+    merged_forward: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

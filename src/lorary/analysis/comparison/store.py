@@ -197,7 +197,8 @@ def _contradictions(comparison: Comparison) -> Iterator[Diagnostic]:
         if name not in names:
             yield Diagnostic(f"costs.{named(name)}", "no method has this name", suggestion(name, names))
         counts = (cost.trained, cost.file_bytes, cost.peak_bytes, cost.context)
-        if min(counts) < 0 or not all(0 <= seconds < math.inf for seconds in cost.step_seconds):
+        times = (*cost.step_seconds, *cost.forward, *cost.merged_forward)
+        if min(counts) < 0 or not all(0 <= seconds < math.inf for seconds in times):
             yield Diagnostic(f"costs.{named(name)}", "a count or a time is negative or not finite")
 
 

@@ -58,8 +58,15 @@ def quality(found: Findings, arms: Collection[str] = ()) -> TextTable:
 
 
 def costs(found: Findings) -> TextTable:
-    """Sizes, memory, time, merging, engines."""
+    """Sizes, memory, time, context."""
     return _table("Cost", found, [_METHOD, *_costs(found)])
+
+
+def serving(found: Findings) -> TextTable:
+    """Merging, engines."""
+    engines = dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines)
+    columns = [(engine, _of(found, lambda c, engine=engine: _served(c, engine))) for engine in engines]  # type: ignore[misc]
+    return _table("Serving", found, [_METHOD, ("merges", _of(found, lambda c: c.merge)), *columns])
 
 
 def limits(found: Findings) -> TextTable:
@@ -141,7 +148,9 @@ def as_record(found: Findings) -> dict[str, Any]:
 
 def _standing_record(found: Findings, s: Standing) -> dict[str, Any]:
     given: Cost | None = found.comparison.costs.get(s.arm)
-    seconds = quartiles(given)
+    seconds, forward, merged = (
+        quartiles(getattr(given, key, ())) for key in ("step_seconds", "forward", "merged_forward")
+    )
     return {
         "name": s.arm,
         "lr": s.lr,
@@ -157,6 +166,8 @@ def _standing_record(found: Findings, s: Standing) -> dict[str, Any]:
         "file_bytes": given.file_bytes if given else None,
         "peak_bytes": given.peak_bytes if given else None,
         "step_seconds": seconds[1] if seconds else None,
+        "forward_over_base": forward[1] if forward else None,
+        "merged_forward_over_base": merged[1] if merged else None,
         "merge": given.merge if given else None,
         "merge_note": given.merge_note or None if given else None,
         "engines": dict(given.engines) if given else {},
@@ -178,11 +189,11 @@ def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
     return {"verdict": difference.verdict, "why": difference.why or None, "pair": of_pair, "joint": joint}
 
 
-def quartiles(given: Cost | None) -> tuple[float, float, float] | None:
-    """The lower quartile, the median and the upper quartile of the seconds of a step; None without any."""
-    if given is None or not given.step_seconds:
+def quartiles(of: Sequence[float]) -> tuple[float, float, float] | None:
+    """The lower quartile, the median and the upper quartile; None of nothing."""
+    if not of:
         return None
-    low, middle, high = np.quantile(given.step_seconds, (0.25, 0.5, 0.75))
+    low, middle, high = np.quantile(of, (0.25, 0.5, 0.75))
     return float(low), float(middle), float(high)
 
 
@@ -222,28 +233,33 @@ def _diverged(found: Findings) -> Iterator[Column]:
 
 
 def _costs(found: Findings, *, short: bool = False) -> Iterator[Column]:
-    def of(text: Callable[[Cost], str]) -> Callable[[Standing], str]:
-        known = found.comparison.costs
-        return lambda s: text(known[s.arm]) if s.arm in known else ""
-
-    if not found.comparison.costs:
+    known = found.comparison.costs.values()
+    if not known:
         return
-    yield "trained numbers", of(lambda c: f"{c.trained:,}")
-    yield "file", of(lambda c: human_bytes(c.file_bytes))
-    yield "peak memory", of(lambda c: human_bytes(c.peak_bytes))
-    yield "seconds per step", of(lambda c: _seconds(c, short))
-    if not short:
-        yield "merges", of(lambda c: c.merge)
-        for engine in dict.fromkeys(name for c in found.comparison.costs.values() for name in c.engines):
-            yield engine, of(lambda c, engine=engine: _served(c, engine))  # type: ignore[misc]
-        if any(c.context for c in found.comparison.costs.values()):
-            yield "context taken", of(lambda c: str(c.context))
+    yield "trained numbers", _of(found, lambda c: f"{c.trained:,}")
+    yield "file", _of(found, lambda c: human_bytes(c.file_bytes))
+    yield "peak memory", _of(found, lambda c: human_bytes(c.peak_bytes))
+    yield "seconds per step", _of(found, lambda c: _times(c.step_seconds, short))
+    if short:
+        return
+    if any(c.forward for c in known):
+        yield "forward pass / base", _of(found, lambda c: _times(c.forward))
+    if any(c.merged_forward for c in known):
+        yield "merged / base", _of(found, lambda c: _times(c.merged_forward))
+    if any(c.context for c in known):
+        yield "context taken", _of(found, lambda c: str(c.context))
 
 
-def _seconds(given: Cost, short: bool) -> str:
-    if (found := quartiles(given)) is None:
+def _of(found: Findings, text: Callable[[Cost], str]) -> Callable[[Standing], str]:
+    """The text of a method's cost; empty if that is not known."""
+    known = found.comparison.costs
+    return lambda s: text(known[s.arm]) if s.arm in known else ""
+
+
+def _times(of: Sequence[float], short: bool = False) -> str:
+    if (found := quartiles(of)) is None:
         return ""
-    low, middle, high = (f"{seconds:#.3g}".rstrip(".") for seconds in found)
+    low, middle, high = (f"{value:#.3g}".rstrip(".") for value in found)
     return middle if short else f"{middle} [{low}, {high}]"
 
 

@@ -43,7 +43,8 @@ def remarks(found: Findings) -> Iterator[str]:
         word: [arm for arm, d in against.items() if d.verdict == word]
         for word in ("better", "worse", "no difference shown")
     }
-    if parts := [f"{word}: {names(arms)}" for word, arms in groups.items() if arms]:
+    parts = [f"{word}: {names(arms)}" for word, arms in groups.items() if arms]
+    if parts and found.reference != found.best:  # else the verdict has said so
         yield f"Compared with {found.reference}: {'; '.join(parts)}."
     if halves := [d.joint.high - d.joint.value for d in against.values() if d.verdict == "no difference shown"]:
         scale, unit = (100, "percentage points") if found.measure == "accuracy" else (1, "nats per token")

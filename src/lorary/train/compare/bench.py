@@ -143,18 +143,22 @@ class Bench:
             "pad": self.any_plan.tokenizer.pad_token_id or 0,
         }
         if config.task == "classification":
-            test = score_labels(_on_device(self.trained(folder)), rows.test, **options) if folder else None
+            test = score_labels(on_device(self.trained(folder)), rows.test, **options) if folder else None
             return test, None
-        model = _on_device(self.trained(folder) if folder else load_model(config.model))
+        model = on_device(self.trained(folder) if folder else load_model(config.model))
         general = score_rows(model, rows.general, **options) if rows.general else None
         return score_rows(model, rows.test, **options), general
 
     def trained(self, folder: str) -> Any:
         """The base with the adapter in a folder of the comparison, in evaluation mode."""
-        path, section = self.request.folder / folder, self.any_plan.config.model
-        model = load_base(section, path, load_adapter(path))
-        put_on(model, path)
+        model = self.base_of(folder)
+        put_on(model, self.request.folder / folder)
         return model
+
+    def base_of(self, folder: str) -> Any:
+        """The base of the adapter in a folder of the comparison, in evaluation mode."""
+        path = self.request.folder / folder
+        return load_base(self.any_plan.config.model, path, load_adapter(path))
 
 
 def run_name(request: Request, arm: str, lr: float, seed: int) -> str:
@@ -164,7 +168,7 @@ def run_name(request: Request, arm: str, lr: float, seed: int) -> str:
     return f"runs/{f'{number:02d}-{word}'.rstrip('-')}/lr-{lr:g}-seed-{seed}"
 
 
-def _on_device(model: Any) -> Any:
+def on_device(model: Any) -> Any:
     """The model on the GPU, if there is one."""
     return model.to("cuda") if torch.cuda.is_available() else model
 

@@ -1,4 +1,4 @@
-"""The costs of the arms at their best rates: numbers, bytes, seconds, merging, engines, context."""
+"""The costs of the arms at their best rates: numbers, bytes, seconds, latency, merging, engines, context."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.analysis.comparison.record import Cost, Merge, Trial
 from lorary.analysis.merge_check import MergeCheck
 from lorary.errors import LoraryError
+from lorary.layers.adapted import adapted_layers
 from lorary.model.loading.from_pretrained import skeleton
-from lorary.train.compare.bench import Bench
+from lorary.train.compare.bench import Bench, on_device
+from lorary.train.compare.latency import over_base
 from lorary.train.compare.timing import Timing
 from lorary.train.runner.folder import ADAPTER
 
@@ -31,7 +33,11 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
     """
     plan, folder = bench.plan(bench.request.arm(trial.arm)), f"{trial.folder}/{ADAPTER}"
     path = bench.request.folder / folder
-    merge, note = _merge(bench, folder)
+    base, model = on_device(bench.base_of(folder)), on_device(bench.trained(folder))
+    rows: list[Any] = [list(row["input_ids"]) for row in bench.held_out.test[:_ROWS]]
+    longest = max(rows, key=len)
+    forward = over_base(base, model, longest)
+    merge, note = _merge(model, rows)
     verdicts = check(path, model=skeleton(plan.config.model, plan.base))
     return Cost(
         trained=plan.plan.trainable,
@@ -42,13 +48,13 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
         merge_note=note,
         engines={v.reader: "; ".join(str(reason) for reason in v.reasons) for v in verdicts},
         context=max((getattr(site.join, "tokens", 0) for site in plan.plan.sites), default=0),
+        forward=forward,
+        merged_forward=() if adapted_layers(model) else over_base(base, model, longest),
     )
 
 
-def _merge(bench: Bench, folder: str) -> tuple[Merge, str]:
-    """(how the adapter merges, why it does not or how large the error is)."""
-    model = bench.trained(folder)
-    rows: list[Any] = [list(row["input_ids"]) for row in bench.held_out.test[:_ROWS]]
+def _merge(model: Any, rows: list[Any]) -> tuple[Merge, str]:
+    """(how an adapter merges into the base, which it does here; why it does not, or how large the error is)."""
     before = MergeCheck.of(model, rows)
     try:
         report = before.merge(model)
