@@ -105,6 +105,23 @@ def scored(**values: Any) -> Callable[[Document], object]:
 
 
 WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
+    "a merge of another kind": (
+        lambda document: document["costs"]["lora"].update(merge="often"),
+        "- costs.lora.merge: is 'often', not 'exactly' or 'to rounding' or 'with an error' or 'no'",
+    ),
+    "a merge that is no text": (
+        lambda document: document["costs"]["lora"].update(merge=True),
+        "- costs.lora.merge: is true, not 'exactly' or 'to rounding' or 'with an error' or 'no'",
+    ),
+    "a budget as the ending": (
+        lambda document: document["trials"][0].update(ending="budget"),
+        "- trials[0].ending: is 'budget', not 'finished' or 'diverged' or 'hopeless'",
+    ),
+    "costs that are no object": (changed(costs=[1]), "- costs: is a list, not an object"),
+    "a cost that is no object": (
+        lambda document: document["costs"].update(lora=3),
+        "- costs.lora: is the number 3, not an object",
+    ),
     "another format": (
         changed(format="peft"),
         '- is not a comparison: it has no "format": "lorary-comparison"\n      hint: name the file that compare wrote',
