@@ -79,19 +79,18 @@ COMPARISONS = {
 LR = 2e-3  # LoRA's best by the page of claims; the centres of all other methods move by the same factor
 
 
-def run(name: str, asked: Asked, folder: Path, small: bool) -> None:
-    """Run a comparison, or go on with it, and store its record."""
-    tree = {
+def tree(asked: Asked) -> dict[str, Any]:
+    """The configuration of all runs of a comparison."""
+    return {
         "model": "builtin:base",
         "data": {"train": asked.data, "validation": asked.data, "max_length": 128},
-        "training": {
-            "max_steps": 2 if small else asked.steps,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "lr": LR,
-        },
-        "output": str(folder / name),
+        "training": {"max_steps": asked.steps, "batch_size": 4, "gradient_accumulation_steps": 1, "lr": LR},
     }
+
+
+def run(name: str, asked: Asked, folder: Path, small: bool, command: str = "") -> None:
+    """Run a comparison, or go on with it, and store its record with the command that repeats it."""
+    asked = dataclasses.replace(asked, steps=2) if small else asked
     arms = [
         Arm(arm, {key: value for key, value in method.items() if key != "rates"}, method.get("rates", ()))
         for arm, method in asked.arms.items()
@@ -100,14 +99,15 @@ def run(name: str, asked: Asked, folder: Path, small: bool) -> None:
     settings = Settings(**few) if small else Settings(validation_rows=32, test_rows=96, general_rows=48)
     with Progress() as progress:
         task = progress.add_task(name)
+        config = from_dict(tree(asked) | {"output": str(folder / name)})
         found = compare(
-            from_dict(tree), arms, settings, folder / name, progress=lambda **change: progress.update(task, **change)
+            config, arms, settings, folder / name, progress=lambda **change: progress.update(task, **change)
         )
     if small or found.left_out:
         print(f"{name}: {found.left_out or 'runs'}")
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/compared.py --only {name}"
+    command = command or f"python benchmarks/compared.py --only {name}"
     kept = {key: value for key, value in found.settings.items() if key != "request"}
     kept["config"] = re.sub(r"^output: .*\n", "", kept["config"], flags=re.MULTILINE)  # a folder of this machine
     trials = tuple(dataclasses.replace(trial, folder="") for trial in found.trials)
