@@ -107,6 +107,15 @@ def with_biases(folder: Path) -> Path:
     return path
 
 
+def tree(asked: Asked, model: str = "builtin:base") -> dict[str, Any]:
+    """The configuration of all runs of a comparison."""
+    return {
+        "model": model,
+        "data": {"train": asked.data, "validation": asked.data, "max_length": 128},
+        "training": {"max_steps": asked.steps, "batch_size": 4, "gradient_accumulation_steps": 1, "lr": LR},
+    }
+
+
 def compared(
     name: str, asked: Asked, folder: Path, small: bool, rates: Mapping[str, tuple[float, ...]] | None = None
 ) -> Comparison:
@@ -118,38 +127,28 @@ def compared(
         small: a few steps and rows.
         rates: arm -> its learning rates, if not those of `asked`.
     """
-    tree = {
-        "model": str(with_biases(folder)) if asked.biases else "builtin:base",
-        "data": {"train": asked.data, "validation": asked.data, "max_length": 128},
-        "training": {
-            "max_steps": 2 if small else asked.steps,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "lr": LR,
-        },
-        "output": str(folder / name),
-    }
+    asked = dataclasses.replace(asked, steps=2) if small else asked
     arms = [
         Arm(arm, {k: v for k, v in method.items() if k != "rates"}, (rates or {}).get(arm, method.get("rates", ())))
         for arm, method in asked.arms.items()
     ]
     few = {"rates": 1, "outward": 0, "seeds": 1, "validation_rows": 2, "test_rows": 4, "general_rows": 2}
     settings = Settings(**few) if small else Settings(validation_rows=32, test_rows=96, general_rows=48)
+    model = str(with_biases(folder)) if asked.biases else "builtin:base"
+    config = from_dict(tree(asked, model) | {"output": str(folder / name)})
     with Progress() as progress:
         task = progress.add_task(name)
-        return compare(
-            from_dict(tree), arms, settings, folder / name, progress=lambda **change: progress.update(task, **change)
-        )
+        return compare(config, arms, settings, folder / name, progress=lambda **change: progress.update(task, **change))
 
 
-def run(name: str, asked: Asked, folder: Path, small: bool) -> None:
-    """Run a comparison, or go on with it, and store its record."""
+def run(name: str, asked: Asked, folder: Path, small: bool, command: str = "") -> None:
+    """Run a comparison, or go on with it, and store its record with the command that repeats it."""
     found = compared(name, asked, folder, small)
     if small or found.left_out:
         print(f"{name}: {found.left_out or 'runs'}")
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/compared.py --only {name}"
+    command = command or f"python benchmarks/compared.py --only {name}"
     kept = {key: value for key, value in found.settings.items() if key != "request"}
     kept["config"] = re.sub(r"^output: .*\n", "", kept["config"], flags=re.MULTILINE)  # a folder of this machine
     if asked.biases:

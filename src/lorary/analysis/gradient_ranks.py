@@ -139,9 +139,16 @@ def _backward(model: Any, batch: Mapping[str, Any]) -> None:
         if not isinstance(loss, Tensor):
             raise DataError(_HEADLINE, [Diagnostic("batch", "the model's output has no loss", "add labels")])
         if not bool(torch.isfinite(loss)):
-            what = f"the loss is {float(loss.detach()):g}"
-            raise TrainingError(_HEADLINE, [Diagnostic("batch", what, "has the batch a label in every row?")])
+            raise TrainingError(_HEADLINE, _why_not_finite(model, float(loss.detach())))
         loss.backward()
+
+
+def _why_not_finite(model: nn.Module, loss: float) -> list[Diagnostic]:
+    """The weights that are not finite; if all are, the batch."""
+    fix = "the checkpoint is damaged: load the model again"
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    found = [Diagnostic(name, "holds numbers that are not finite", fix) for name in bad]
+    return found or [Diagnostic("batch", f"the loss is {loss:g}", "has the batch a label in every row?")]
 
 
 @contextmanager

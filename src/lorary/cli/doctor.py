@@ -81,7 +81,7 @@ def devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
             detail = f"{torch.cuda.get_device_name(i)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {bf16}"
             yield Finding("ok", f"cuda:{i}", detail)
     elif torch.version.cuda:

@@ -7,10 +7,11 @@ from typing import Any
 from lorary.errors import ConfigError
 from lorary.train.advice.advice import Advice
 from lorary.train.advice.draft import Draft
-from lorary.train.advice.facts import Facts, read
+from lorary.train.advice.facts import read
 from lorary.train.advice.fit import fit
 from lorary.train.advice.gradient import gradient_ranks
 from lorary.train.advice.machine import Machine
+from lorary.train.advice.precision import precision_rules
 from lorary.train.advice.rules import DATA, data_rules, method_rules, training_rules
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
@@ -37,7 +38,7 @@ def advise(config: Config, machine: Machine | None = None, *, ranks: str = "unif
     data_rules(draft, facts)
     method_rules(draft, facts)
     training_rules(draft, facts)
-    _precision(draft, facts, machine)
+    precision_rules(draft, subject, machine)
     fit(draft, subject, machine)
     if ranks == "gradient":
         gradient_ranks(draft, subject)
@@ -45,14 +46,3 @@ def advise(config: Config, machine: Machine | None = None, *, ranks: str = "unif
     if problems := contradictions(final.resolve()):
         raise ConfigError("the advised configuration contradicts what you have set:", problems)
     return Advice(final, tuple(draft.recommendations), tuple(draft.warnings), subject.notes, facts)
-
-
-def _precision(draft: Draft, facts: Facts, machine: Machine) -> None:
-    """Computation in bfloat16 on a GPU, whatever the weights are saved in."""
-    half: Any = facts.dtype == "float32" and machine.gpu and draft.value("model.dtype") in ("auto", "float32")
-    reason = f"the weights are saved in {facts.dtype}"
-    if half:
-        reason += ", and a GPU computes in bfloat16 several times as fast"
-    elif facts.computes != facts.dtype and not machine.gpu:
-        reason += f"; this processor computes them in {facts.computes}"
-    draft.recommend("training.bf16", bool(half), reason, "docs/how-to/large-models.md")

@@ -20,22 +20,25 @@ class Machine:
     Args:
         gpu: whether it is a GPU; otherwise the processor with the computer's memory.
         bytes: its memory.
+        bf16: whether a GPU has arithmetic in bfloat16, as NVIDIA's have from Ampere (2020) on. Older ones emulate it.
     """
 
     gpu: bool
     bytes: int
+    bf16: bool = True
 
     @classmethod
     def here(cls, gigabytes: float | None = None) -> Machine:
         """This machine's GPU, or else its processor.
 
         Args:
-            gigabytes: the memory of a GPU to advise for instead, in GB.
+            gigabytes: the memory of a GPU to advise for instead, in GB; its arithmetic is taken for a recent one's.
         """
         if gigabytes is not None:
             return cls(True, int(gigabytes * GB))
         if torch.cuda.is_available():
-            return cls(True, int(torch.cuda.get_device_properties(0).total_memory))
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return cls(True, int(torch.cuda.get_device_properties(0).total_memory), native)
         return cls(False, int(psutil.virtual_memory().total))
 
     def need(self, forecast: Forecast) -> int:

@@ -7,8 +7,10 @@ A public sweep of 35 models (batch 128, 780 steps) puts the best fixed rate at 3
 most.
 
 The rate follows the square root of the batch. A batch is counted in tokens in the loss, which decide how noisy its
-gradient is: 16 short answers are a smaller batch than 16 texts. Between 16 answers of 64 tokens and the sweep (128
-rows of about 500) one rate serves. The factor for short runs is left out where rows are seen again: these overfit.
+gradient is: 16 short answers are a smaller batch than 16 texts. Between 4 answers of 64 tokens, the least batch that is
+advised for ordinary answers, and the sweep (128 rows of about 500) one rate serves. In doubt the rate is rather too
+high: with the best evaluation kept this costs little, while too low a rate ends before it has learned. The factor for
+short runs is left out where rows are seen again: these overfit.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 FIXED = 3e-4  # for other families
 SWEPT = 1000  # the least hidden size in the sweep, about
 SHORT, SHORT_FACTOR = 100, 1.5  # steps; 15 / 10
-TOKENS = (16 * 64, 128 * 512)  # in the loss of a step: short answers in practice, and the sweep
+TOKENS = (4 * 64, 128 * 512)  # in the loss of a step: the least batch of ordinary answers, and the sweep
 
 TINKER = "Tinker's rule, tinker-cookbook hyperparam_utils.py"
 SWEEP = "sweep of 35 models, tinker-cookbook sft_sweep.md"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lorary.errors import ConfigError, Diagnostic
 from lorary.methods.lora import LowRank
 from lorary.train.advice import rates
 from lorary.train.advice.draft import Draft
@@ -21,6 +22,8 @@ RANK, ALPHA, HIGHEST_RANK = 32, 32.0, 128
 BATCH, LARGE_BATCH, LEAST_BATCH, MICRO_BATCH = 16, 32, 4, 8
 MANY_ROWS = 100_000  # from here on the larger batch
 EPOCHS = ((1_000, 3.0), (10_000, 2.0))  # below so many rows -> epochs; else 1
+EVALUATIONS = 4  # in an epoch, where the best of them is kept
+EXTENDED = 25  # times the context that LongLoRA was shown at: 4,096 to 100,000 tokens
 REPEATED = 4  # passes over the same row after which it teaches little
 TEXT_ROW = 2048  # tokens of a row of plain text at most: attention is quadratic
 ROW_TOKENS = 64  # that a row counts for where its answer is a label or a preference
@@ -29,14 +32,21 @@ FEW_HELD_OUT = 20
 
 
 def data_rules(draft: Draft, facts: Facts) -> None:
-    """The length of a row, and what becomes of longer ones; LongLoRA where the context is too short; validation."""
+    """The length of a row, and what becomes of longer ones; LongLoRA where the context is too short; validation.
+
+    Raises:
+        ConfigError: no row is short enough.
+    """
     length = _length(draft, facts)
     over = sum(n > length for n in facts.ordered)
     if over and not facts.plain:
         labelled = facts.task == "classification"
         why = "the label holds for the beginning of a text too" if labelled else "a cut answer has no end"
         reason = f"{over:,} of {len(facts.ordered):,} rows are longer than {length:,} tokens; {why}"
-        draft.recommend("data.overlong", "truncate" if labelled else "drop", reason, DATA)
+        chosen = draft.recommend("data.overlong", "truncate" if labelled else "drop", reason, DATA)
+        if chosen == "drop" and min(facts.lengths) > length:
+            what = f"all {facts.rows:,} rows are longer than {length:,} tokens, and none is left to train on"
+            raise ConfigError("cannot advise:", [Diagnostic("data.train", what, "shorten or split the texts")])
     _validation(draft, facts)
     _packing(draft, facts, length)
 
@@ -57,6 +67,9 @@ def _length(draft: Draft, facts: Facts) -> int:
     if facts.plain or share <= 0.01 or not facts.scalable or facts.task != "sft":
         return int(draft.recommend("data.max_length", facts.context, f"{reason}, and {short}", MODEL))
     longer = facts.context * math.ceil(length / facts.context)
+    if longer > EXTENDED * facts.context:
+        short += f"; LongLoRA has been shown up to {EXTENDED} times as many"
+        return int(draft.recommend("data.max_length", facts.context, f"{reason}, and {short}", LONGLORA))
     why = f"{share:.0%} of the rows are longer than the {facts.context:,} tokens that the model reads"
     if tuple(draft.recommend("method.name", ("longlora",), why, LONGLORA)) == ("longlora",):
         draft.recommend("method.options", {"length": longer}, f"the next multiple of {facts.context:,}", LONGLORA)
@@ -150,7 +163,10 @@ def training_rules(draft: Draft, facts: Facts) -> None:
         draft.recommend("training.epochs", epochs, f"{rows:,} rows: 1 to 3 passes, fewer over more rows", PRACTICE)
     batch = _batch(draft, facts, rows)
     steps = _steps(draft, rows, batch)
-    _rate(draft, facts, rows, batch, steps)
+    repeats = steps * batch > 1.5 * rows
+    _rate(draft, facts, rows, batch, steps, repeats)
+    if repeats:
+        _keep_best(draft, facts, rows, batch)
     warmup = 0.03 if steps >= 300 else 0.05
     draft.recommend("training.warmup", warmup, f"a share of {steps:,} steps; short, as B starts at zero", PRACTICE)
     if steps < rates.SHORT:
@@ -203,11 +219,22 @@ def _steps(draft: Draft, rows: int, batch: int) -> int:
     return int(most or math.ceil((draft.value("training.epochs") or 1) * math.ceil(rows / batch)))
 
 
-def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int) -> None:
+def _keep_best(draft: Draft, facts: Facts, rows: int, batch: int) -> None:
+    """The adapter of the best evaluation, with evaluations often enough to find it."""
+    if not (facts.held_out or draft.value("data.validation_split")) or draft.value("training.early_stopping_patience"):
+        return
+    reason = "rows are seen again: the held-out loss rises once they are learned by heart"
+    kept = draft.recommend("training.keep_best", True, reason, rates.BUILTIN)
+    if kept and not draft.is_given("training.save_steps"):
+        every = math.ceil(rows / batch / EVALUATIONS)
+        draft.recommend("training.eval_steps", every, f"{EVALUATIONS} evaluations in an epoch", rates.BUILTIN)
+
+
+def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int, repeats: bool) -> None:
     """The learning rate: LoRA's, times the factors of the task and of the method."""
     held_out = 0.0 if facts.held_out else draft.value("data.validation_split") or 0.0
     per_row = facts.answers * (1 - held_out) / rows if facts.task == "sft" else ROW_TOKENS
-    tokens, repeats = max(round(batch * per_row), 1), steps * batch > 1.5 * rows
+    tokens = max(round(batch * per_row), 1)
     found = rates.lora_rate(facts.family, facts.hidden, tokens, steps, repeats=repeats)
     names = draft.config.method.names
     factor = default_lr(facts.task, names) / LORA_LR

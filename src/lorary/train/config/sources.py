@@ -60,7 +60,8 @@ def _tag(value: Any) -> str:
     return "[source]" if isinstance(value, dict | Source) else "[path]"
 
 
-_Written = Annotated[Annotated[str, Tag("[path]")] | Annotated[Source, Tag("[source]")], Discriminator(_tag)]
+_Path = Annotated[str, Field(min_length=1), Tag("[path]")]
+_Written = Annotated[_Path | Annotated[Source, Tag("[source]")], Discriminator(_tag)]
 _Several = tuple[_Written, ...]
 Sources = Annotated[
     _Several, BeforeValidator(_as_list, json_schema_input_type=str | Source | _Several), Field(min_length=1)
