@@ -25,6 +25,7 @@ from tests.cli.bad_comparisons import TABLE, Bad
 from tests.cli.command import Command
 from tests.cli.comparisons import fill
 from tests.train.compare.tiny import timeless, tree
+from tests.train.tasks import LABELLED, rows, saved
 
 METHODS = "lora:r=2,slow=lora:r=2:rates=[1e-6,3e-6,1e-5]"
 ASKED = ("--methods", METHODS, "--rates", "1e-3,1e-2,3e-2", "--seeds", "2", "--general", "general.jsonl")
@@ -40,13 +41,13 @@ def config(tmp_path: Path, command: Command) -> Path:
 
 
 @contextmanager
-def interrupted_at(runs: int, record: Path) -> Iterator[None]:
-    """Inside, this process gets Ctrl-C once so many runs are recorded."""
+def interrupted_at(runs: int, record: Path, number: int = signal.SIGINT) -> Iterator[None]:
+    """Inside, this process gets Ctrl-C, or another signal, once so many runs are recorded."""
 
     def watch() -> None:
         while not over.wait(0.02):
             if record.is_file() and record.read_text().count('"ending"') >= runs:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
                 return
 
     over, thread = threading.Event(), threading.Thread(target=watch)
@@ -111,6 +112,46 @@ def test_a_comparison_from_its_announcement_to_its_page(command: Command, config
     assert (first["name"], first["against_reference"]["verdict"]) == ("lora:r=2", "better")
     assert second["name"] == "slow"
     assert {found["page"], found["record"]} == {"comparison/comparison.html", "comparison/comparison.json"}
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(command: Command, config: Path) -> None:
+    """And the same command goes on."""
+    record = config.parent / "comparison" / "comparison.json"
+    asked = ("c.yaml", "-m", "lora:r=2", *ASKED[2:4], "--seeds", "1", "--set", "compare.general=[]")
+    with interrupted_at(1, record, signal.SIGTERM):
+        stopped = command("compare", *asked)
+    assert (stopped.code, stopped.out) == (143, "")
+    assert stopped.err.splitlines()[-1] == (
+        "note: stopped; the same command goes on, and so does: lorary compare comparison --resume"
+    )
+    begun = store.read(record).trials
+    assert 1 <= len(begun) < 4
+    done = command("compare", *asked)
+    assert done.code == 0, done.err
+    whole = store.read(record).trials
+    assert set(begun) < set(whole)
+    assert len(whole) == 4
+
+
+def test_classifiers_are_compared_by_their_accuracy(command: Command, tmp_path: Path) -> None:
+    """Accuracy with its interval, on the terminal, in JSON and on the page."""
+    training = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 1}
+    words: dict[str, object] = {"model": saved(tmp_path, "BertModel"), "task": "classification", "training": training}
+    words["data"] = {"train": rows(tmp_path, LABELLED), "validation_split": 0.5, "max_length": 32}
+    words["compare"] = {"outward": 0, "seeds": 2, "rates": [3e-3, 1e-2, 3e-2]}
+    (tmp_path / "c.yaml").write_text(dump(words))
+    done = command("compare", "c.yaml", "-m", "lora:r=2,bitfit", "--quiet")
+    assert done.code == 0, done.err
+    title, head, *lines = done.out.splitlines()
+    assert (title, head.split()[:4]) == ("Comparison", ["method", "held-out", "loss", "accuracy"])
+    assert "forgotten" not in head
+    shown = {line.split()[0]: line for line in lines[:2]}
+    for method in json.loads(command("compare", "comparison", "--json").out)["methods"]:
+        low, value, high = (method["accuracy"][key] for key in ("low", "value", "high"))
+        assert 0 <= low <= value <= high <= 1
+        assert f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]" in shown[method["name"]]
+    page = (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    assert "Classifiers are judged by their accuracy" in page
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
