@@ -33,8 +33,9 @@ from lorary.train.compare.ledger import FILE
 from lorary.train.config.yaml_source import dump
 
 RESULTS = Path(__file__).parent / "results" / "compare_eight.json"
-METHODS = ("lora", "dora", "pissa", "lora+", "adalora", "vera:r=64", "houlsby", "ia3")
+METHODS = ("lora:r=8", "dora:r=8", "pissa:r=8", "lora+:r=8", "adalora:r=12:target=8", "vera:r=64", "houlsby", "ia3")
 SEARCH, ROWS = {"rates": 3, "seeds": 2, "outward": 0}, {"validation_rows": 32, "test_rows": 96, "general_rows": 48}
+BATCH = {"batch_size": 4, "eval_batch_size": 16, "gradient_accumulation_steps": 1}
 STEPS, REPEATED = 40, 3
 Record = dict[str, Any]
 
@@ -44,8 +45,7 @@ def configuration(steps: int, workers: int) -> Record:
     return {
         "model": "builtin:base",
         "data": {"train": "builtin:c-headers", "validation": "builtin:c-headers", "max_length": 128},
-        "method": {"r": 8},
-        "training": {"max_steps": steps, "batch_size": 4, "eval_batch_size": 16, "gradient_accumulation_steps": 1},
+        "training": {"max_steps": steps, "lr": 2e-3} | BATCH,
         "compare": SEARCH | ROWS | {"methods": ",".join(METHODS), "workers": workers},
     }
 

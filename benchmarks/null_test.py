@@ -40,7 +40,7 @@ KINDS = {  # kind -> (the second arm, the verdict on it, comparisons)
     "worse": (Arm("LoRA, rates ÷ 100", LORA, tuple(rate / 100 for rate in RATES)), "worse", 5),
     "better": (Arm("LoRA, q alone", Q_ALONE, RATES), "worse", 5),
 }
-STEPS, ROWS, LENGTH = 16, 200, 48
+STEPS, ROWS, LENGTH = 16, 200, 64
 Record = dict[str, Any]
 
 

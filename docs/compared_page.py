@@ -80,10 +80,14 @@ def compared_page() -> str:
     return "".join([HEAD.format(answers=answers), *sections, CLAIMS, _claims()])
 
 
-@cache
 def stored() -> dict[str, Findings]:
     """name -> the results of each comparison that is stored."""
-    return {name: findings(read(file)) for name in ASKED if (file := RECORDS / f"{name}.json").exists()}
+    return _results(RECORDS)
+
+
+@cache
+def _results(folder: Path) -> dict[str, Findings]:
+    return {name: findings(read(file)) for name in ASKED if (file := folder / f"{name}.json").exists()}
 
 
 def picture(name: str) -> str:

@@ -306,19 +306,23 @@ def test_a_reference_with_diverged_seeds_is_never_better() -> None:
 
 
 def test_two_methods_with_diverged_seeds_are_not_compared() -> None:
-    record = diverged(diverged(comparison({"lora": 0.0, "bad": 0.3}), "lora"), "bad")
+    record = diverged(diverged(comparison({"lora": 0.0, "bad": 0.3}, seeds=3), "lora"), "bad")
     found = findings(record)
     assert found.best == "lora"
     assert (found.against_best["bad"].verdict, found.against_best["bad"].why) == (
         "not judged",
-        "1 of 2 seeds of lora diverged",
+        "1 of 3 seeds of lora diverged",
     )
 
 
 def test_a_method_whose_judged_seeds_all_diverge_is_not_judged() -> None:
-    found = findings(diverged(comparison({"lora": 0.0, "good": -0.3}), "good", seeds=2))
+    record = comparison({"lora": 0.0, "good": -0.3}, seeds=3)
+    search = next(run for run in record.trials if run.arm == "good" and run.test)  # at the best rate, not judged
+    unjudged = replace(search, test=None, general=None)
+    trials = tuple(unjudged if run is search else run for run in record.trials)
+    found = findings(diverged(replace(record, trials=trials), "good", seeds=2))
     assert [(s.arm, s.seeds, s.diverged, s.loss is None) for s in found.standings] == [
-        ("lora", 2, 0, False),
+        ("lora", 3, 0, False),
         ("good", 0, 2, True),
     ]
 

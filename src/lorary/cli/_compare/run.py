@@ -54,7 +54,7 @@ def _run(asked: Asked, folder: Path, switches: Mapping[str, bool], *, as_json: b
     try:
         with steps_bar(ready, quiet=quiet) as progress, _logging(quiet):
             done = run_comparison(ready, progress)
-    except KeyboardInterrupt:  # between two runs
+    except KeyboardInterrupt:  # before the first run
         _stopped(folder, signal.SIGINT)
     if done.signal:
         _stopped(folder, done.signal)

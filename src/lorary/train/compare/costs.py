@@ -11,7 +11,6 @@ from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.analysis.comparison.record import Cost, Merge, Trial
 from lorary.analysis.merge_check import MergeCheck
 from lorary.errors import LoraryError
-from lorary.layers.adapted import adapted_layers
 from lorary.model.loading.from_pretrained import skeleton
 from lorary.train.compare.bench import Bench, on_device
 from lorary.train.compare.latency import over_base
@@ -49,7 +48,7 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
         engines={v.reader: "; ".join(str(reason) for reason in v.reasons) for v in verdicts},
         context=max((getattr(site.join, "tokens", 0) for site in plan.plan.sites), default=0),
         forward=forward,
-        merged_forward=() if adapted_layers(model) else over_base(base, model, longest),
+        merged_forward=() if merge == "no" else over_base(base, model, longest),
     )
 
 

@@ -119,7 +119,7 @@ class Course:
         """The scores of the base."""
         if self.ledger.comparison.base_test is None and self.request.config.task == "sft":
             self._describe("the base")
-            test, general = BaseJob().run(self.bench, self.tell)
+            test, general = self.workers.here(BaseJob())
             self.ledger.note(base_test=test, base_general=general)
 
     def _search(self) -> None:
@@ -189,7 +189,7 @@ class Course:
             for trial in trials:
                 if time.time() > self.deadline:
                     raise Stopped("the budget is used up")
-                timing = TimingJob(trial.arm, trial.lr, trial.seed, TIMED).run(self.bench, self.tell)
+                timing = self.workers.here(TimingJob(trial.arm, trial.lr, trial.seed, TIMED))
                 if isinstance(timing, Timing):
                     turns[trial.arm].append(timing)
                 else:

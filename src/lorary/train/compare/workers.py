@@ -28,7 +28,7 @@ _POLL = 0.2  # seconds between two looks for a signal
 
 
 class Workers:
-    """A context in which jobs are done. A job has `run(bench, tell)`.
+    """A context in which jobs are done, and a signal stops them, also between two. A job has `run(bench, tell)`.
 
     Args:
         request: the comparison.
@@ -39,13 +39,16 @@ class Workers:
     def __init__(self, request: Request, bench: Bench, tell: Callable[[int], None]) -> None:
         self.request, self.bench, self.tell = request, bench, tell
         self.count = request.settings.workers
+        self.stop = StopSignal()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
     def __enter__(self) -> Workers:
+        self.stop.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop.__exit__()
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
                 with suppress(OSError):  # the process is gone
@@ -61,25 +64,37 @@ class Workers:
         """
         if self.count == 1:
             for job in jobs:
-                done(job, job.run(self.bench, self.tell))
+                done(job, self.here(job))
             return
         self._start(min(self.count, len(jobs)))
-        with StopSignal() as stop, ThreadPoolExecutor(self.count) as pool:
+        with ThreadPoolExecutor(self.count) as pool:
             running = {pool.submit(self._remote, job): job for job in jobs}
             try:
-                self._collect(running, stop, done)
+                self._collect(running, done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._processes:  # they finish their step, save and stop
                     process.terminate()
                 raise
 
-    def _collect(self, running: dict[Future[Any], Any], stop: StopSignal, done: Callable[[Any, Any], None]) -> None:
+    def here(self, job: Any) -> Any:
+        """The result of a job, done in this process.
+
+        Raises:
+            Stopped: a signal has come since the last job, or stops this one.
+        """
+        self._check()
+        return job.run(self.bench, self.tell)
+
+    def _check(self) -> None:
+        if self.stop.received:
+            raise Stopped(f"signal {self.stop.received}", self.stop.received)
+
+    def _collect(self, running: dict[Future[Any], Any], done: Callable[[Any, Any], None]) -> None:
         while running:
             for future in wait(running, timeout=_POLL, return_when=FIRST_COMPLETED).done:
                 done(running.pop(future), future.result())
-            if stop.received:
-                raise Stopped(f"signal {stop.received}", stop.received)
+            self._check()
 
     def _start(self, count: int) -> None:
         """Start workers until there are so many."""
