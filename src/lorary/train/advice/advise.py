@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lorary.errors import ConfigError
 from lorary.train.advice.advice import Advice
 from lorary.train.advice.draft import Draft
