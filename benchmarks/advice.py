@@ -43,7 +43,7 @@ from lorary.train.runner.prepare import RunPlan, prepare
 TASKS: dict[str, dict[str, Any]] = {
     "docstrings": {
         "train": [{"path": "builtin:docstrings", "limit": 100}],
-        "validation": [{"path": "builtin:docstrings", "limit": 80}],
+        "validation": [{"path": "builtin:docstrings", "limit": 48}],
     },
     "topics": {
         "train": [{"path": "builtin:topics", "limit": 3}],

@@ -52,7 +52,7 @@ def pairs(count: int = 48) -> list[dict[str, str]]:
     return [{"prompt": f"{WORDS[i % 7]} {WORDS[i % 5]}", "completion": f" {WORDS[i % 3]} {i}"} for i in range(count)]
 
 
-def advice(data: Any = FEW, model: str = "builtin:base", machine: Machine = LAPTOP, **tree: Any) -> Advice:
+def advice(data: Any = FEW, model: Any = "builtin:base", machine: Machine = LAPTOP, **tree: Any) -> Advice:
     data = data if isinstance(data, dict) else {"train": data}
     return advise(from_dict({"model": model, "data": data} | tree), machine, ranks="uniform")
 
@@ -168,12 +168,17 @@ def test_an_older_gpu_computes_in_float32(folder: Path) -> None:
     )
     assert values(older)["method.name"] == ("qlora",)  # twice as many bytes do not fit
     assert values(older)["training.bf16"] is False
-    kept = advice(model={"id": name, "dtype": "float16"}, machine=Machine(True, 24 * 10**9, False))
-    assert kept.config.model.dtype == "float16"
-    small, old = (advice(machine=Machine(True, 24 * 10**9, bf16)) for bf16 in (True, False))  # saved in float32
-    assert (values(small)["training.bf16"], values(old)["training.bf16"]) == (True, False)
-    assert "model.dtype" not in values(old)
-    assert old.reasons["training.bf16"].startswith("this GPU is older than Ampere and emulates bfloat16, which takes")
+
+
+def test_float32_weights_compute_in_bfloat16_where_the_gpu_has_it(folder: Path) -> None:
+    base_folder(Path("base"))
+    rows = written("rows.jsonl", pairs())
+    recent, older = (advice(rows, "base", Machine(True, 24 * 10**9, bf16)) for bf16 in (True, False))
+    assert (values(recent)["training.bf16"], values(older)["training.bf16"]) == (True, False)
+    assert "model.dtype" not in values(older)
+    assert older.reasons["training.bf16"].startswith("this GPU is older than Ampere and emulates bfloat16, which takes")
+    chosen = advice(rows, {"id": "base", "dtype": "float16"}, Machine(True, 24 * 10**9))
+    assert (chosen.config.model.dtype, values(chosen)["training.bf16"]) == ("float16", False)
 
 
 @pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True)])
