@@ -85,7 +85,7 @@ def cell(task: str, lr: float, r: int, targets: str, seed: int = SEEDS[0], *, ke
 
 
 def run(wanted: Record, steps: int | None) -> Record:
-    """Train one cell, and its loss on the held-out rows: of the best evaluation if that is kept, else of the last step."""
+    """Train one cell, and its loss on the held-out rows: of the best evaluation if that is kept, else the last."""
     start = time.process_time()
     base, empty = prepared(wanted["task"], steps)
     values = {"method.r": wanted["r"], "method.targets": (wanted["targets"],)}

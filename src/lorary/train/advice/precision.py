@@ -31,7 +31,7 @@ def precision_rules(draft: Draft, subject: Subject, machine: Machine) -> None:
 
 
 def _convert(model: nn.Module, before: str, after: str) -> None:
-    """Let the weights of one precision have another. Those that are stored otherwise, in 8 bits perhaps, keep theirs."""
+    """Let the weights of one precision have another. Those stored otherwise, in 8 bits perhaps, keep theirs."""
     for p in model.parameters():
         if p.dtype == getattr(torch, before):
             p.data = p.data.to(getattr(torch, after))
