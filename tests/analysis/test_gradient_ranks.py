@@ -193,6 +193,11 @@ def not_finite() -> Any:
     return model, BATCH, plan
 
 
+def unlabelled() -> Any:
+    model, plan = llama()
+    return model, {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, plan
+
+
 def empty() -> Any:
     model, plan = llama()
     return model.to("meta"), BATCH, plan
@@ -214,7 +219,8 @@ BAD: list[tuple[Callable[[], Any], type[LoraryError], str]] = [
     (other_model, PlanError, "model.layers.0.self_attn.q_proj: the model has no such module"),
     (lambda: (*llama("vera")[:1], BATCH, llama("vera")[1]), PlanError, "SharedProjectionDelta has no pair of factors of any rank there\n      hint: plan lora, or a method with its factors"),
     (lambda: (*llama("full")[:1], BATCH, llama("full")[1]), PlanError, "plan: adapts no layer\n      hint: plan lora"),
-    (not_finite, TrainingError, "batch: the loss is nan\n      hint: has the batch a label in every row?"),
+    (not_finite, TrainingError, "model.embed_tokens.weight: holds numbers that are not finite\n      hint: the checkpoint is damaged: load the model again"),
+    (unlabelled, TrainingError, "batch: the loss is nan\n      hint: has the batch a label in every row?"),
     (empty, StateError, "model: is on the meta device and has no values\n      hint: load its weights first"),
     (blind, TrainingError, "batch: no layer has a gradient\n      hint: has the batch any label?"),
     (lambda: ("model", BATCH, llama()[1]), StateError, "model: is a str, not a torch.nn.Module"),

@@ -7,15 +7,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, ViTConfig
 
 import lorary
 from lorary import builtin
-from lorary.errors import ConfigError, DataError, FileError, LoraryError, PlanError
+from lorary.errors import ConfigError, DataError, FileError, LoraryError, PlanError, TrainingError
 from lorary.train.advice.advice import Advice, shown
 from lorary.train.advice.advise import advise
 from lorary.train.advice.gradient import padded
@@ -49,7 +52,7 @@ def pairs(count: int = 48) -> list[dict[str, str]]:
     return [{"prompt": f"{WORDS[i % 7]} {WORDS[i % 5]}", "completion": f" {WORDS[i % 3]} {i}"} for i in range(count)]
 
 
-def advice(data: Any = FEW, model: str = "builtin:base", machine: Machine = LAPTOP, **tree: Any) -> Advice:
+def advice(data: Any = FEW, model: Any = "builtin:base", machine: Machine = LAPTOP, **tree: Any) -> Advice:
     data = data if isinstance(data, dict) else {"train": data}
     return advise(from_dict({"model": model, "data": data} | tree), machine, ranks="uniform")
 
@@ -68,6 +71,8 @@ def test_the_advised_run_of_the_builtin_model_is_ready_to_train(folder: Path) ->
     assert prepared.held_out is not None
     assert len(prepared.held_out.rows) == 24
     assert prepared.steps == 48  # 3 epochs of 64 rows, 4 at a time
+    training = prepared.config.training
+    assert (training.keep_best, training.eval_steps, training.save_steps) == (True, 4, 4)
     assert found.warnings == (
         "a hidden size of 192 is below those of the public sweep: try half and double the rate",
         "48 steps are few: fewer than 100 seldom reach the end of learning",
@@ -109,7 +114,7 @@ def test_other_tasks_follow_from_their_rows(folder: Path) -> None:
         assert found.config.task == task
         assert prepare(found.config).steps
         assert values(found)["training.batch_size"] >= 2
-    assert found.config.training.lr == 1.6e-4  # 5e-4 (2000/32)^0.781, half of it for 4 rows of 64 tokens, over 40
+    assert found.config.training.lr == 3.2e-4  # 5e-4 (2000/32)^0.781 over 40
 
 
 def test_rows_longer_than_the_context_get_longlora(folder: Path) -> None:
@@ -149,6 +154,42 @@ def test_what_does_not_fit_is_quantised(folder: Path) -> None:
     )
     assert kept.config.method.name == ("lora",)
     assert any("more than a GPU with 8.0 GB has" in w for w in kept.warnings)
+
+
+def test_an_older_gpu_computes_in_float32(folder: Path) -> None:
+    name = seven_billion(Path("seven"))
+    recent, older = (advice(model=name, machine=Machine(True, 24 * 10**9, bf16)) for bf16 in (True, False))
+    assert "model.dtype" not in values(recent)
+    assert recent.config.model.dtype == "auto"
+    assert values(recent)["method.name"] == ("lora",)
+    assert older.config.model.dtype == "float32"
+    assert older.reasons["model.dtype"].startswith(
+        "the weights are saved in bfloat16, this GPU is older than Ampere and emulates bfloat16, and float16 may overflow"
+    )
+    assert values(older)["method.name"] == ("qlora",)  # twice as many bytes do not fit
+    assert values(older)["training.bf16"] is False
+
+
+def test_float32_weights_compute_in_bfloat16_where_the_gpu_has_it(folder: Path) -> None:
+    base_folder(Path("base"))
+    rows = written("rows.jsonl", pairs())
+    recent, older = (advice(rows, "base", Machine(True, 24 * 10**9, bf16)) for bf16 in (True, False))
+    assert (values(recent)["training.bf16"], values(older)["training.bf16"]) == (True, False)
+    assert "model.dtype" not in values(older)
+    assert older.reasons["training.bf16"].startswith("this GPU is older than Ampere and emulates bfloat16, which takes")
+    chosen = advice(rows, {"id": "base", "dtype": "float16"}, Machine(True, 24 * 10**9))
+    assert (chosen.config.model.dtype, values(chosen)["training.bf16"]) == ("float16", False)
+
+
+@pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True)])
+def test_a_gpu_that_only_emulates_bfloat16_is_known(monkeypatch: pytest.MonkeyPatch, major: int, bf16: bool) -> None:
+    gpu = SimpleNamespace(major=major, total_memory=16 * 10**9)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert Machine.here() == Machine(True, 16 * 10**9, bf16)
+    assert Machine.here(24.0) == Machine(True, 24 * 10**9)
 
 
 def test_ranks_from_gradients_spend_what_uniform_ranks_do(folder: Path) -> None:
@@ -213,6 +254,17 @@ def rows(*made: Any, **more: Any) -> Callable[[], dict[str, Any]]:
     return lambda: {"model": "builtin:base", "data": {"train": written("rows.jsonl", list(made))}} | more
 
 
+def truncated() -> dict[str, Any]:
+    base_folder(Path("base"))
+    file = Path("base/config.json")
+    file.write_text(file.read_text()[:40])
+    return {"model": "base", "data": written("rows.jsonl", pairs())}
+
+
+def picture() -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": "what"}]}
+
+
 BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[LoraryError], str]] = {
     "a model of images": (vision, ConfigError, "task: ViTForImageClassification is not a causal language model"),
     "an encoder for answers": (encoder, ConfigError, "task: BertForMaskedLM is an encoder: it has no next-token head"),
@@ -229,6 +281,15 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], type[LoraryError], str]] = {
     "a task without advice": (rows({"prompt": "a", "chosen": " b", "rejected": " c"}, task="reward"), ConfigError, "task: there is no advice for task `reward`\n      hint: advice is for sft, dpo, kto, classification"),
     "an adapter to go on from": (rows({"text": "a"}, model={"id": "builtin:base", "adapter": "other"}), ConfigError, "model.adapter: training goes on from `other`, which brings its method, ranks and targets"),
     "a stream": (lambda: {"model": "builtin:base", "data": {"train": "builtin:topics", "streaming": True, "overlong": "split"}, "training": {"max_steps": 4}}, ConfigError, "data.streaming: the lengths and the number of rows decide, and a stream's are not known"),
+    "texts of nothing": (rows({"text": ""}, {"text": ""}), DataError, "every text of rows.jsonl is empty"),
+    "no known field": (rows({"foo": "a"}), DataError, "rows.jsonl:1: found the fields `foo`\n      hint: name the fields with data.columns"),
+    "no text": (rows({"text": None}), DataError, "unknown row format in rows.jsonl:"),
+    "numbers for texts": (rows({"text": 3}), DataError, "rows.jsonl:1: `text` must be a text, not a number"),
+    "images": (rows({"messages": [picture(), {"role": "assistant", "content": "x"}]}), DataError, "`messages[0]` has image; only text is supported"),
+    "a label that is NaN": (rows({"text": "a", "label": float("nan")}), DataError, "rows.jsonl:1: NaN is not a JSON number"),
+    "rows beyond any context": (rows({"prompt": "x " * 9000, "completion": " b"}, {"prompt": "x " * 9000, "completion": " c"}), ConfigError, "data.train: all 2 rows are longer than 256 tokens, and none is left to train on\n      hint: shorten or split the texts"),
+    "rows beyond a length that is set": (lambda: {"model": "builtin:base", "data": {"train": written("rows.jsonl", [{"prompt": "x " * 40, "completion": " b"}] * 2), "max_length": 8}}, ConfigError, "data.train: all 2 rows are longer than 8 tokens"),
+    "a truncated configuration": (truncated, FileError, "config.json: is not valid JSON"),
     "targets that match nothing": (lambda: {"model": "builtin:base", "data": FEW, "method": {"targets": "no_proj"}}, PlanError, "`no_proj` matches no layer"),
 }  # fmt: skip
 
@@ -251,3 +312,16 @@ def test_gradients_of_another_task_are_refused(folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="--ranks: the gradients of task `dpo` depend on a head or a reference"):
         advise(from_dict({"model": "base", "data": data}), LAPTOP, ranks="gradient")
+
+
+def test_weights_that_are_not_finite_give_no_ranks(folder: Path) -> None:
+    base_folder(Path("base"))
+    file = Path("base/model.safetensors")
+    tensors = load_file(file)
+    damaged = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {damaged: torch.full_like(tensors[damaged], float("nan"))}, file, {"format": "pt"})
+    config = from_dict({"model": "base", "data": written("rows.jsonl", pairs())})
+    with pytest.raises(
+        TrainingError, match=f"{damaged}: holds numbers that are not finite\n.*the checkpoint is damaged"
+    ):
+        advise(config, LAPTOP, ranks="gradient")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorary.errors import ConfigError
 from lorary.train.advice.draft import Draft, changed
 from lorary.train.advice.facts import Facts
 from lorary.train.advice.rates import batch_factor, lora_rate
@@ -93,22 +94,20 @@ def test_the_rate_of_a_family_and_size(family: str, hidden: int, rate: float) ->
 
 
 def test_the_rate_follows_the_tokens_of_a_step_and_short_runs() -> None:
-    assert [batch_factor(n) for n in (256, 1024, 65_536, 262_144)] == [0.5, 1.0, 1.0, 2.0]
-    long, short = (lora_rate("llama", 4096, 512, steps) for steps in (100, 99))
+    assert [batch_factor(n) for n in (64, 256, 65_536, 262_144)] == [0.5, 1.0, 1.0, 2.0]
+    long, short = (lora_rate("llama", 4096, 128, steps) for steps in (100, 99))
     assert short.value == pytest.approx(1.5 * long.value)
-    assert short.reason.endswith(
-        "x sqrt(512/1024) for 512 tokens in the loss of a step; x 1.5 for fewer than 100 steps"
-    )
+    assert short.reason.endswith("x sqrt(128/256) for 128 tokens in the loss of a step; x 1.5 for fewer than 100 steps")
 
 
 def test_rows_that_repeat_get_no_higher_rate_for_few_steps() -> None:
-    long, short = (lora_rate("llama", 4096, 512, steps, repeats=True) for steps in (100, 99))
+    long, short = (lora_rate("llama", 4096, 128, steps, repeats=True) for steps in (100, 99))
     assert short.value == long.value
 
 
 def test_short_answers_are_a_small_batch() -> None:
-    """16 docstrings of 15 tokens are a noisier gradient than 16 answers of 300: the rate that suits these diverges."""
-    long, short = (values(draft(rows(20_000, answers=20_000 * n)))["training.lr"] for n in (300, 15))
+    """16 answers of 4 tokens are a noisier gradient than 16 answers of 300."""
+    long, short = (values(draft(rows(20_000, answers=20_000 * n)))["training.lr"] for n in (300, 4))
     assert short == pytest.approx(long / 2, rel=0.1)
 
 
@@ -172,6 +171,22 @@ def test_repeated_rows_are_counted() -> None:
     assert any(w.startswith("every different row is seen 6.") for w in many.warnings)
 
 
+def test_the_best_evaluation_is_kept_where_rows_are_seen_again() -> None:
+    found = values(draft(rows(300)))
+    assert (found["training.keep_best"], found["training.eval_steps"]) == (True, 9)  # 34 steps an epoch
+    assert "training.keep_best" not in values(draft(rows(20_000)))
+    assert "training.keep_best" not in values(draft(rows(1)))  # nothing is held out
+    assert "training.keep_best" not in values(draft(rows(20_000), training={"max_steps": 50}))
+    own = {"data": {"train": "rows.jsonl", "validation_split": 0.1}}
+    assert "training.keep_best" not in values(draft(rows(300), training={"early_stopping_patience": 2}, **own))
+    saved = values(draft(rows(300), training={"save_steps": 20}))
+    assert saved["training.keep_best"] is True
+    assert "training.eval_steps" not in saved
+    unkept = draft(rows(300), training={"keep_best": False})
+    assert "training.eval_steps" not in values(unkept)
+    assert unkept.config.training.keep_best is False
+
+
 def test_a_few_long_rows_do_not_decide_the_length() -> None:
     facts = dataclasses.replace(rows(1000), lengths=(400,) * 995 + (9000,) * 5)
     found = values(draft(facts))
@@ -197,6 +212,19 @@ def test_rows_beyond_the_context_want_longlora() -> None:
     assert (kept["data.max_length"], kept["method.name"], kept["data.overlong"]) == (2048, ("dora",), "drop")
     few = dataclasses.replace(rows(1000, context=2048), lengths=(400,) * 992 + (3000,) * 8)
     assert values(draft(few))["method.name"] == ("lora",)
+
+
+def test_longlora_is_not_advised_beyond_what_was_shown() -> None:
+    mixed = dataclasses.replace(rows(1000, context=2048), lengths=(400,) * 900 + (60_000,) * 100)
+    made = draft(mixed)
+    found = values(made)
+    assert (found["method.name"], found["data.max_length"], found["data.overlong"]) == (("lora",), 2048, "drop")
+    (length,) = (one for one in made.recommendations if one.key == "data.max_length")
+    assert length.reason.endswith("the model reads 2,048; LongLoRA has been shown up to 25 times as many")
+    with pytest.raises(ConfigError, match="all 1,000 rows are longer than 2,048 tokens, and none is left to train on"):
+        draft(rows(1000, 60_000, context=2048))
+    kept = draft(rows(1000, 60_000, context=2048), data={"train": "rows.jsonl", "overlong": "truncate"})
+    assert values(kept)["data.overlong"] == "truncate"
 
 
 def test_packing_where_most_of_a_batch_would_be_padding() -> None:

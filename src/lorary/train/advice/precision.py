@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from lorary.train.advice.draft import Draft
 from lorary.train.advice.facts import Facts, Subject
@@ -25,8 +26,15 @@ def precision_rules(draft: Draft, subject: Subject, machine: Machine) -> None:
     dtype = draft.value("model.dtype")
     if dtype == "auto":  # as this machine reads it, which need not be the one that trains
         dtype = facts.dtype if machine.gpu else facts.computes
-    subject.model.to(getattr(torch, dtype))
+    _convert(subject.model, facts.computes, dtype)
     _autocast(draft, facts, machine, dtype)
+
+
+def _convert(model: nn.Module, before: str, after: str) -> None:
+    """Let the weights of one precision have another. Those stored otherwise, in 8 bits perhaps, keep theirs."""
+    for p in model.parameters():
+        if p.dtype == getattr(torch, before):
+            p.data = p.data.to(getattr(torch, after))
 
 
 def _autocast(draft: Draft, facts: Facts, machine: Machine, dtype: str) -> None:
