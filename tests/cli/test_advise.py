@@ -64,7 +64,7 @@ def test_plan_shows_the_advised_run(command: Command) -> None:
         (("advise", "builtin:base", "builtin:docstring"), 3, "did you mean `builtin:docstrings`"),
         (("advise", "builtin:base", "builtin:docstrings", "--ranks", "gradients"), 2, "--ranks: `gradients` is unknown\n      hint: did you mean `gradient`?"),
         (("advise", "builtin:base", "builtin:docstrings", "--set", "training.lr=fast"), 2, "--set training.lr"),
-        (("advise", "builtin:base", ""), 2, "`train` is empty"),
+        (("advise", "builtin:base", ""), 2, "data: `data.train[0]` is empty"),
         (("advise", "", "builtin:docstrings"), 2, "model: `model` is empty"),
         (("advise", "builtin:base", "builtin:docstrings", "--memory", "0"), 2, "Input should be greater than or equal to 0.1"),
         (("advise", "builtin:base", "builtin:docstrings", "--memory", "nan"), 2, "Invalid value for '--memory'"),

@@ -27,7 +27,7 @@ from lorary.train.config.load import from_dict, load
 from lorary.train.config.template import template
 from lorary.train.data.spread import spread
 from lorary.train.runner.prepare import prepare
-from tests.train.runs import WORDS, base_folder
+from tests.train.runs import WORDS, base_folder, llama
 from tests.train.small import tokenizer
 
 LAPTOP = Machine(False, 64 * 10**9)
@@ -171,7 +171,8 @@ def test_an_older_gpu_computes_in_float32(folder: Path) -> None:
 
 
 def test_float32_weights_compute_in_bfloat16_where_the_gpu_has_it(folder: Path) -> None:
-    base_folder(Path("base"))
+    llama(bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained("base")
+    tokenizer().save_pretrained("base")
     rows = written("rows.jsonl", pairs())
     recent, older = (advice(rows, "base", Machine(True, 24 * 10**9, bf16)) for bf16 in (True, False))
     assert (values(recent)["training.bf16"], values(older)["training.bf16"]) == (True, False)

@@ -208,7 +208,8 @@ def test_rows_beyond_the_context_want_longlora() -> None:
     assert (found["method.name"], found["method.options"]) == (("longlora",), {"length": 4096})
     assert found["data.max_length"] == 3000
     assert "method.targets" not in found
-    kept = values(draft(rows(1000, 3000, context=2048), method="dora"))
+    half = dataclasses.replace(rows(1000, context=2048), lengths=(400, 3000) * 500)
+    kept = values(draft(half, method="dora"))
     assert (kept["data.max_length"], kept["method.name"], kept["data.overlong"]) == (2048, ("dora",), "drop")
     few = dataclasses.replace(rows(1000, context=2048), lengths=(400,) * 992 + (3000,) * 8)
     assert values(draft(few))["method.name"] == ("lora",)
