@@ -82,11 +82,11 @@ def compared_page() -> str:
 
 def stored() -> dict[str, Findings]:
     """name -> the results of each comparison that is stored."""
-    return _results(RECORDS)
+    return _results_in(RECORDS)
 
 
 @cache
-def _results(folder: Path) -> dict[str, Findings]:
+def _results_in(folder: Path) -> dict[str, Findings]:
     return {name: findings(read(file)) for name in ASKED if (file := folder / f"{name}.json").exists()}
 
 
