@@ -1,7 +1,7 @@
 """The record of a comparison: what was trained, what was measured of it. Plain values, kept as one JSON file.
 
-A trial is one training run: a method at a learning rate, with a seed of the data's order and one of its start. Rates
-are chosen on the validation rows; a method is judged at its best rate on test rows, which no choice has seen, and
+A trial is one training run: a method at a learning rate, with a seed of the data's order and one of its own start.
+Rates are chosen on the validation rows; a method is judged at its best rate on test rows, which no choice has seen, and
 which are the same for all methods and seeds.
 """
 
