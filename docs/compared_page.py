@@ -82,11 +82,11 @@ def compared_page() -> str:
 
 def stored() -> dict[str, Findings]:
     """name -> the results of each comparison that is stored."""
-    return _results(RECORDS)
+    return _results_in(RECORDS)
 
 
 @cache
-def _results(folder: Path) -> dict[str, Findings]:
+def _results_in(folder: Path) -> dict[str, Findings]:
     return {name: findings(read(file)) for name in ASKED if (file := folder / f"{name}.json").exists()}
 
 
@@ -114,8 +114,10 @@ def _results(name: str, of: Findings) -> str:
     return f"{_markdown(quality(of))}\n\n![{text}](pictures/compared-{name}.svg)\n\n{notes}\n"
 
 
-def _costs(of: Findings) -> str:
-    return f"\n{_markdown(costs(of))}\n\n{_markdown(serving(of))}\n"
+def _costs(of: Findings, heading: str = "") -> str:
+    if not of.comparison.costs:
+        return ""
+    return f"{heading}\n{_markdown(costs(of))}\n\n{_markdown(serving(of))}\n"
 
 
 def _baselines(found: dict[str, Findings]) -> str:
@@ -131,7 +133,8 @@ def _baselines(found: dict[str, Findings]) -> str:
     details = [
         f"\n### {ASKED[name][0]}\n\n{ASKED[name][1]} {_size(of)}\n\n{_results(name, of)}" for name, of in found.items()
     ]
-    return f"{BEFORE}{table(heads, rows)}\n{''.join(details)}\n### Costs\n{_costs(first)}"
+    heading = "\n### Costs\n"
+    return f"{BEFORE}{table(heads, rows)}\n{''.join(details)}{_costs(first, heading)}"
 
 
 def _columns(of: TextTable, named: dict[str, str]) -> dict[str, dict[str, str]]:

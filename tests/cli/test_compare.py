@@ -88,7 +88,7 @@ def test_a_comparison_from_its_announcement_to_its_page(command: Command, config
     done = command("compare", "comparison", "--resume", "--budget", "2h")
     assert done.code == 0, done.err
     assert f"{len(begun.trials)} are done already" in done.err
-    assert "Compared with lora:r=2: worse: slow." in done.out
+    assert "lora:r=2 is better than slow: " in done.out
     assert done.out.splitlines()[-2:] == [
         "page    comparison/comparison.html",
         "record  comparison/comparison.json",
