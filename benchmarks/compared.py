@@ -147,13 +147,12 @@ def run(name: str, asked: Asked, folder: Path, small: bool, command: str = "") -
     if small or found.left_out:
         print(f"{name}: {found.left_out or 'runs'}")
         return
-    keep(name, asked, found)
+    keep(name, asked, found, command or f"python benchmarks/compared.py --only {name}")
 
 
-def keep(name: str, asked: Asked, found: Comparison) -> None:
-    """Store a record, without the folders of this machine."""
+def keep(name: str, asked: Asked, found: Comparison, command: str) -> None:
+    """Store a record, with the command that repeats it and without the folders of this machine."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    command = command or f"python benchmarks/compared.py --only {name}"
     kept = {key: value for key, value in found.settings.items() if key != "request"}
     kept["config"] = re.sub(r"^output: .*\n", "", kept["config"], flags=re.MULTILINE)
     if asked.biases:
