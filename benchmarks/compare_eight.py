@@ -127,6 +127,7 @@ def measured(folder: Path, steps: int, workers: int) -> Record:
     end = time.monotonic()
     whole = recorded(folder)
     assert whole is not None
+    print(f"{(end - start) / 60:.1f} minutes; now some runs are repeated by `lorary train`", flush=True)
     judged = [trial.folder for trial in whole.trials if trial.test is not None]
     again = [*met, *judged[:: max(1, len(judged) // REPEATED)]][: len(met) + REPEATED]
     finished = {trial.folder for trial in whole.trials if trial.ending == "finished"}
