@@ -133,7 +133,7 @@ def compared(
         for arm, method in asked.arms.items()
     ]
     few = {"rates": 1, "outward": 0, "seeds": 1, "validation_rows": 2, "test_rows": 4, "general_rows": 2}
-    settings = Settings(**few) if small else Settings(validation_rows=32, test_rows=96, general_rows=48)
+    settings = Settings(**few) if small else Settings(seeds=3, validation_rows=32, test_rows=96, general_rows=48)
     model = str(with_biases(folder)) if asked.biases else "builtin:base"
     config = from_dict(tree(asked, model) | {"output": str(folder / name)})
     with Progress() as progress:
