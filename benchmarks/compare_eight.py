@@ -6,8 +6,7 @@
 The command is a process of its own. After half of its runs it gets SIGKILL; the same command then goes on. What was
 recorded before the kill has to stand in the end as it stood, with its files untouched. And runs of the search and of
 the judgement, among them the one that the kill met, are repeated by `lorary train` from the configuration in their
-folders: their adapters have to be equal bit for bit, as those of a comparison without a kill are. The results go to
-`results/compare_eight.json`.
+folders: their adapters have to be equal bit for bit. The results go to `results/compare_eight.json`.
 """
 
 from __future__ import annotations
@@ -163,6 +162,8 @@ def main() -> None:
     print(shown, json.dumps(found, indent=2), sep="\n")
     minutes = sum(found["minutes"].values())
     print(f"{minutes:.1f} minutes for {found['runs']['in_all']} runs, killed once")
+    if found["left_out"] or not found["repeated_by_train_bit_for_bit"]:
+        raise SystemExit("a run was left out, or none was repeated")
     if not (found["recorded_runs_stand"] and found["their_files_are_untouched"]):
         raise SystemExit("a run was done again")
     if not all(found["repeated_by_train_bit_for_bit"].values()):
