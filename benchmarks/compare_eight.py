@@ -1,6 +1,6 @@
 """Eight methods, three rates and two seeds through `lorary compare`, killed in the middle and started again.
 
-    python benchmarks/compare_eight.py            # twenty minutes on two cores
+    python benchmarks/compare_eight.py            # seven minutes on two cores
     python benchmarks/compare_eight.py --small    # a few steps of everything, to see that it runs
 
 The command is a process of its own. After half of its runs it gets SIGKILL; the same command then goes on. What was

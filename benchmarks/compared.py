@@ -170,11 +170,13 @@ def time_again(name: str, asked: Asked, folder: Path) -> None:
     record = store.read(file)
     rates = {standing.arm: (standing.lr,) for standing in findings(record).standings if standing.lr}
     timed = compared(name, asked, folder, True, rates).costs
+    if missing := record.costs.keys() - timed.keys():
+        raise SystemExit(f"{name}: not timed: {', '.join(sorted(missing))}")
     costs = {
         arm: dataclasses.replace(cost, **{key: getattr(timed[arm], key) for key in TIMES})
         for arm, cost in record.costs.items()
     }
-    store.write(dataclasses.replace(record, costs=costs), file)
+    store.write(dataclasses.replace(record, costs=costs, settings=record.settings | {"timed_again": True}), file)
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ def test_the_best_checkpoint_and_early_stopping_are_left_out_with_a_note(command
     stops = ["--set", "training.keep_best=true", "--set", "training.early_stopping_patience=2"]
     shown = command("compare", "c.yaml", *ASKED, *stops, "--dry-run")
     assert shown.code == 0, shown.err
-    why = "methods are judged after their last step; training.keep_best and training.early_stopping_patience left out"
+    why = "methods are judged after their last step: training.keep_best and training.early_stopping_patience left out"
     assert shown.out.splitlines()[-1] == f"note      {why}"
 
 

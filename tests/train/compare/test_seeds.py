@@ -140,7 +140,7 @@ def test_a_comparison_whose_arms_began_alike_does_not_go_on(place: Path, words: 
     assert str(error.value) == (
         "the folder holds another comparison:\n"
         "  - starts: None in the folder, 'of each arm' here\n"
-        "      hint: repeat the request that it was begun with, pass overwrite, or name another folder"
+        "      hint: an earlier version began it: pass overwrite, or name another folder"
     )
     assert file.read_bytes() == before
 

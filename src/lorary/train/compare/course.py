@@ -143,7 +143,8 @@ class Course:
                 room -= sum(self.forecast.run(job.arm) for job in jobs) / self.forecast.workers
             if room < 0:
                 for job in jobs:
-                    self._leave_out(f"{job.arm} at {job.lr:g}", "the budget has no room for rates further out")
+                    if self._recorded(job) is None:
+                        self._leave_out(f"{job.arm} at {job.lr:g}", "the budget has no room for rates further out")
                 return
             self._do(jobs)
             for job in jobs:
@@ -194,7 +195,12 @@ class Course:
                     turns[trial.arm].append(timing)
                 else:
                     self._leave_out(trial.arm, timing.why)
-        self.ledger.note(costs={t.arm: cost(self.bench, t, turns[t.arm]) for t in trials if turns[t.arm]})
+        costs = {}
+        for trial in trials:
+            if turns[trial.arm]:
+                self.workers.check()
+                costs[trial.arm] = cost(self.bench, trial, turns[trial.arm])
+        self.ledger.note(costs=costs)
 
     # --- the runs -------------------------------------------------------------------------------------------------
 
