@@ -114,9 +114,8 @@ def test_what_weakens_a_result_is_said() -> None:
         (
             {"lora": 0.0, "again": 0.0, "good": -0.3, "also": -0.3},
             ["good", "also"],
-            "No difference is shown between again and lora. again has the lowest held-out loss of the methods none of whose "
-            "seeds diverged, # nats per token. "
-            "Undecided: good and also, as some of their seeds diverged.",
+            "No difference is shown between again and lora. again has the lowest held-out loss of the methods none of "
+            "whose seeds diverged, # nats per token. Undecided: good and also, as some of their seeds diverged.",
         ),
         (
             {"lora": 0.0, "again": 0.0, "good": -0.3, "bad": 0.3},
