@@ -1,13 +1,12 @@
 """Eight methods, three rates and two seeds through `lorary compare`, killed in the middle and started again.
 
-    python benchmarks/compare_eight.py            # twenty minutes on two cores
+    python benchmarks/compare_eight.py            # seven minutes on two cores
     python benchmarks/compare_eight.py --small    # a few steps of everything, to see that it runs
 
 The command is a process of its own. After half of its runs it gets SIGKILL; the same command then goes on. What was
 recorded before the kill has to stand in the end as it stood, with its files untouched. And runs of the search and of
 the judgement, among them the one that the kill met, are repeated by `lorary train` from the configuration in their
-folders: their adapters have to be equal bit for bit, as those of a comparison without a kill are. The results go to
-`results/compare_eight.json`.
+folders: their adapters have to be equal bit for bit. The results go to `results/compare_eight.json`.
 """
 
 from __future__ import annotations
@@ -127,6 +126,7 @@ def measured(folder: Path, steps: int, workers: int) -> Record:
     end = time.monotonic()
     whole = recorded(folder)
     assert whole is not None
+    print(f"{(end - start) / 60:.1f} minutes; now some runs are repeated by `lorary train`", flush=True)
     judged = [trial.folder for trial in whole.trials if trial.test is not None]
     again = [*met, *judged[:: max(1, len(judged) // REPEATED)]][: len(met) + REPEATED]
     finished = {trial.folder for trial in whole.trials if trial.ending == "finished"}
@@ -162,6 +162,8 @@ def main() -> None:
     print(shown, json.dumps(found, indent=2), sep="\n")
     minutes = sum(found["minutes"].values())
     print(f"{minutes:.1f} minutes for {found['runs']['in_all']} runs, killed once")
+    if found["left_out"] or not found["repeated_by_train_bit_for_bit"]:
+        raise SystemExit("a run was left out, or none was repeated")
     if not (found["recorded_runs_stand"] and found["their_files_are_untouched"]):
         raise SystemExit("a run was done again")
     if not all(found["repeated_by_train_bit_for_bit"].values()):

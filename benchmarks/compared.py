@@ -133,7 +133,7 @@ def compared(
         for arm, method in asked.arms.items()
     ]
     few = {"rates": 1, "outward": 0, "seeds": 1, "validation_rows": 2, "test_rows": 4, "general_rows": 2}
-    settings = Settings(**few) if small else Settings(validation_rows=32, test_rows=96, general_rows=48)
+    settings = Settings(**few) if small else Settings(seeds=3, validation_rows=32, test_rows=96, general_rows=48)
     model = str(with_biases(folder)) if asked.biases else "builtin:base"
     config = from_dict(tree(asked, model) | {"output": str(folder / name)})
     with Progress() as progress:
@@ -170,11 +170,13 @@ def time_again(name: str, asked: Asked, folder: Path) -> None:
     record = store.read(file)
     rates = {standing.arm: (standing.lr,) for standing in findings(record).standings if standing.lr}
     timed = compared(name, asked, folder, True, rates).costs
+    if missing := record.costs.keys() - timed.keys():
+        raise SystemExit(f"{name}: not timed: {', '.join(sorted(missing))}")
     costs = {
         arm: dataclasses.replace(cost, **{key: getattr(timed[arm], key) for key in TIMES})
         for arm, cost in record.costs.items()
     }
-    store.write(dataclasses.replace(record, costs=costs), file)
+    store.write(dataclasses.replace(record, costs=costs, settings=record.settings | {"timed_again": True}), file)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ With the learning rate tuned for each of them, which methods differ? On the buil
 
 {answers}
 
-Everything here was measured by `lorary compare`, in float32, on a CPU. Every method had the same search for its
+Everything here but the last table was measured by `lorary compare`, in float32, on a CPU. Every method had the same search for its
 learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to choose anything.
 Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of a table. A rate
 marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on Python code,
@@ -54,10 +54,10 @@ SIZES = ("trained numbers", "file", "context taken", "forward pass / base", "mer
 BEFORE = """
 ## LoRA and what came before it
 
-Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on two
-tasks. BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every
-linear layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds;
-"merged" is the time of a forward pass after merging, where a method merges.
+Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on
+{tasks}. BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every
+linear layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds,
+which three seeds tell roughly; "merged" is the time of a forward pass after merging, where a method merges.
 
 """
 CLAIMS = """
@@ -134,7 +134,8 @@ def _baselines(found: dict[str, Findings]) -> str:
         f"\n### {ASKED[name][0]}\n\n{ASKED[name][1]} {_size(of)}\n\n{_results(name, of)}" for name, of in found.items()
     ]
     heading = "\n### Costs\n"
-    return f"{BEFORE}{table(heads, rows)}\n{''.join(details)}{_costs(first, heading)}"
+    tasks = " and ".join(BASELINES[name] for name in found)
+    return f"{BEFORE.format(tasks=tasks)}{table(heads, rows)}\n{''.join(details)}{_costs(first, heading)}"
 
 
 def _columns(of: TextTable, named: dict[str, str]) -> dict[str, dict[str, str]]:

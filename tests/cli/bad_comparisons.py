@@ -251,27 +251,22 @@ task: grpo
 data: {train: rows.jsonl, validation_split: 0.5}
 training: {reward: 'r.py:f', batch_size: 8}
 """),
-Bad('an adapter to go on from, and early stopping', ('c.yaml', '--methods', 'lora,dora'), 2, """\
+Bad('an adapter to go on from', ('c.yaml', '--methods', 'lora,dora'), 2, """\
 error: cannot compare:
   - model.adapter: an adapter to go on from brings its method, and there would be nothing to compare
-      hint: remove it
-  - training.early_stopping_patience: all methods take the same number of steps, and are judged after the last
       hint: remove it
 """, """\
 model: {id: builtin:base, adapter: out}
 data: {train: rows.jsonl, validation_split: 0.5}
-training: {early_stopping_patience: 2}
 """),
-Bad('the best checkpoint, from a stream', ('c.yaml', '--methods', 'lora,dora'), 2, """\
+Bad('a stream', ('c.yaml', '--methods', 'lora,dora'), 2, """\
 error: cannot compare:
   - data.streaming: the runs of a comparison read the same rows again and again
-      hint: remove it
-  - training.keep_best: all methods take the same number of steps, and are judged after the last
       hint: remove it
 """, """\
 model: builtin:base
 data: {train: rows.jsonl, validation: rows.jsonl, streaming: true, overlong: truncate}
-training: {max_steps: 4, keep_best: true}
+training: {max_steps: 4}
 """),
 Bad('options of a method that is not compared', ('c.yaml', '--methods', 'lora,dora'), 2, """\
 error: cannot compare:

@@ -7,20 +7,26 @@ import functools
 import json
 import os
 import signal
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from lorary.adapters import load_adapter
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
+from lorary.train.compare import course
 from lorary.train.compare.bench import Bench, spread
 from lorary.train.compare.compare import compare, prepare_comparison
-from lorary.train.compare.latency import PASSES
+from lorary.train.compare.latency import PASSES, over_base
 from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.search import best_trial
+from lorary.train.compare.settings import Settings
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, compared, quick, timeless, tree
 from tests.train.resume.processes import child
@@ -94,6 +100,45 @@ def test_the_costs(whole: Comparison, place: Path) -> None:
     assert cost.engines["peft"] == cost.engines["vllm"] == ""
     assert cost.context == 0
     assert whole.costs[BAD.name].trained == cost.trained
+
+
+def test_a_forward_pass_is_timed_over_the_bases() -> None:
+    class Slow(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, input_ids: torch.Tensor) -> None:
+            time.sleep(self.seconds)
+
+    assert statistics.median(over_base(Slow(0.001), Slow(0.01), [1, 2])) > 2
+
+
+def test_a_signal_while_the_costs_are_counted_stops_it(
+    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = course.cost
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return counted(*arguments)
+
+    monkeypatch.setattr(course, "cost", interrupted)
+    found = compared(words, tmp_path, LORA, DORA)
+    assert found.costs == {}
+    monkeypatch.undo()
+    again = compared(words, tmp_path, LORA, DORA)
+    assert [*again.costs] == ["lora", "dora"]
+    assert again.trials == found.trials
+
+
+def test_runs_keep_their_last_step(words: dict[str, Any], tmp_path: Path) -> None:
+    config = from_dict(words | {"training": words["training"] | {"keep_best": True, "early_stopping_patience": 2}})
+    request = make_request(config, [LORA], Settings(), tmp_path)
+    assert config.training.keeps_best
+    assert not request.config_of(LORA).training.keeps_best
 
 
 def test_what_is_needed_to_repeat_it_is_recorded(whole: Comparison, place: Path) -> None:

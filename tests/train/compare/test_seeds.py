@@ -140,7 +140,7 @@ def test_a_comparison_whose_arms_began_alike_does_not_go_on(place: Path, words: 
     assert str(error.value) == (
         "the folder holds another comparison:\n"
         "  - starts: None in the folder, 'of each arm' here\n"
-        "      hint: repeat the request that it was begun with, pass overwrite, or name another folder"
+        "      hint: an earlier version began it: pass overwrite, or name another folder"
     )
     assert file.read_bytes() == before
 
@@ -158,4 +158,15 @@ def test_the_order_of_a_run_has_its_own_seed(words: dict[str, Any], tmp_path: Pa
         "the folder belongs to another run:\n"
         "  - training.data_seed: 7 in the run, 8 here\n"
         "      hint: resume with the run's own configuration"
+    )
+
+
+def test_a_comparison_sets_the_seed_of_the_order_itself(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    config = from_dict(words | {"training": words["training"] | {"data_seed": 7}})
+    with pytest.raises(ConfigError) as error:
+        make_request(config, (LORA,), quick(place), tmp_path / "comparison")
+    assert str(error.value) == (
+        "cannot compare:\n"
+        "  - training.data_seed: a comparison sets it for each of its runs, from training.seed\n"
+        "      hint: remove it, or set training.seed"
     )

@@ -37,7 +37,10 @@ _COST = (
     "a multiple of that of the base without an adapter, the two taking turns, and again with the adapter merged. "
     "Context taken is the number of positions that the method uses up."
 )
-_TRADE = "Green diamonds: no other method is both smaller and better. Lines: the range over the seeds."
+_TRADE = (
+    "Green diamonds: of the methods none of whose seeds diverged, no other is both smaller and better. Lines: the range "
+    "over the seeds."
+)
 _RATES = (
     "Each method tries its own learning rates, and its best one is chosen on the validation rows: the ring. A method "
     "whose best rate is the lowest or the highest of those tried is called not tuned: another might be better."
@@ -82,6 +85,8 @@ def _figures(found: Findings) -> Iterator[KeyFigure]:
         figure, what = (first.accuracy, "accuracy") if found.measure == "accuracy" else (first.loss, "held-out loss")
         value = Interval(figure.value) if figure else None
         label = "Highest accuracy" if found.measure == "accuracy" else "Lowest loss"
+        if any(s.diverged for s in found.standings) and not first.diverged:
+            label += ", none diverged"
         yield KeyFigure(label, pictures.short(found.best), f"{what} {level(value, found.measure)}")
     if found.base is not None:
         yield KeyFigure("Without adapter", f"{found.base:.3f}", "held-out loss of the base")

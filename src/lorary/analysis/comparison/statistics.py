@@ -95,7 +95,8 @@ class Findings:
         comparison: its record.
         measure: what the verdicts are about.
         reference: name of the arm that the others are compared with; empty if it was not judged.
-        best: name of the arm with the best measure; empty if none was judged.
+        best: name of the arm with the best measure, of those without a diverged seed unless all have one; empty if none
+            was judged.
         standings: arms, the best first; then those with a seed that diverged; those that were not judged last.
         base: the test loss without an adapter, over the rows alone; None if it was not measured.
         against_reference: arm -> its difference from the reference.
@@ -180,7 +181,7 @@ def judged_runs(comparison: Comparison, arm: str) -> list[Trial]:
 
 
 def diverged_runs(comparison: Comparison, arm: str) -> list[Trial]:
-    """The runs of an arm that diverged at its best rate, which they had not done in the search."""
+    """The judged runs of an arm that diverged, at a rate that had not diverged in the search."""
     lr = chosen_rate(comparison, arm)
     return [run for run in comparison.of(arm) if run.lr == lr and run.ending == "diverged"]
 

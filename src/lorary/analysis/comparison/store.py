@@ -81,14 +81,11 @@ def _with_merge_note(cost: object) -> object:
     """A cost; in the first records `merge` held the reason or the error too."""
     if not isinstance(cost, dict) or "merge_note" in cost or not isinstance(text := cost.get("merge"), str):
         return cost
-    kind, _, note = text.partition(": ")
     if text in get_args(Merge):
         return cost
-    return (
-        {**cost, "merge": kind, "merge_note": note}
-        if kind in get_args(Merge)
-        else {**cost, "merge": "no", "merge_note": text}
-    )
+    kind, _, note = text.partition(": ")
+    kind, note = (kind, note) if kind in get_args(Merge) else ("no", text)
+    return {**cost, "merge": kind, "merge_note": note}
 
 
 def _problems(document: object) -> Iterator[Diagnostic]:

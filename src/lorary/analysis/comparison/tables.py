@@ -70,7 +70,7 @@ def serving(found: Findings) -> TextTable:
 
 
 def limits(found: Findings) -> TextTable:
-    """Why methods do not merge, or are not served, those with the same reason in one row."""
+    """Why methods do not merge or are not served, and how large errors of merging are; equal ones in one row."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for standing in found.standings:
         if (given := found.comparison.costs.get(standing.arm)) is None:
@@ -78,7 +78,7 @@ def limits(found: Findings) -> TextTable:
         for what, why in {"merging": given.merge_note, **given.engines}.items():
             if why:
                 reasons.setdefault((what, why), []).append(standing.arm)
-    return TextTable("Why not", ("of", "why not", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
+    return TextTable("Why not", ("of", "note", "methods"), [(*key, ", ".join(of)) for key, of in reasons.items()])
 
 
 def views(found: Findings) -> list[tuple[TextTable, str]]:
@@ -105,10 +105,10 @@ def views(found: Findings) -> list[tuple[TextTable, str]]:
 
 def runs(found: Findings) -> TextTable:
     """All runs, by method, seed and rate."""
-    rows = [
-        (t.arm, f"{t.lr:.3g}", str(t.seed), str(t.init_seed), f"{t.steps:,}", _last_loss(t), t.ending, t.folder)
-        for t in (replace(t, init_seed=t.seed if t.init_seed is None else t.init_seed) for t in found.comparison.trials)
-    ]
+    rows = []
+    for t in found.comparison.trials:
+        own = t.seed if t.init_seed is None else t.init_seed
+        rows.append((t.arm, f"{t.lr:.3g}", str(t.seed), str(own), f"{t.steps:,}", _last_loss(t), t.ending, t.folder))
     head = ("method", "rate", "seed of the order", "of the start", "steps", "validation loss", "ending", "folder")
     return TextTable("Runs", head, rows)
 

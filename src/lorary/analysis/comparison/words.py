@@ -20,7 +20,8 @@ def verdict(found: Findings) -> str:
     open_ = [d for d in others.values() if d.verdict == "not judged"]
     alike = [arm for arm, d in others.items() if d.verdict == "no difference shown"]
     worse = {arm: d for arm, d in others.items() if d.verdict == "worse"}
-    first = f"{found.best} has the {_best(found)}, {best}"
+    steady = " of the methods none of whose seeds diverged" if open_ and not found.standings[0].diverged else ""
+    first = f"{found.best} has the {_best(found)}{steady}, {best}"
     whose = "its" if len(open_) == 1 else "their"
     last = f" Undecided: {names([d.arm for d in open_])}, as some of {whose} seeds diverged." if open_ else ""
     if not others:
@@ -66,10 +67,12 @@ def remarks(found: Findings) -> Iterator[str]:
 def names(of: Sequence[str]) -> str:
     """Names in a sentence, at most six.
 
-    >>> names(["a", "b", "c"])
-    'a, b and c'
+    >>> names(["a", "b", "c"]), names(["LoRA, r = 8", "full"])
+    ('a, b and c', 'LoRA, r = 8; full')
     """
     shown = [*of[:_MOST_NAMES], *([f"{len(of) - _MOST_NAMES} more"] if len(of) > _MOST_NAMES else [])]
+    if any("," in name for name in shown):
+        return "; ".join(shown)
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 

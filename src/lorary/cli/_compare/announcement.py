@@ -8,6 +8,7 @@ from typing import Any
 from lorary.analysis.comparison.record import Arm
 from lorary.cli._table import print_table
 from lorary.train.compare.compare import Ready
+from lorary.train.compare.request import LEFT_OUT
 from lorary.train.compare.search import HIGHEST
 from lorary.train.config.sources import paths
 
@@ -70,6 +71,8 @@ def _notes(ready: Ready) -> Iterator[str]:
         unmatched = [arm.name for arm in request.arms if "r" not in arm.method and arm.name != reference]
         if unmatched:
             yield f"note      no rank changes how many numbers these train: {', '.join(unmatched)}"
+    if ignored := [f"training.{key}" for key in LEFT_OUT if getattr(request.config.training, key)]:
+        yield f"note      methods are judged after their last step: {' and '.join(ignored)} left out"
     if cut := [arm.name for arm in request.arms if max(arm.rates) >= HIGHEST]:
         yield f"note      no rate above {HIGHEST:g} is tried: {', '.join(cut)}"
     for note in ready.bench.any_plan.lint.notes:

@@ -8,9 +8,9 @@ most.
 
 The rate follows the square root of the batch. A batch is counted in tokens in the loss, which decide how noisy its
 gradient is: 16 short answers are a smaller batch than 16 texts. Between 4 answers of 64 tokens, the least batch that is
-advised for ordinary answers, and the sweep (128 rows of about 500) one rate serves. In doubt the rate is rather too
-high: with the best evaluation kept this costs little, while too low a rate ends before it has learned. The factor for
-short runs is left out where rows are seen again: these overfit.
+advised for ordinary answers, and the sweep (128 rows of about 500) one rate serves. The lower end was measured on two
+small tasks with three epochs, where the best evaluation is kept and a rate that is too high costs little; where rows
+are seen once it has not been measured. The factor for short runs is left out where rows are seen again: these overfit.
 """
 
 from __future__ import annotations

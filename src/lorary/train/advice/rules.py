@@ -221,7 +221,9 @@ def _steps(draft: Draft, rows: int, batch: int) -> int:
 
 def _keep_best(draft: Draft, facts: Facts, rows: int, batch: int) -> None:
     """The adapter of the best evaluation, with evaluations often enough to find it."""
-    if not (facts.held_out or draft.value("data.validation_split")) or draft.value("training.early_stopping_patience"):
+    held_out = facts.held_out or round(facts.rows * (draft.value("data.validation_split") or 0.0))
+    least = 1 if facts.plain else FEW_HELD_OUT  # a single text has many rows; the best of few answers is luck
+    if held_out < least or draft.value("training.early_stopping_patience"):
         return
     reason = "rows are seen again: the held-out loss rises once they are learned by heart"
     kept = draft.recommend("training.keep_best", True, reason, rates.BUILTIN)

@@ -55,7 +55,8 @@ def compare(
     Args:
         config: of all runs: model, data, training. Of its `method` only `targets`, `exclude` and `layers` count, for all
             arms that have no targets of their own. A `training.lr` moves the centre of every arm by the factor by which
-            it differs from the default of that method.
+            it differs from the default of that method. Its `keep_best` and `early_stopping_patience` are left out: all
+            methods are judged after the last step.
         arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
             of the section `compare` of the configuration.
         settings: of the comparison; None: those of this section, or the defaults if there are arms.

@@ -32,10 +32,10 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
     """
     plan, folder = bench.plan(bench.request.arm(trial.arm)), f"{trial.folder}/{ADAPTER}"
     path = bench.request.folder / folder
-    base, model = on_device(bench.base_of(folder)), on_device(bench.trained(folder))
+    model = on_device(bench.trained(folder))
     rows: list[Any] = [list(row["input_ids"]) for row in bench.held_out.test[:_ROWS]]
     longest = max(rows, key=len)
-    forward = over_base(base, model, longest)
+    forward = _over_base(bench, folder, model, longest)
     merge, note = _merge(model, rows)
     verdicts = check(path, model=skeleton(plan.config.model, plan.base))
     return Cost(
@@ -48,8 +48,17 @@ def cost(bench: Bench, trial: Trial, turns: list[Timing]) -> Cost:
         engines={v.reader: "; ".join(str(reason) for reason in v.reasons) for v in verdicts},
         context=max((getattr(site.join, "tokens", 0) for site in plan.plan.sites), default=0),
         forward=forward,
-        merged_forward=() if merge == "no" else over_base(base, model, longest),
+        merged_forward=() if merge == "no" else _over_base(bench, folder, model, longest),
     )
+
+
+def _over_base(bench: Bench, folder: str, model: Any, row: list[int]) -> tuple[float, ...]:
+    """The times of forward passes over the base's; none if a GPU's memory has no room for the two together."""
+    try:
+        return over_base(on_device(bench.base_of(folder)), model, row)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return ()
 
 
 def _merge(model: Any, rows: list[Any]) -> tuple[Merge, str]:

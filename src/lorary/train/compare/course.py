@@ -145,7 +145,8 @@ class Course:
                 room -= sum(self.forecast.run(job.arm) for job in jobs) / self.forecast.workers
             if room < 0:
                 for job in jobs:
-                    self._leave_out(f"{job.arm} at {job.lr:g}", "the budget has no room for rates further out")
+                    if self._recorded(job) is None:
+                        self._leave_out(f"{job.arm} at {job.lr:g}", "the budget has no room for rates further out")
                 return
             self._do(jobs)
             for job in jobs:
@@ -205,6 +206,7 @@ class Course:
         for trial in trials:
             if not (own := turns[trial.arm]):
                 continue
+            self.workers.check()
             found = attempted(trial.arm, "its costs", partial(cost, self.bench, trial, own))
             if isinstance(found, Failure):
                 self._leave_out(found.arm, found.why)

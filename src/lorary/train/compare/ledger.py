@@ -147,8 +147,9 @@ def check_folder(asked: Request, overwrite: bool) -> None:
     if names and not overwrite:
         there, here = flatten(store.read(path / FILE).settings.get("request", {})), flatten(identity(asked))
         fix = "repeat the request that it was begun with, pass overwrite, or name another folder"
+        fixes = {"starts": "an earlier version began it: pass overwrite, or name another folder"}
         changed = [
-            Diagnostic(key, f"{there.get(key)!r} in the folder, {here.get(key)!r} here", fix)
+            Diagnostic(key, f"{there.get(key)!r} in the folder, {here.get(key)!r} here", fixes.get(key, fix))
             for key in sorted(there.keys() | here.keys())
             if there.get(key) != here.get(key)
         ]

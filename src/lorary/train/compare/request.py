@@ -18,6 +18,8 @@ from lorary.train.config.config import Config, default_lr
 from lorary.train.config.load import from_dict
 
 TASKS = ("sft", "classification")
+LEFT_OUT = ("keep_best", "early_stopping_patience")
+"""Fields of `training` that a comparison leaves out: all methods take the same steps, and are judged after the last."""
 HEADLINE = "cannot compare:"
 _WHERE = ("targets", "exclude", "layers")  # of the common method: the layers of every arm that says no targets
 _OF_ONE = ("train_in_full", "head", "ranks", "alphas", "also", "after", "drop")  # method alone
@@ -65,7 +67,7 @@ class Request:
         Raises:
             ConfigError: the arm's method is not valid.
         """
-        training: dict[str, Any] = {"report_to": ["none"]}
+        training: dict[str, Any] = {"report_to": ["none"]} | dict.fromkeys(LEFT_OUT)
         if self.steps:
             every = evaluation_steps(self.steps)
             training |= {"max_steps": self.steps, "epochs": None, "eval_steps": every, "save_steps": third(self.steps)}
@@ -151,10 +153,6 @@ def _config_problems(config: Config) -> Iterator[Diagnostic]:
     if config.model.adapter:
         what = "an adapter to go on from brings its method, and there would be nothing to compare"
         yield Diagnostic("model.adapter", what, "remove it")
-    for key in ("early_stopping_patience", "keep_best"):
-        if getattr(config.training, key):
-            what = "all methods take the same number of steps, and are judged after the last"
-            yield Diagnostic(f"training.{key}", what, "remove it")
 
 
 def _arm_problems(arms: Sequence[Arm]) -> Iterator[Diagnostic]:

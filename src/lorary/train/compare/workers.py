@@ -83,10 +83,15 @@ class Workers:
         Raises:
             Stopped: a signal has come since the last job, or stops this one.
         """
-        self._check()
+        self.check()
         return job.run(self.bench, self.tell)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Stop if a signal has come.
+
+        Raises:
+            Stopped: one has.
+        """
         if self.stop.received:
             raise Stopped(f"signal {self.stop.received}", self.stop.received)
 
@@ -94,7 +99,7 @@ class Workers:
         while running:
             for future in wait(running, timeout=_POLL, return_when=FIRST_COMPLETED).done:
                 done(running.pop(future), future.result())
-            self._check()
+            self.check()
 
     def _start(self, count: int) -> None:
         """Start workers until there are so many."""
