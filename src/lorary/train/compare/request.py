@@ -10,8 +10,7 @@ from typing import Any
 
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
-from lorary.model.planning import default_targets
-from lorary.spec.method import Method
+from lorary.model.planning import has_common_targets
 from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder, third
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config, default_lr
@@ -102,11 +101,6 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
         for arm, own in zip(request.arms, configs, strict=True)
     ]
     return dataclasses.replace(request, arms=tuple(rated))
-
-
-def has_common_targets(method: Method) -> bool:
-    """Whether a method adapts the layers that the user chooses, rather than places of its own."""
-    return method.delta is not None and default_targets(method) == ("all-linear",)
 
 
 def each_arm(arms: Sequence[Arm], make: Any) -> list[Any]:

@@ -109,8 +109,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
         """The validation losses so far, as they are logged."""
         found = {}
         for record in self.folder.history():
-            if "eval_loss" in record:
-                loss = record["eval_loss"]
+            loss = record.get("eval_loss", "")
+            if loss is None or isinstance(loss, int | float):  # null: not finite
                 found[record["step"]] = math.nan if loss is None else float(loss)
         return sorted(found.items())
 
