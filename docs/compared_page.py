@@ -24,12 +24,12 @@ With the learning rate tuned for each of them, which methods differ? On the buil
 
 {answers}
 
-Everything here but the last table was measured by `lorary compare`, in float32, on a CPU. Every method had the same search for its
-learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to choose anything.
-Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of a table. A rate
-marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on Python code,
-which the base was trained on. Times are those of one small CPU, so compare them with each other only: training steps
-were timed in turns, and a forward pass (one test row, a batch of one) beside one of the base.
+Everything here but the last table was measured by `lorary compare`, in float32, on a CPU. Every method had the same
+search for its learning rate. Losses are in nats per token, with 95 % intervals, on test rows that were not used to
+choose anything. Differences are paired row by row, and the intervals beside the verdicts hold jointly for all pairs of
+a table. A rate marked "not tuned" is the lowest or the highest that was tried. "Forgotten" is the rise in the loss on
+Python code, which the base was trained on. Times are those of one small CPU, so compare them with each other only:
+training steps were timed in turns, and a forward pass (one test row, a batch of one) beside one of the base.
 
 This is how methods behave at a small size. It does not tell which one is best for a model of seven billion parameters;
 [what is known about that](how-to/choose-a-method.md) comes from larger runs by others.
@@ -54,10 +54,10 @@ SIZES = ("trained numbers", "file", "context taken", "forward pass / base", "mer
 BEFORE = """
 ## LoRA and what came before it
 
-Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on
-{tasks}. BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every
-linear layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds,
-which three seeds tell roughly; "merged" is the time of a forward pass after merging, where a method merges.
+Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on {tasks}.
+BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every linear
+layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds, which
+three seeds tell roughly; "merged" is the time of a forward pass after merging, where a method merges.
 
 """
 CLAIMS = """

@@ -193,11 +193,12 @@ def test_ranks_of_equal_numbers_are_announced_and_what_has_none_is_named(command
 
 
 def test_the_best_checkpoint_and_early_stopping_are_left_out_with_a_note(command: Command, config: Path) -> None:
-    stops = ["--set", "training.keep_best=true", "--set", "training.early_stopping_patience=2"]
-    shown = command("compare", "c.yaml", *ASKED, *stops, "--dry-run")
-    assert shown.code == 0, shown.err
-    why = "methods are judged after their last step: training.keep_best and training.early_stopping_patience left out"
-    assert shown.out.splitlines()[-1] == f"note      {why}"
+    every = ["--set", "training.save_steps=null"]  # both want checkpoints where they evaluate
+    for key, value in (("keep_best", "true"), ("early_stopping_patience", "2")):
+        shown = command("compare", "c.yaml", *ASKED, "--set", f"training.{key}={value}", *every, "--dry-run")
+        assert shown.code == 0, shown.err
+        last = f"note      methods are judged after their last step: training.{key} left out"
+        assert shown.out.splitlines()[-1] == last
 
 
 def test_a_budget_for_less_than_one_run_is_refused_once_the_first_steps_are_measured(

@@ -114,19 +114,21 @@ def test_what_weakens_a_result_is_said() -> None:
         (
             {"lora": 0.0, "again": 0.0, "good": -0.3, "also": -0.3},
             ["good", "also"],
-            "No difference is shown between again and lora. again has the lowest held-out loss, # nats per token. "
-            "Undecided: good and also, as some of their seeds diverged.",
+            "No difference is shown between again and lora. again has the lowest held-out loss of the methods none of "
+            "whose seeds diverged, # nats per token. Undecided: good and also, as some of their seeds diverged.",
         ),
         (
             {"lora": 0.0, "again": 0.0, "good": -0.3, "bad": 0.3},
             ["good"],
-            "again has the lowest held-out loss, # nats per token; no difference from lora is shown. Worse: bad. "
+            "again has the lowest held-out loss of the methods none of whose "
+            "seeds diverged, # nats per token; no difference from lora is shown. Worse: bad. "
             "Undecided: good, as some of its seeds diverged.",
         ),
         (
             {"lora": 0.0, "good": -0.3},
             ["good"],
-            "lora has the lowest held-out loss, # nats per token, and nothing is decided: 1 of 2 seeds of good "
+            "lora has the lowest held-out loss of the methods none of whose "
+            "seeds diverged, # nats per token, and nothing is decided: 1 of 2 seeds of good "
             "diverged.",
         ),
         ({"lora": 0.0, "bad": 0.3}, ["bad"], "lora is better than bad: # nats per token, # [#, #] below bad."),

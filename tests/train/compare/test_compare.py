@@ -117,7 +117,7 @@ def test_a_forward_pass_is_timed_over_the_bases() -> None:
 
 
 def test_a_signal_while_the_costs_are_counted_stops_it(
-    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: dict[str, Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = course.cost
 
@@ -126,16 +126,16 @@ def test_a_signal_while_the_costs_are_counted_stops_it(
         return counted(*arguments)
 
     monkeypatch.setattr(course, "cost", interrupted)
-    found = compared(words, tmp_path, LORA, DORA)
+    found = compared(words, tmp_path, LORA, DORA, settings=quick(place))
     assert found.costs == {}
     monkeypatch.undo()
-    again = compared(words, tmp_path, LORA, DORA)
+    again = compared(words, tmp_path, LORA, DORA, settings=quick(place))
     assert [*again.costs] == ["lora", "dora"]
     assert again.trials == found.trials
 
 
 def test_runs_keep_their_last_step(words: dict[str, Any], tmp_path: Path) -> None:
-    config = from_dict(words | {"training": words["training"] | {"keep_best": True, "early_stopping_patience": 2}})
+    config = from_dict(words | {"training": words["training"] | {"keep_best": True, "save_steps": None}})
     request = make_request(config, [LORA], Settings(), tmp_path)
     assert config.training.keeps_best
     assert not request.config_of(LORA).training.keeps_best

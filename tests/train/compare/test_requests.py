@@ -121,11 +121,6 @@ def test_a_method_that_this_model_cannot_train_is_refused_by_its_name(
             "  - task: is `dpo`, whose loss is not scored row by row\n      hint: use sft or classification",
         ),
         (
-            {"training": {"max_steps": 6, "early_stopping_patience": 2}},
-            "  - training.early_stopping_patience: all methods take the same number of steps, and are judged after the "
-            "last\n      hint: remove it",
-        ),
-        (
             {"model": {"id": "MODEL", "adapter": "somewhere"}},
             "  - model.adapter: an adapter to go on from brings its method, and there would be nothing to compare\n"
             "      hint: remove it",

@@ -38,8 +38,8 @@ _COST = (
     "Context taken is the number of positions that the method uses up."
 )
 _TRADE = (
-    "Green diamonds: of the methods none of whose seeds diverged, no other is both smaller and better. Lines: the range "
-    "over the seeds."
+    "Green diamonds: of the methods none of whose seeds diverged, no other is both smaller and better. Lines: the "
+    "range over the seeds."
 )
 _RATES = (
     "Each method tries its own learning rates, and its best one is chosen on the validation rows: the ring. A method "

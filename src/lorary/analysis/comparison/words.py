@@ -20,7 +20,9 @@ def verdict(found: Findings) -> str:
     open_ = [d for d in others.values() if d.verdict == "not judged"]
     alike = [arm for arm, d in others.items() if d.verdict == "no difference shown"]
     worse = {arm: d for arm, d in others.items() if d.verdict == "worse"}
-    steady = " of the methods none of whose seeds diverged" if open_ and not found.standings[0].diverged else ""
+    diverged = {s.arm for s in found.standings if s.diverged}
+    apart = found.best not in diverged and any(d.arm in diverged for d in open_)
+    steady = " of the methods none of whose seeds diverged" if apart else ""
     first = f"{found.best} has the {_best(found)}{steady}, {best}"
     whose = "its" if len(open_) == 1 else "their"
     last = f" Undecided: {names([d.arm for d in open_])}, as some of {whose} seeds diverged." if open_ else ""

@@ -72,7 +72,7 @@ def _notes(ready: Ready) -> Iterator[str]:
         if unmatched:
             yield f"note      no rank changes how many numbers these train: {', '.join(unmatched)}"
     if ignored := [f"training.{key}" for key in LEFT_OUT if getattr(request.config.training, key)]:
-        yield f"note      methods are judged after their last step: {' and '.join(ignored)} left out"
+        yield f"note      methods are judged after their last step: {', '.join(ignored)} left out"
     if cut := [arm.name for arm in request.arms if max(arm.rates) >= HIGHEST]:
         yield f"note      no rate above {HIGHEST:g} is tried: {', '.join(cut)}"
     for note in ready.bench.any_plan.lint.notes:
