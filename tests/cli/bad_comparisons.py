@@ -268,6 +268,32 @@ model: builtin:base
 data: {train: rows.jsonl, validation: rows.jsonl, streaming: true, overlong: truncate}
 training: {max_steps: 4}
 """),
+Bad('options of a method that is not compared', ('c.yaml', '--methods', 'lora,dora'), 2, """\
+error: cannot compare:
+  - method.train_in_full: is no method's that is compared: each has its own
+      hint: write it into the methods, as {name: lora, method: {name: lora, train_in_full: ...}}
+  - method.ranks: is no method's that is compared: each has its own
+      hint: write it into the methods, as {name: lora, method: {name: lora, ranks: ...}}
+""", """\
+model: builtin:base
+method: {train_in_full: norms, ranks: {q_proj: 4}}
+data: {train: rows.jsonl, validation_split: 0.5}
+training: {max_steps: 4}
+"""),
+Bad('a budget that is not a number', ('c.yaml', '--methods', 'lora,dora', '--budget', 'nan'), 2, """\
+error: invalid configuration c.yaml:
+  - --budget: `budget` is nan, which is not a time
+      hint: write a number with its unit, such as 90s, 20min or 1.5h
+"""),
+Bad('rates without an end', ('c.yaml', '--methods', 'lora,dora', '--rates', '1e-4,.inf,.nan'), 2, """\
+error: invalid configuration c.yaml:
+  - --rates: `rates` names '.inf', which is not a learning rate
+      hint: use numbers above 0 and at most 1
+"""),
+Bad('more processes than any machine has', ('c.yaml', '--methods', 'lora,dora', '--workers', '9999'), 2, """\
+error: invalid configuration c.yaml:
+  - --workers: `workers` must be at most 1024, not 9999
+"""),
 Bad('general text for classifiers', ('c.yaml', '--methods', 'lora,dora', '--general', 'builtin:topics'), 2, """\
 error: cannot compare:
   - compare.general: has no effect on classifiers, which do not predict text

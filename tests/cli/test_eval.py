@@ -214,6 +214,19 @@ def test_a_classifier_has_the_figures_that_it_logged(command: Command, tmp_path:
     ):
         assert said in refusal(command, *arguments)
 
+def test_a_decoder_that_classifies_is_measured_as_it_was_trained(command: Command, tmp_path: Path) -> None:
+    """Training finds the last token of a row by the tokenizer's padding, which its configuration does not name."""
+    assert command
+    base = tasks.saved(tmp_path, "LlamaForCausalLM", pad_token_id=None, eos_token_id=7)
+    texts = [f"a {'fine' if i % 2 else 'poor'} book" + " of words" * (i % 4) for i in range(16)]
+    rows = [{"text": text, "label": "good" if "fine" in text else "bad"} for text in texts]
+    words = tasks.settings(tmp_path, "classification", base, rows, lr=1e-2)
+    words["data"]["validation_split"] = 0.5
+    done = tasks.train(words)
+    last = next(record for record in reversed(done.history) if "eval_loss" in record)
+    [out] = results(command, "out", "-b", "8")
+    assert out["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+
 
 def test_a_number_is_compared_with_the_numbers_of_the_rows(command: Command, tmp_path: Path) -> None:
     assert command

@@ -144,6 +144,18 @@ def atomic_directory(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, with its parents, unless it is there.
+
+    Raises:
+        FileError: the system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def remove_stale(parent: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary files and folders that killed writers left in `parent`; return their paths.
 

@@ -174,6 +174,11 @@ def default_targets(method: Method) -> tuple[str, ...]:
     return ("all-linear",) if method.context is None else tuple(method.context.targets)
 
 
+def has_common_targets(method: Method) -> bool:
+    """Whether a method adapts the layers that the user chooses, rather than places of its own."""
+    return method.delta is not None and default_targets(method) == ("all-linear",)
+
+
 def _storage_problems(
     scanned: Scan, storage: Storage, sites: list[AdaptedSite], quantized: list[str]
 ) -> list[Diagnostic]:

@@ -100,6 +100,10 @@ def trial(number: int, **values: Any) -> Callable[[Document], object]:
     return lambda document: document["trials"][number].update(values)
 
 
+def setting(**values: Any) -> Callable[[Document], object]:
+    return lambda document: document["settings"].update(values)
+
+
 def scored(**values: Any) -> Callable[[Document], object]:
     return lambda document: document["trials"][1]["test"].update(values)
 
@@ -201,6 +205,21 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
         lambda document: document["arms"][0].update(rates=["nan"]),
         "- arms[0].rates: a learning rate is not a positive number",
     ),
+    "a run twice": (
+        lambda document: document["trials"].append(document["trials"][2]),
+        "- trials[4]: is the run of trials[2], which would count twice",
+    ),
+    "a folder elsewhere": (trial(0, folder="../../other"), "- trials[0].folder: is '../../other', outside of the comparison's"),
+    "a folder of the system": (trial(0, folder="/etc"), "- trials[0].folder: is '/etc', outside of the comparison's"),
+    "a time in words before": (setting(seconds="long"), "- settings.seconds: is a text, not a number"),
+    "a time below zero": (setting(seconds=-5.0), "- settings.seconds: is -5.0, not a time"),
+    "no end of time": (setting(seconds="inf"), "- settings.seconds: is 'inf', not a time"),
+    "digests that are a number": (setting(digests=5), "- settings.digests: is the number 5, not an object"),
+    "a digest that is a number": (setting(digests={"test": 5}), "- settings.digests.test: is the number 5, not a text"),
+    "timings that are a list": (setting(timings=[1]), "- settings.timings: is a list, not an object"),
+    "a request that is a text": (setting(request="again"), "- settings.request: is a text, not an object"),
+    "a reference that is a number": (setting(reference=5), "- settings.reference: is the number 5, not a text"),
+    "notes that are a text": (setting(notes="none"), "- settings.notes: is a text, not a list"),
     "a hostile name": (changed(**{"\x1b[31m\u202e": 1}), "- '\\x1b[31m\\u202e': is unknown"),
 }
 

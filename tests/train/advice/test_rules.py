@@ -126,6 +126,20 @@ def test_the_rate_of_another_task_and_method(task: str, method: str, rate: float
     assert values(draft(facts, method=method, task=task))["training.lr"] == pytest.approx(rate, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["ia3", "houlsby", "prefix-tuning", "prompt-tuning", "bitfit", "full"])
+def test_a_method_with_places_of_its_own_gets_no_targets(name: str) -> None:
+    assert "method.targets" not in values(draft(EIGHT_BILLION, method=name))
+    assert "method.targets" in values(draft(EIGHT_BILLION, method="dora"))
+
+
+def test_no_rate_is_above_that_of_a_configuration() -> None:
+    """Prompt tuning's rate is 1,500 times LoRA's, and that of a small model is high."""
+    made = draft(dataclasses.replace(EIGHT_BILLION, hidden=192), method="prompt-tuning")
+    [rate] = [one for one in made.recommendations if one.key == "training.lr"]
+    assert rate.value == 1.0
+    assert rate.reason.endswith("; x 1.5e+03 for prompt-tuning; 1 is the highest rate of a configuration")
+
+
 @pytest.mark.parametrize(("answers", "r"), [(1000, 32), (41_000_000, 32), (42_000_000, 64), (100_000_000, 128)])
 def test_the_rank_grows_with_the_tokens_to_learn(answers: int, r: int) -> None:
     assert values(draft(rows(200_000, answers=answers)))["method.r"] == r

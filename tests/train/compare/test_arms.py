@@ -46,6 +46,23 @@ def test_ranks_stay_as_they_are_unless_numbers_are_to_be_equal(words: dict[str, 
     request, _ = fitted(words, place, arm("lora", r=4), arm("dora", r=8))
     assert [dict(one.method) for one in request.arms] == [{"name": "lora", "r": 4}, {"name": "dora", "r": 8}]
 
+def test_the_layers_of_the_configuration_are_those_of_every_arm_without_targets(
+    words: dict[str, Any], place: Path
+) -> None:
+    common = {"name": "lora", "exclude": "down_proj", "layers": "0"}
+    own = Arm("own", {"name": "lora", "targets": "q_proj"}, RATES)
+    arms = arm("lora", r=2), arm("dora", r=2), own, arm("ia3")
+    request = make_request(from_dict(words | {"method": common}), arms, Settings(general=()), place / "comparison")
+    sites = {one.name: {s.site.name for s in Bench(request).plan(one).plan.sites} for one in arms}
+    assert sites["lora"] == sites["dora"]
+    assert {name.split(".")[2] for name in sites["lora"]} == {"0"}
+    assert {name.rpartition(".")[2] for name in sites["lora"]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    }
+    assert sites["own"] == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert any("down_proj" in name for name in sites["ia3"])  # it has places of its own
+
+
 
 def test_equal_numbers_give_every_arm_the_nearest_rank(words: dict[str, Any], place: Path) -> None:
     """VeRA trains r + out numbers for each site, LoRA r (in + out); full fine-tuning has no rank."""

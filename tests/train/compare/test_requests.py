@@ -16,6 +16,8 @@ from lorary.train.compare.compare import compare
 from lorary.train.compare.settings import Settings
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, quick, tree
+from tests.train.tasks import rows as rows_file
+from tests.train.tasks import saved
 
 RATES = (1e-3,)
 
@@ -59,6 +61,23 @@ def refused(words: dict[str, Any], arms: Any, place: Path, folder: Path, **setti
             "  - lora: rates: are [0.1, nan]\n      hint: use numbers above 0 and at most 1\n"
             "  - dora: rates: are [0.1, 2.0]\n      hint: use numbers above 0 and at most 1",
         ),
+        (
+            (Arm("one", "lora", RATES), Arm("two", {"name": "lora"}, 1e-3), Arm("three", {"name": "lora"}, "1e-3")),  # type: ignore[arg-type]
+            "cannot compare:\n"
+            "  - one: method: is 'lora', not a section of a configuration\n"
+            "      hint: such as {'name': 'lora', 'r': 8}\n"
+            "  - two: rates: is 0.001\n"
+            "      hint: use a tuple of learning rates; an empty one for the method's own\n"
+            "  - three: rates: is '1e-3'\n"
+            "      hint: use a tuple of learning rates; an empty one for the method's own",
+        ),
+        (
+            (Arm(5, {"name": "lora"}, RATES), Arm(["a"], {"name": "lora"}, RATES)),  # type: ignore[arg-type]
+            "cannot compare:\n"
+            "  - arms: 5 is not a name\n      hint: use printable characters, at most 200\n"
+            "  - arms: ['a'] is not a name\n      hint: use printable characters, at most 200",
+        ),
+        (7, "cannot compare:\n  - arms: is a int, not a sequence of Arm"),
         (
             (Arm("lora", {"name": "lora"}, (0.1, 0.01)),),
             "cannot compare:\n  - lora: rates: are [0.1, 0.01]\n      hint: let them rise, each once",
@@ -159,6 +178,12 @@ def test_general_text_that_is_not_there(words: dict[str, Any], place: Path, tmp_
         ({"spacing": float("nan")}, "  - spacing: is nan\n      hint: use a factor from 1.1 to 1000"),
         ({"budget": -1}, "  - budget: is -1\n      hint: use a number of seconds above 0, or None"),
         ({"budget": "20min"}, "  - budget: is '20min'\n      hint: use a number of seconds above 0, or None"),
+        ({"halving": "no"}, "  - halving: is 'no'\n      hint: use True or False"),
+        ({"reference": 5}, "  - reference: is 5\n      hint: use the name of a method"),
+        ({"general": "builtin:python"}, "  - general: is 'builtin:python'\n      hint: use a tuple of sources, such as ('builtin:python',)"),
+        ({"general": ("",)}, "  - general: is ('',)\n      hint: use a tuple of sources, such as ('builtin:python',)"),
+        ({"seeds": 10**9, "workers": 1025}, "  - seeds: is 1000000000\n      hint: use a whole number of at most 1,000\n"
+         "  - workers: is 1025\n      hint: use a whole number of at most 1,024"),
         ({"match": "bytes"}, "  - match: is 'bytes'\n      hint: use rank or parameters"),
     ],
 )  # fmt: skip
@@ -274,3 +299,33 @@ def test_a_name_is_no_path(words: dict[str, Any], place: Path, tmp_path: Path) -
     assert found == [
         f"runs/{number}/lr-0.001-seed-7" for number in ("01-up", "02-etc", "03", "04-a-b-c-d", "05-lora", "06")
     ]
+
+
+def test_settings_that_are_none(words: dict[str, Any], tmp_path: Path) -> None:
+    """Also beside no configuration."""
+    with pytest.raises(ConfigError) as error:
+        compare({}, (LORA,), {"seeds": 1}, tmp_path / "new")  # type: ignore[arg-type]
+    assert str(error.value) == (
+        "cannot compare:\n"
+        "  - config: is a dict, not a Config: `lorary.train.config.load` reads one\n"
+        "  - settings: is a dict, not a Settings"
+    )
+
+
+def test_general_rows_that_are_no_text(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text(json.dumps({"text": "hello", "label": "x"}) + "\n")
+    found = refused(words, (LORA,), place, tmp_path / "new", general=(str(tmp_path / "general.jsonl"),))
+    assert "general.jsonl" in found
+    assert "task `sft` trains on" in found
+
+
+def test_numbers_as_labels_have_no_accuracy(place: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"hello world {i}", "label": i / 7} for i in range(12)]
+    data = {"train": rows_file(tmp_path, rows), "validation_split": 0.5, "max_length": 32}
+    words = {"model": saved(tmp_path, "BertModel"), "task": "classification", "data": data}
+    words["training"] = {"max_steps": 4, "batch_size": 4}
+    assert refused(words, (LORA,), place, tmp_path / "new") == (
+        "cannot compare:\n"
+        "  - the labels: are numbers, and methods are judged by the cross entropy of a label and by accuracy\n"
+        "      hint: use texts as labels"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.errors import DataError, LoraryError, TrainingError
+from lorary.files import manifest
 from lorary.train.shared_base import rows as rows_module
 from lorary.train.shared_base.shared_base import SharedBase
 from lorary.train.shared_base.training import Settings, SharedTraining
+from lorary.train.trainer import checkpoint
 
 from ... import tiny
-from .apart import METHODS, batches, llama
+from .apart import METHODS, batches, distance, llama
 
 
 def _plan(base: Any, name: str = "lora", targets: Any = None) -> lorary.Plan:
@@ -300,6 +303,8 @@ def test_unknown_names_and_those_that_have_left() -> None:
         (Settings(1e-3, 2, schedule="sine"), "a: schedule is 'sine'; it takes cosine, linear, constant"),
         (Settings(1e-3, 2, schedule="reduce_lr_on_plateau"), "a: schedule is 'reduce_lr_on_plateau'; it takes cosine"),
         ({"a": Settings(1e-3, 2)}, "b: has no settings"),
+        ({"a": Settings(1e-3, 2), "b": {"lr": 1e-3}}, "b: has a dict, not Settings"),
+        (5, "settings: is a int, not Settings, or a mapping of names to them"),
         ({"a": Settings(1e-3, 2), "b": Settings(1e-3, 2), "c": Settings(1e-3, 2)}, "c: has settings and is not here"),
     ],
 )
@@ -315,6 +320,29 @@ def test_too_few_batches() -> None:
     rows = batches(0, count=2)
     training = SharedTraining(_two(), Settings(1e-3, 3))
     _refused(lambda: training.run({"a": iter(rows), "b": iter(rows)}), "a: its batches end after 2 of 3 steps")
+
+
+def test_batches_in_a_list() -> None:
+    """As well as an iterator over them."""
+    rows = batches(0, count=2)
+    lists, iterators = (
+        SharedTraining(_two(), Settings(1e-3, 2)).run({name: make(rows) for name in ("a", "b")})
+        for make in (list, iter)
+    )
+    for name in ("a", "b"):
+        assert distance(lists[name], iterators[name]) == 0
+
+
+def test_the_checkpoint_of_a_run_is_no_state(tmp_path: Any) -> None:
+    training = SharedTraining(_two(), Settings(1e-3, 3))
+    training.save("a", tmp_path / "a")
+    file = tmp_path / "a" / checkpoint.STATE
+    document = json.loads(file.read_text())
+    del document["state"]["step"]
+    file.write_text(json.dumps(document))
+    manifest.write_manifest(tmp_path / "a")
+    hint = "a run goes on with `lorary train --resume`"
+    _refused(lambda: training.resume("a", tmp_path / "a"), "holds no state of this kind", hint)
 
 
 def test_the_state_of_another_adapter(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lorary.analysis.comparison.record import Comparison, Merge, Scores
@@ -22,6 +22,11 @@ from lorary.files.strict_json import named, show
 
 FORMAT, VERSION = "lorary-comparison", 1
 MOST_BYTES = 256 << 20
+# settings that a comparison goes on from, or that its page shows in words; the others are read by nobody
+_SETTINGS = {
+    **{"seconds": float, "reference": str, "notes": tuple[str, ...], "digests": Mapping[str, str]},
+    **{"request": Mapping[str, Any], "timings": Mapping[str, Mapping[str, Any]]},
+}
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
@@ -92,7 +97,7 @@ def _problems(document: object) -> Iterator[Diagnostic]:
         yield Diagnostic("version", f"is {show(document.get('version'))}; this version reads {VERSION}", fix)
     else:
         content = {key: value for key, value in document.items() if key not in ("format", "version")}
-        wrong = [*_wrong(Comparison, content, "")]
+        wrong = [*_wrong(Comparison, content, ""), *_wrong_settings(content.get("settings"))]
         yield from wrong or _contradictions(_made(Comparison, content))
 
 
@@ -125,6 +130,13 @@ def _wrong(kind: Any, value: Any, where: str) -> Iterator[Diagnostic]:
             yield Diagnostic(where, f"is {_kind(value)}, not a whole number")
     elif not isinstance(value, str):
         yield Diagnostic(where, f"is {_kind(value)}, not a text")
+
+
+def _wrong_settings(settings: Any) -> Iterator[Diagnostic]:
+    known = settings if isinstance(settings, dict) else {}
+    for key, kind in _SETTINGS.items():
+        if key in known:
+            yield from _wrong(kind, known[key], f"settings.{key}")
 
 
 def _wrong_fields(kind: Any, value: Any, where: str) -> Iterator[Diagnostic]:
@@ -181,7 +193,14 @@ def _contradictions(comparison: Comparison) -> Iterator[Diagnostic]:
             yield Diagnostic(f"arms[{i}].name", f"{show(arm.name)} is the name of an earlier one")
         if not all(0 < rate < math.inf for rate in arm.rates):
             yield Diagnostic(f"arms[{i}].rates", "a learning rate is not a positive number")
+    if not _is_number(seconds := comparison.settings.get("seconds", 0)) or not 0 <= seconds < math.inf:
+        yield Diagnostic("settings.seconds", f"is {show(seconds)}, not a time")
+    first: dict[tuple[str, float, int], int] = {}
     for i, trial in enumerate(comparison.trials):
+        if (j := first.setdefault((trial.arm, trial.lr, trial.seed), i)) != i:
+            yield Diagnostic(f"trials[{i}]", f"is the run of trials[{j}], which would count twice")
+        if (folder := PurePath(trial.folder)).is_absolute() or ".." in folder.parts:
+            yield Diagnostic(f"trials[{i}].folder", f"is {show(trial.folder)}, outside of the comparison's")
         if trial.arm not in names:
             yield Diagnostic(f"trials[{i}].arm", f"no method is named {show(trial.arm)}", suggestion(trial.arm, names))
         if not 0 < trial.lr < math.inf:

@@ -41,6 +41,8 @@ def verdict(found: Findings) -> str:
 
 def remarks(found: Findings) -> Iterator[str]:
     """The verdicts on the reference, and what weakens the results, one sentence each."""
+    for note in found.comparison.settings.get("notes", ()):
+        yield f"{note[:1].upper()}{note[1:]}."
     against = found.against_reference
     groups = {
         word: [arm for arm, d in against.items() if d.verdict == word]

@@ -75,6 +75,8 @@ def _notes(ready: Ready) -> Iterator[str]:
         yield f"note      methods are judged after their last step: {', '.join(ignored)} left out"
     if cut := [arm.name for arm in request.arms if max(arm.rates) >= HIGHEST]:
         yield f"note      no rate above {HIGHEST:g} is tried: {', '.join(cut)}"
+    for note in ready.bench.any_plan.lint.notes:
+        yield f"note      {note}"
 
 
 def duration(seconds: float) -> str:

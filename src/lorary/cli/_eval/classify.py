@@ -22,7 +22,7 @@ from lorary.cli._eval.models import EvalModel
 from lorary.cli._table import rich_table
 from lorary.errors import ConfigError, DataError, Diagnostic
 from lorary.model.loading.from_pretrained import load_config, load_model, load_storage
-from lorary.model.loading.model_kind import classes, kind_of_model, own_class
+from lorary.model.loading.model_kind import classes, kind_of_model, own_class, set_padding
 from lorary.model.loading.quiet import quiet_progress_bars
 from lorary.model.loading.source import ModelClass
 from lorary.train.data.labels import own_labels
@@ -80,6 +80,7 @@ def run_classifiers(
             loaded = load_model(model.section, storage, model_class=kind)
             if model.folder:
                 load(loaded, model.folder)
+            set_padding(loaded, model.tokenizer.pad_token_id)
             room, section = learned_positions(loaded), data.config.data
             section = section.model_copy(update={"max_length": min(section.max_length, room or section.max_length)})
             rows = replace(data, examples=examples, config=data.config.model_copy(update={"data": section})).rows(

@@ -79,6 +79,19 @@ def with_padding(config: Any, token: int | None = None) -> Any:
     return changed
 
 
+def set_padding(model: Any, token: int | None) -> None:
+    """Let a decoder that classifies find the last token of a row by the token that its tokenizer pads with.
+
+    Training does so, in Transformers' `align_special_tokens`; the configuration of a base may name another token.
+
+    Args:
+        model: of Transformers.
+        token: of the tokenizer; None if it has none.
+    """
+    if token is not None:
+        model.config.get_text_config().pad_token_id = token
+
+
 def table(task: str) -> dict[str, Any]:
     """model_type -> class of Transformers' table for a task."""
     from lorary.layers.transformers_internals import modeling_auto

@@ -23,6 +23,7 @@ EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 FIXED = 3e-4  # for other families
 SWEPT = 1000  # the least hidden size in the sweep, about
 SHORT, SHORT_FACTOR = 100, 1.5  # steps; 15 / 10
+HIGHEST = 1.0  # that a configuration takes
 TOKENS = (4 * 64, 128 * 512)  # in the loss of a step: the least batch of ordinary answers, and the sweep
 
 TINKER = "Tinker's rule, tinker-cookbook hyperparam_utils.py"

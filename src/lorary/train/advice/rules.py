@@ -6,6 +6,7 @@ import math
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.methods.lora import LowRank
+from lorary.model.planning import has_common_targets
 from lorary.train.advice import rates
 from lorary.train.advice.draft import Draft
 from lorary.train.advice.facts import Facts
@@ -118,6 +119,7 @@ def method_rules(draft: Draft, facts: Facts) -> None:
     if draft.value("method.name") != ("longlora",):
         reason = "nine variants end within 1-2 % of LoRA once each has its own learning rate"
         draft.recommend("method.name", ("lora",), reason, "arXiv:2602.04998")
+    if has_common_targets(draft.config.method.build()):
         reason = "attention alone learns less at equal parameters; the MLPs hold most weights"
         draft.recommend("method.targets", ("all-linear",), reason, REGRET)
     if facts.task == "classification":
@@ -245,7 +247,10 @@ def _rate(draft: Draft, facts: Facts, rows: int, batch: int, steps: int, repeats
         what = f"{facts.task} with {', '.join(names)}" if facts.task != "sft" else ", ".join(names)
         reason += f"; x {factor:.3g} for {what}"
     source = found.source + (f"; {rates.BUILTIN}" if found.extrapolated else "")
-    draft.recommend("training.lr", rates.rounded(found.value * factor), reason, source)
+    value = rates.rounded(found.value * factor)
+    if value > rates.HIGHEST:
+        reason += f"; {rates.HIGHEST:g} is the highest rate of a configuration"
+    draft.recommend("training.lr", min(value, rates.HIGHEST), reason, source)
     if found.extrapolated:
         draft.warnings.append(
             f"a hidden size of {facts.hidden:,} is below those of the public sweep: try half and double the rate"

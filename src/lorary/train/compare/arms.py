@@ -11,7 +11,8 @@ from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic, LoraryError
 from lorary.model.loading.from_pretrained import skeleton
 from lorary.model.plan import Plan
-from lorary.train.compare.request import HEADLINE, Request, each_arm, has_common_targets
+from lorary.model.planning import has_common_targets
+from lorary.train.compare.request import HEADLINE, Request, each_arm
 from lorary.train.config.conflicts import contradictions
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.runner.task_base import new_modules

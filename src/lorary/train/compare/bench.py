@@ -19,6 +19,7 @@ from lorary.analysis.evaluation import score_labels, score_rows
 from lorary.errors import DataError, Diagnostic
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.loading.from_pretrained import load_model
+from lorary.model.loading.model_kind import set_padding
 from lorary.train.compare.request import Request
 from lorary.train.compare.search import init_seed
 from lorary.train.config.data_section import DataSection
@@ -121,9 +122,25 @@ class Bench:
             return ()
         sources, length = settings.general, plan.config.data.max_length
         section = DataSection(train=sources, validation=sources, max_length=length)
-        examples = spread(data.load_validation(section), settings.general_rows)
-        rows = tokenize(examples, plan.tokenizer, section).rows
-        return tuple(spread([row for row in rows if _is_scored(row)], settings.general_rows))
+        examples = spread(data.load_validation(section, "sft"), settings.general_rows)
+        rows = [row for row in tokenize(examples, plan.tokenizer, section).rows if _is_scored(row)]
+        if not rows:
+            what = f"no row of {', '.join(sources)} has a token that is predicted from another one"
+            raise DataError("there is no general text:", [Diagnostic("compare.general", what, "name other text, or none")])
+        return tuple(spread(rows, settings.general_rows))
+
+    @property
+    def overlaps(self) -> list[str]:
+        """What makes the rows on which methods are judged less than unseen, in words."""
+        rows, found = self.held_out, []
+        for others, what in (
+            (self.any_plan.train.rows, "are also trained on: their scores mean nothing"),
+            (rows.validation.rows, "are also among those on which rates are chosen"),
+        ):
+            seen = {tuple(row["input_ids"]) for row in others}
+            if both := sum(tuple(row["input_ids"]) in seen for row in rows.test):
+                found.append(f"{both:,} of the {len(rows.test):,} rows on which methods are judged {what}")
+        return found
 
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of the base, without a head that is drawn again at every load."""
@@ -153,6 +170,7 @@ class Bench:
         """The base with the adapter in a folder of the comparison, in evaluation mode."""
         model = self.base_of(folder)
         put_on(model, self.request.folder / folder)
+        set_padding(model, self.any_plan.tokenizer.pad_token_id)
         return model
 
     def base_of(self, folder: str) -> Any:
@@ -165,7 +183,7 @@ def run_name(request: Request, arm: str, lr: float, seed: int) -> str:
     """The folder of a run, below the comparison's: its number keeps two names apart, and paths out."""
     number = [one.name for one in request.arms].index(arm) + 1
     word = re.sub(r"[^A-Za-z0-9+_-]+", "-", arm).strip("-")[:40]
-    return f"runs/{f'{number:02d}-{word}'.rstrip('-')}/lr-{lr:g}-seed-{seed}"
+    return f"runs/{f'{number:02d}-{word}'.rstrip('-')}/lr-{lr!r}-seed-{seed}"  # all digits: two rates may be close
 
 
 def on_device(model: Any) -> Any:

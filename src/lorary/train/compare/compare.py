@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import transformers
 
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm, Comparison
-from lorary.errors import ConfigError, PlanError, not_a
+from lorary.errors import ConfigError, Diagnostic, PlanError, not_a
 from lorary.files.home import expanded
 from lorary.model.ambient import mode_independent
 from lorary.train.compare.arms import fitted_arms
@@ -53,10 +53,10 @@ def compare(
     """Compare methods on one base, one task, one order of the data and one number of steps.
 
     Args:
-        config: of all runs: model, data, training. Of its `method` only the targets count, for all arms that have none
-            of their own. A `training.lr` moves the centre of every arm by the factor by which it differs from the
-            default of that method. Its `keep_best` and `early_stopping_patience` are left out: all methods are judged
-            after the last step.
+        config: of all runs: model, data, training. Of its `method` only `targets`, `exclude` and `layers` count, for all
+            arms that have no targets of their own. A `training.lr` moves the centre of every arm by the factor by which
+            it differs from the default of that method. Its `keep_best` and `early_stopping_patience` are left out: all
+            methods are judged after the last step.
         arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
             of the section `compare` of the configuration.
         settings: of the comparison; None: those of this section, or the defaults if there are arms.
@@ -75,11 +75,18 @@ def compare(
         DataError: the data cannot be read, or has too few held-out rows.
         LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
-    if problems := not_a(Config, "a Config: `lorary.train.config.load` reads one", config=config):
+    if problems := _wrong_types(config, arms, settings):
         raise ConfigError(HEADLINE, problems)
     asked = from_config(config) if arms is None else Asked(config, tuple(arms), Settings())
     ready = prepare_comparison(config, asked.arms, settings or asked.settings, folder, overwrite=overwrite)
     return run_comparison(ready, progress).comparison
+
+
+def _wrong_types(config: Any, arms: Any, settings: Any) -> list[Diagnostic]:
+    """Arguments of other types."""
+    problems = not_a(Config, "a Config: `lorary.train.config.load` reads one", config=config)
+    problems += [] if arms is None else not_a(Iterable, "a sequence of Arm", arms=arms)
+    return problems + ([] if settings is None else not_a(Settings, "a Settings", settings=settings))
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Ready:
         request: with the ranks of its arms, and the steps of a run.
         bench: its rows.
         overwrite: whether the comparison in the folder is removed first.
-        start: when it was begun, in seconds since the epoch.
+        start: when it was begun, by `time.monotonic`, which no change of the clock moves.
     """
 
     asked: Request
@@ -135,10 +142,13 @@ def prepare_comparison(
 ) -> Ready:
     """A comparison with its rows read and its methods planned; nothing is written. See `compare`."""
     transformers.logging.set_verbosity_error()
-    start = time.time()
+    start = time.monotonic()
     asked = make_request(config, arms, settings, expanded(folder).absolute())
     check_folder(asked, overwrite)
     run = _plan_of_first(asked)
+    if run.labels is not None and run.labels.problem == "regression":
+        what = "are numbers, and methods are judged by the cross entropy of a label and by accuracy"
+        raise ConfigError(HEADLINE, [Diagnostic("the labels", what, "use texts as labels")])
     request = fitted_arms(dataclasses.replace(asked, steps=run.steps), run)
     return Ready(asked, request, Bench(request), overwrite, start)
 
@@ -186,6 +196,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "initialisation": "of each method and seed: training.seed of its runs; the order of the rows is data_seed's",
         "rows": {name: len(part) for name, part in parts.items()},
         "digests": {name: _digest(part) for name, part in parts.items()},
+        "notes": bench.overlaps,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "environment": environment(),
     }

@@ -10,16 +10,17 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from lorary.analysis.comparison.record import Arm, Comparison, Trial
+from lorary.analysis.comparison.record import Arm, Comparison, Cost, Trial
 from lorary.train.compare import search
 from lorary.train.compare.bench import Bench
 from lorary.train.compare.budget import TIMED, TURNS, Forecast, fitted
 from lorary.train.compare.costs import cost
 from lorary.train.compare.ledger import Ledger
-from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.outcomes import Failure, Stopped, attempted
 from lorary.train.compare.request import Request
 from lorary.train.compare.timing import Timing, TimingJob
 from lorary.train.compare.trial import BaseJob, TrialJob
@@ -36,7 +37,7 @@ class Course:
         bench: of this process.
         ledger: the record.
         progress: takes the progress.
-        start: when this session began, in seconds since the epoch.
+        start: when this session began, by `time.monotonic`.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Course:
         """Measure the first steps of every arm, and drop what does not fit into the budget, if there is one."""
         if self.request.settings.budget is None:
             return
-        known = {name: Timing(**t) for name, t in self.ledger.comparison.settings.get("timings", {}).items()}
+        recorded = self.ledger.comparison.settings.get("timings", {})
+        known = {name: one for name, found in recorded.items() if (one := Timing.from_record(found))}
         jobs = [
             TimingJob(arm.name, search.centre_of(arm), self.seed, 2, evaluates=True)
             for arm in self.request.arms
@@ -188,19 +190,28 @@ class Course:
         for turn in range(TURNS):
             self._describe(f"seconds per step, turn {turn + 1} of {TURNS}")
             for trial in trials:
-                if time.time() > self.deadline:
+                if time.monotonic() > self.deadline:
                     raise Stopped("the budget is used up")
                 timing = self.workers.here(TimingJob(trial.arm, trial.lr, trial.seed, TIMED))
                 if isinstance(timing, Timing):
                     turns[trial.arm].append(timing)
                 else:
                     self._leave_out(trial.arm, timing.why)
-        costs = {}
+        self.ledger.note(costs=dict(self._cost_of_each(trials, turns)))
+
+    def _cost_of_each(
+        self, trials: Sequence[Trial], turns: Mapping[str, list[Timing]]
+    ) -> Iterator[tuple[str, Cost]]:
+        """(arm, its cost), of the arms that could be measured."""
         for trial in trials:
-            if turns[trial.arm]:
-                self.workers.check()
-                costs[trial.arm] = cost(self.bench, trial, turns[trial.arm])
-        self.ledger.note(costs=costs)
+            if not (own := turns[trial.arm]):
+                continue
+            self.workers.check()
+            found = attempted(trial.arm, "its costs", partial(cost, self.bench, trial, own))
+            if isinstance(found, Failure):
+                self._leave_out(found.arm, found.why)
+            else:
+                yield trial.arm, found
 
     # --- the runs -------------------------------------------------------------------------------------------------
 
@@ -245,7 +256,7 @@ class Course:
         self.ledger.note(arms=arms, **changes)
 
     def _write_record(self) -> None:
-        self.ledger.note_settings(seconds=round(self.before + time.time() - self.start, 1))
+        self.ledger.note_settings(seconds=round(self.before + time.monotonic() - self.start, 1))
 
     def _recorded(self, job: TrialJob) -> Trial | None:
         """The recorded run of a job."""
@@ -269,7 +280,7 @@ class Course:
         found = self.ledger.comparison
         why = f"stopped: {stop.why}; called again, the comparison goes on"
         missing = {arm.name: why for arm in self.request.arms if arm.name not in found.costs}
-        return dataclasses.replace(found, left_out={**found.left_out, **missing})
+        return dataclasses.replace(found, left_out={**missing, **found.left_out})
 
     def _describe(self, what: str) -> None:
         self._progress(description=what)

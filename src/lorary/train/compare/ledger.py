@@ -13,7 +13,7 @@ from typing import Any
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Comparison
 from lorary.errors import ConfigError, Diagnostic
-from lorary.files.atomic import remove_stale
+from lorary.files.atomic import make_folder, remove_stale
 from lorary.model.fingerprint import Fingerprint
 from lorary.train.compare.request import Request
 from lorary.train.runner.folder import LOCKS, RunFolder, flatten
@@ -85,7 +85,7 @@ class Ledger:
 def _new_only_if_it_fits(path: Path) -> Iterator[None]:
     """A context in which a folder exists; a new one is removed if the request turns out to be refused."""
     is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     try:
         yield
     except ConfigError:

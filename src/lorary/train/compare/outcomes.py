@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from lorary.errors import LoraryError
+from lorary.model.out_of_memory import allocator_message, is_out_of_memory
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
@@ -29,3 +36,21 @@ class Failure:
 
     arm: str
     why: str
+
+
+def attempted(arm: str, what: object, make: Callable[[], T]) -> T | Failure:
+    """The result of what an arm needs, or why there is none: one arm that fails does not end the others.
+
+    Args:
+        arm: its name.
+        what: is made, in words.
+        make: makes it.
+    """
+    try:
+        return make()
+    except LoraryError as error:
+        return Failure(arm, f"{what}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Failure(arm, f"{what}: out of memory: {allocator_message(error)}")

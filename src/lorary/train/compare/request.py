@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.errors import ConfigError, Diagnostic, LoraryError, did_you_mean, not_a
-from lorary.model.planning import default_targets
-from lorary.spec.method import Method
+from lorary.model.planning import has_common_targets
 from lorary.train.compare.search import HIGHEST, evaluation_steps, ladder, third
 from lorary.train.compare.settings import Settings
 from lorary.train.config.config import Config, default_lr
@@ -21,6 +20,8 @@ TASKS = ("sft", "classification")
 LEFT_OUT = ("keep_best", "early_stopping_patience")
 """Fields of `training` that a comparison leaves out: all methods take the same steps, and are judged after the last."""
 HEADLINE = "cannot compare:"
+_WHERE = ("targets", "exclude", "layers")  # of the common method: the layers of every arm that says no targets
+_OF_ONE = ("train_in_full", "head", "ranks", "alphas", "also", "after", "drop")  # method alone
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ class Request:
         tree = self.config.model_dump(mode="json", exclude_unset=True, exclude={"compare"})
         tree |= {"method": dict(arm.method), "output": str(self.folder / "runs")}
         tree["training"] = {k: v for k, v in (tree.get("training", {}) | training).items() if v is not None}
-        found, shared = from_dict(tree), self.config.method.targets
-        if shared and found.method.targets is None and has_common_targets(found.method.build()):
-            found = found.model_copy(update={"method": found.method.model_copy(update={"targets": shared})})
+        found = from_dict(tree)
+        own, common = found.method, self.config.method
+        if own.targets is None and has_common_targets(own.build()):
+            shared = {key: getattr(common, key) for key in _WHERE if getattr(common, key) and not getattr(own, key)}
+            found = found.model_copy(update={"method": own.model_copy(update=shared)})
         return found
 
 
@@ -98,11 +101,6 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
         for arm, own in zip(request.arms, configs, strict=True)
     ]
     return dataclasses.replace(request, arms=tuple(rated))
-
-
-def has_common_targets(method: Method) -> bool:
-    """Whether a method adapts the layers that the user chooses, rather than places of its own."""
-    return method.delta is not None and default_targets(method) == ("all-linear",)
 
 
 def each_arm(arms: Sequence[Arm], make: Any) -> list[Any]:
@@ -141,6 +139,11 @@ def _config_problems(config: Config) -> Iterator[Diagnostic]:
     if config.training.data_seed is not None:
         what = "a comparison sets it for each of its runs, from training.seed"
         yield Diagnostic("training.data_seed", what, "remove it, or set training.seed")
+    for key in _OF_ONE:
+        if getattr(config.method, key):
+            what = "is no method's that is compared: each has its own"
+            fix = f"write it into the methods, as {{name: lora, method: {{name: lora, {key}: ...}}}}"
+            yield Diagnostic(f"method.{key}", what, fix)
     if config.model.adapter:
         what = "an adapter to go on from brings its method, and there would be nothing to compare"
         yield Diagnostic("model.adapter", what, "remove it")
@@ -152,17 +155,26 @@ def _arm_problems(arms: Sequence[Arm]) -> Iterator[Diagnostic]:
         return
     if not arms:
         yield Diagnostic("arms", "there are none", "name at least one method")
-    names = [arm.name for arm in arms]
+    names = [arm.name for arm in arms if isinstance(arm.name, str)]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Diagnostic("arms", f"{names.count(name)} are named {name!r}", "give each a name of its own")
     for arm in arms:
         if not isinstance(arm.name, str) or not arm.name.strip() or not arm.name.isprintable() or len(arm.name) > 200:
             yield Diagnostic("arms", f"{arm.name!r} is not a name", "use printable characters, at most 200")
-        rates = arm.rates
-        if any(type(rate) not in (int, float) or not 0 < rate <= HIGHEST for rate in rates):
-            yield Diagnostic(f"{arm.name}: rates", f"are {list(rates)}", "use numbers above 0 and at most 1")
-        elif list(rates) != sorted(set(rates)):
-            yield Diagnostic(f"{arm.name}: rates", f"are {list(rates)}", "let them rise, each once")
+        if not isinstance(arm.method, Mapping):
+            what = f"is {arm.method!r}, not a section of a configuration"
+            yield Diagnostic(f"{arm.name}: method", what, "such as {'name': 'lora', 'r': 8}")
+        yield from _rate_problems(arm)
+
+
+def _rate_problems(arm: Arm) -> Iterator[Diagnostic]:
+    where, rates = f"{arm.name}: rates", arm.rates
+    if not isinstance(rates, list | tuple):
+        yield Diagnostic(where, f"is {rates!r}", "use a tuple of learning rates; an empty one for the method's own")
+    elif any(type(rate) not in (int, float) or not 0 < rate <= HIGHEST for rate in rates):
+        yield Diagnostic(where, f"are {list(rates)}", "use numbers above 0 and at most 1")
+    elif list(rates) != sorted(set(rates)):
+        yield Diagnostic(where, f"are {list(rates)}", "let them rise, each once")
 
 
 def _reference_problems(arms: Sequence[Arm], settings: Settings) -> Iterator[Diagnostic]:

@@ -11,9 +11,10 @@ from lorary.errors import ConfigError, Diagnostic
 from lorary.train.config.compare_section import CompareSection
 
 _SECTION = CompareSection()  # which has the defaults
-_AT_LEAST = {
-    **{"rates": 1, "outward": 0, "seeds": 1, "workers": 1},
-    **{"validation_rows": 1, "test_rows": 2, "general_rows": 1},
+_MANY = 1_000_000_000
+_RANGES = {
+    **{"rates": (1, 99), "outward": (0, 100), "seeds": (1, 1000), "workers": (1, 1024)},
+    **{"validation_rows": (1, _MANY), "test_rows": (2, _MANY), "general_rows": (1, _MANY)},
 }
 
 
@@ -62,10 +63,11 @@ class Settings:
 
 
 def _problems(s: Settings) -> Iterator[Diagnostic]:
-    for key, least in _AT_LEAST.items():
+    for key, (least, most) in _RANGES.items():
         value = getattr(s, key)
-        if type(value) is not int or value < least:
-            yield Diagnostic(key, f"is {value!r}", f"use a whole number of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            end = f"at least {least}" if type(value) is not int or value < least else f"at most {most:,}"
+            yield Diagnostic(key, f"is {value!r}", f"use a whole number of {end}")
         elif key == "rates" and value % 2 == 0:
             yield Diagnostic(key, f"is {value}", "use an odd number: a centre, and as many on each side")
     if not _is_number(s.spacing) or not 1.1 <= s.spacing <= 1000:
@@ -74,6 +76,12 @@ def _problems(s: Settings) -> Iterator[Diagnostic]:
         yield Diagnostic("budget", f"is {s.budget!r}", "use a number of seconds above 0, or None")
     if s.match not in ("rank", "parameters"):
         yield Diagnostic("match", f"is {s.match!r}", "use rank or parameters")
+    if type(s.halving) is not bool:
+        yield Diagnostic("halving", f"is {s.halving!r}", "use True or False")
+    if not isinstance(s.reference, str):
+        yield Diagnostic("reference", f"is {s.reference!r}", "use the name of a method")
+    if not isinstance(s.general, tuple) or not all(isinstance(one, str) and one for one in s.general):
+        yield Diagnostic("general", f"is {s.general!r}", "use a tuple of sources, such as ('builtin:python',)")
 
 
 def _is_number(value: Any) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import TrainerCallback
 
-from lorary.errors import LoraryError
 from lorary.train.compare.bench import Bench
-from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.outcomes import Failure, Stopped, attempted
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.step_memory import CountMemory
 
@@ -35,6 +35,15 @@ class Timing:
     steps: tuple[float, ...]
     evaluation: float
     peak: int
+
+    @staticmethod
+    def from_record(found: Mapping[str, Any]) -> Timing | None:
+        """The measurements that a record holds; None if it holds something else."""
+        steps, seconds = found.get("steps"), (found.get("setup"), found.get("evaluation"), found.get("peak"))
+        if found.keys() != {"setup", "steps", "evaluation", "peak"} or not isinstance(steps, list) or not steps:
+            return None
+        numbers = all(type(n) in (int, float) and 0 <= n < math.inf for n in (*steps, *seconds))
+        return Timing(**{**found, "steps": tuple(steps)}) if numbers else None
 
     @property
     def step(self) -> float:
@@ -65,10 +74,7 @@ class TimingJob:
 
     def run(self, bench: Bench, tell: Callable[[int], None]) -> Timing | Failure:
         """Train for a few steps."""
-        try:
-            return self._timing(bench)
-        except LoraryError as error:
-            return Failure(self.arm, f"{self}: {error}")
+        return attempted(self.arm, self, lambda: self._timing(bench))
 
     def _timing(self, bench: Bench) -> Timing:
         start = time.monotonic()

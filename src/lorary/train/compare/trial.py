@@ -12,11 +12,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lorary.analysis.comparison.record import Ending, Scores, Trial
-from lorary.errors import LoraryError
+from lorary.errors import Diagnostic, FileError, TrainingError
+from lorary.model.out_of_memory import allocator_message, is_out_of_memory
 from lorary.train.compare.bench import Bench, run_name
-from lorary.train.compare.outcomes import Failure, Stopped
+from lorary.train.compare.outcomes import Failure, Stopped, attempted
 from lorary.train.compare.search import Curve, why_ended
-from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, RunFolder
+from lorary.train.runner.folder import ADAPTER, CHECKPOINTS, METRICS, RunFolder
 from lorary.train.runner.run import run_prepared
 from lorary.train.trainer.nan_guard import NotFiniteError
 
@@ -33,7 +34,7 @@ class TrialJob:
         seed: of the order of its rows, and with the arm's name of its initialisation.
         judged: whether it is scored on the test rows; only a loss that is not finite stops it early.
         rival: the curve with which it is compared after a third of its steps; empty: none.
-        deadline: when it has to stop, in seconds since the epoch.
+        deadline: when it has to stop, by `time.monotonic`, the same for all processes of a machine.
     """
 
     arm: str
@@ -52,16 +53,15 @@ class TrialJob:
         Raises:
             Stopped: a signal, or the deadline.
         """
-        try:
-            return self._trained(bench, tell)
-        except LoraryError as error:
-            return Failure(self.arm, f"{self}: {error}")
+        return attempted(self.arm, self, lambda: self._trained(bench, tell))
 
     def _trained(self, bench: Bench, tell: Tell) -> Trial:
         name = run_name(bench.request, self.arm, self.lr, self.seed)
         plan = bench.run_plan(bench.request.arm(self.arm), self.lr, self.seed, name)
         watch = _Watch(self, plan.steps, RunFolder(plan.config.output), tell)
         ending, steps = self._train(plan, watch)
+        if ending == "finished":
+            watch.check_log()
         curve = tuple((step, loss) for step, loss in watch.curve() if math.isfinite(loss))
         test, general = bench.scored(f"{name}/{ADAPTER}") if self.judged and ending == "finished" else (None, None)
         if any(scores and not all(map(math.isfinite, scores.nats)) for scores in (test, general)):
@@ -78,14 +78,14 @@ class TrialJob:
                     plan, resume=watch.folder.path.exists(), quiet=True, callbacks=[watch], report=False
                 )
             except NotFiniteError:
-                return "diverged", max((step for step, _ in watch.curve()), default=0)
+                return "diverged", watch.last_step
             if done.interrupted:
                 raise Stopped(f"signal {done.interrupted}", done.interrupted)
             if watch.late:
                 raise Stopped("the budget is used up")
             if done.steps >= plan.steps:
                 return watch.verdict() or "finished", done.steps
-        return watch.verdict() or "finished", max(step for step, _ in watch.curve())
+        return watch.verdict() or "finished", watch.last_step
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
@@ -109,10 +109,26 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
         """The validation losses so far, as they are logged."""
         found = {}
         for record in self.folder.history():
-            if "eval_loss" in record:
-                loss = record["eval_loss"]
+            loss = record.get("eval_loss", "")
+            if loss is None or isinstance(loss, int | float):  # null: not finite
                 found[record["step"]] = math.nan if loss is None else float(loss)
         return sorted(found.items())
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last validation loss; 0 if there is none."""
+        return max((step for step, _ in self.curve()), default=0)
+
+    def check_log(self) -> None:
+        """Refuse the log of a whole run that lacks its last validation loss: it was damaged while the run was not read.
+
+        Raises:
+            FileError: it does.
+        """
+        if (last := self.last_step) < self.steps:
+            what = f"ends at step {last} of {self.steps}, and the run has come to its end"
+            fix = f"remove {self.folder.path}, and compare again"
+            raise FileError("a run of the comparison is damaged:", [Diagnostic(METRICS, what, fix)])
 
     def verdict(self) -> Ending | None:
         """Why the run has to stop; None if it does not."""
@@ -120,7 +136,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # Transformers has no type
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tell(1)
-        if time.time() > self.job.deadline and state.global_step < state.max_steps:
+        if time.monotonic() > self.job.deadline and state.global_step < state.max_steps:
             self.late = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -136,5 +152,21 @@ class BaseJob:
         return "the base"
 
     def run(self, bench: Bench, tell: Tell) -> tuple[Scores | None, Scores | None]:
-        """(on the test rows, on general text)."""
-        return bench.scored(None)
+        """(on the test rows, on general text).
+
+        Raises:
+            TrainingError: there is too little memory, or the base gives no finite loss.
+        """
+        try:
+            test, general = bench.scored(None)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fix = "set training.eval_batch_size to a smaller one"
+            problems = [Diagnostic("memory", allocator_message(error), fix)]
+            raise TrainingError("the base cannot be scored:", problems) from error
+        if test is not None and (bad := sum(not math.isfinite(loss) for loss in test.nats)):
+            what = f"gives {bad:,} of {len(test.nats):,} test rows a loss that is not finite"
+            fix = "is its checkpoint damaged, or model.dtype too narrow for it?"
+            raise TrainingError("nothing can be compared on this base:", [Diagnostic("model", what, fix)])
+        return test, general

@@ -12,6 +12,7 @@ import pickle
 import queue
 import sys
 import threading
+import traceback
 from typing import Any
 
 import transformers
@@ -45,12 +46,15 @@ def main() -> None:
 
 
 def _read(stream: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Pass on what comes in; at its end, end this process."""
-    while True:
-        try:
+    """Pass on what comes in; at its end, or if it cannot be read, end this process: nobody else would."""
+    try:
+        while True:
             inbox.put(pickle.load(stream))
-        except (EOFError, OSError):
-            os._exit(0)
+    except (EOFError, OSError):
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,9 @@ class Workers:
                 env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,  # the terminal's Ctrl-C is for the comparison, which stops its workers
             )
-            send(process.stdin, self.request)
             self._processes.append(process)
+            with suppress(BrokenPipeError):  # it has ended already, which its first job will say
+                send(process.stdin, self.request)
             self._idle.put(process)
 
     def _remote(self, job: Any) -> Any:

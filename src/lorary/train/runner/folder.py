@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 import lorary
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.errors import ConfigError, Diagnostic, StateError
-from lorary.files.atomic import atomic_file, remove, remove_stale
+from lorary.files.atomic import atomic_file, make_folder, remove, remove_stale, write_error
 from lorary.files.home import expanded
 from lorary.files.strict_json import finite
 from lorary.train.config.config import Config
@@ -96,7 +96,7 @@ class RunFolder:
             raise ConfigError("conflicting options:", [problem])
         options = {"resume": resume, "overwrite": overwrite, "extend": extend}
         self.check(config, **options)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with self.locked():
             self.check(config, **options)  # another run may have ended in the meantime
             if overwrite:
@@ -139,12 +139,15 @@ class RunFolder:
 
         Raises:
             StateError: another process holds the lock, or one on another machine took it.
+            FileError: nothing can be written there.
         """
         lock, path = FileLock(self / HELD, timeout=0), self / LOCK
         try:
             lock.acquire()
         except Timeout:
             raise _in_use(path, _object(path), "wait for it, or name another folder") from None
+        except OSError as error:  # a folder of someone else, or a full disk
+            raise write_error(path, error) from error
         try:
             holder = _object(path)
             if holder.get("host") not in (None, socket.gethostname()):

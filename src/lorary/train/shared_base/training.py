@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import get_scheduler
 import lorary
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.attached import load_into
-from lorary.errors import Diagnostic, TrainingError
+from lorary.errors import Diagnostic, TrainingError, not_a
 from lorary.model.optim.optimizer import optimizer
 from lorary.model.optim.rules import Rules, rules
 from lorary.train.config.optimization import SCHEDULES
@@ -141,12 +141,16 @@ class SharedTraining:
 
     def __init__(self, shared: SharedBase, settings: Settings | Mapping[str, Settings]) -> None:
         self.shared = shared
+        if problems := not_a(Settings | Mapping, "Settings, or a mapping of names to them", settings=settings):
+            raise TrainingError(HEADLINE, problems)
         each = dict.fromkeys(shared.names, settings) if isinstance(settings, Settings) else dict(settings)
         problems = [
             Diagnostic(name, "has settings and is not here" if name in each else "has no settings")
             for name in sorted(set(each) ^ set(shared.names))
         ]
-        problems += [Diagnostic(name, what) for name, one in each.items() for what in one.problems()]
+        for name, one in each.items():
+            found = one.problems() if isinstance(one, Settings) else [f"has a {type(one).__name__}, not Settings"]
+            problems += [Diagnostic(name, what) for what in found]
         if problems:
             raise TrainingError(HEADLINE, problems)
         self._members = {name: _Member(shared.model(name), each[name]) for name in shared.names}
@@ -207,7 +211,7 @@ class SharedTraining:
 
     def run(
         self,
-        batches: Mapping[str, Iterator[Batch | Sequence[Batch]]],
+        batches: Mapping[str, Iterable[Batch | Sequence[Batch]]],
         after: Callable[[SharedTraining, Mapping[str, float]], None] = lambda training, losses: None,
     ) -> dict[str, Adapter]:
         """Train until every adapter has ended.
@@ -222,10 +226,11 @@ class SharedTraining:
         Raises:
             TrainingError: an adapter has fewer batches than steps; and as `step`.
         """
+        left = {name: iter(found) for name, found in batches.items()}
         while self._members:
             found: dict[str, Batch | Sequence[Batch]] = {}
             for name, member in self._members.items():
-                batch = next(batches[name], None) if name in batches else None
+                batch = next(left[name], None) if name in left else None
                 if batch is None:
                     what = f"its batches end after {member.done} of {member.settings.steps} steps"
                     raise TrainingError("training has stopped:", [Diagnostic(name, what)])
@@ -269,12 +274,15 @@ class SharedTraining:
         """
         model, member = self.shared.model(name), self._members[name]
         state, adapter = checkpoint.read(Path(path)), read_adapter(Path(path))
-        if not 0 <= state["step"] < member.settings.steps:
-            what = f"has done {state['step']} steps, and this run has {member.settings.steps}"
+        if type(done := state.get("step")) is not int:
+            what, fix = f"{path} holds no state of this kind", "a run goes on with `lorary train --resume`"
+            raise TrainingError("cannot go on with this adapter:", [Diagnostic(name, what, fix)])
+        if not 0 <= done < member.settings.steps:
+            what = f"has done {done} steps, and this run has {member.settings.steps}"
             raise TrainingError("cannot go on with this adapter:", [Diagnostic(name, what)])
         load_into(model, adapter)
         optimizer_state.restore(member.optimizer, model, state["optimizer"])
-        member.scheduler.last_epoch = member.done = state["step"]
+        member.scheduler.last_epoch = member.done = done
         optimizer_state.follow_schedule(member.optimizer, member.scheduler)
         member.rules.load_state_dict(state["rules"])
         return member.done
