@@ -262,16 +262,16 @@ model: {id: builtin:base, adapter: out}
 data: {train: rows.jsonl, validation_split: 0.5}
 training: {early_stopping_patience: 2}
 """),
-Bad('the best checkpoint, from a stream', ('c.yaml', '--methods', 'lora,dora'), 2, """\
+Bad('early stopping, from a stream', ('c.yaml', '--methods', 'lora,dora'), 2, """\
 error: cannot compare:
   - data.streaming: the runs of a comparison read the same rows again and again
       hint: remove it
-  - training.keep_best: all methods take the same number of steps, and are judged after the last
+  - training.early_stopping_patience: all methods take the same number of steps, and are judged after the last
       hint: remove it
 """, """\
 model: builtin:base
 data: {train: rows.jsonl, validation: rows.jsonl, streaming: true, overlong: truncate}
-training: {max_steps: 4, keep_best: true}
+training: {max_steps: 4, early_stopping_patience: 2}
 """),
 Bad('general text for classifiers', ('c.yaml', '--methods', 'lora,dora', '--general', 'builtin:topics'), 2, """\
 error: cannot compare:

@@ -20,13 +20,14 @@ from lorary.cli._notes import print_notes
 from lorary.train.compare.asked import Asked, from_config, from_folder
 from lorary.train.compare.compare import prepare_comparison, run_comparison
 from lorary.train.compare.ledger import FILE
+from lorary.train.compare.request import ignored_keys
 from lorary.train.config.load import from_dict, load
 
 
 def start(source: Path, options: Options, *, as_json: bool, quiet: bool) -> None:
     """Compare what a configuration asks for, or go on with it."""
     config = load(source, options.sets, options.flags)
-    print_notes(config.notes)
+    print_notes([*config.notes, *ignored_keys(config)])
     _run(from_config(config), options.folder, options.switches, as_json=as_json, quiet=quiet)
 
 

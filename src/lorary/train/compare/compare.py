@@ -55,7 +55,7 @@ def compare(
     Args:
         config: of all runs: model, data, training. Of its `method` only the targets count, for all arms that have none
             of their own. A `training.lr` moves the centre of every arm by the factor by which it differs from the
-            default of that method.
+            default of that method. `training.keep_best` does not count: methods are judged after their last step.
         arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
             of the section `compare` of the configuration.
         settings: of the comparison; None: those of this section, or the defaults if there are arms.

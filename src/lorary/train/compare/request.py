@@ -85,6 +85,9 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
     problems = [*_config_problems(config), *_arm_problems(arms), *_reference_problems(arms, settings)]
     if problems:
         raise ConfigError(HEADLINE, problems)
+    if config.training.keep_best:  # as `lorary init` advises for a run of its own
+        training = config.training.model_copy(update={"keep_best": False})
+        config = config.model_copy(update={"training": training})
     data = config.data
     if data.draws_rows and data.seed is None:  # the same rows for every seed of a run
         config = config.model_copy(update={"data": data.model_copy(update={"seed": config.training.seed})})
@@ -96,6 +99,12 @@ def make_request(config: Config, arms: Sequence[Arm], settings: Settings, folder
         for arm, own in zip(request.arms, configs, strict=True)
     ]
     return dataclasses.replace(request, arms=tuple(rated))
+
+
+def ignored_keys(config: Config) -> Iterator[str]:
+    """Notes on the keys of a configuration that a comparison does not follow."""
+    if config.training.keep_best:
+        yield "training.keep_best is for single runs: a comparison judges every method after its last step"
 
 
 def has_common_targets(method: Method) -> bool:
@@ -142,10 +151,9 @@ def _config_problems(config: Config) -> Iterator[Diagnostic]:
     if config.model.adapter:
         what = "an adapter to go on from brings its method, and there would be nothing to compare"
         yield Diagnostic("model.adapter", what, "remove it")
-    for key in ("early_stopping_patience", "keep_best"):
-        if getattr(config.training, key):
-            what = "all methods take the same number of steps, and are judged after the last"
-            yield Diagnostic(f"training.{key}", what, "remove it")
+    if config.training.early_stopping_patience:
+        what = "all methods take the same number of steps, and are judged after the last"
+        yield Diagnostic("training.early_stopping_patience", what, "remove it")
 
 
 def _arm_problems(arms: Sequence[Arm]) -> Iterator[Diagnostic]:
