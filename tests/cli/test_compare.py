@@ -73,6 +73,8 @@ def test_a_comparison_from_its_announcement_to_its_page(command: Command, config
     assert lines[5].startswith("data      ")
     assert lines[5].endswith(": 12 rows to train on, 6 to choose rates on, 6 to judge methods on, 6 of general text")
     assert lines[6] == ("runs      10 of 6 steps: every rate on one seed, and the best of each method on 2 seeds more")
+    few = "only 6 rows judge the methods, which shows large differences alone: hold out more rows"
+    assert lines[7:] == [f"note      {few}"]
 
     with interrupted_at(2, record):
         stopped = command("compare", "c.yaml", *ASKED)
