@@ -134,13 +134,6 @@ def test_a_signal_while_the_costs_are_counted_stops_it(
     assert again.trials == found.trials
 
 
-def test_runs_keep_their_last_step(words: dict[str, Any], tmp_path: Path) -> None:
-    config = from_dict(words | {"training": words["training"] | {"keep_best": True, "save_steps": None}})
-    request = make_request(config, [LORA], Settings(), tmp_path)
-    assert config.training.keeps_best
-    assert not request.config_of(LORA).training.keeps_best
-
-
 def test_what_is_needed_to_repeat_it_is_recorded(whole: Comparison, place: Path) -> None:
     s = whole.settings
     assert (s["steps"], s["search_seed"], s["judged_seeds"]) == (6, 42, [43])
