@@ -33,7 +33,9 @@ from tests.train.tasks import rows as rows_file
 from tests.train.tasks import saved
 
 ONE = dataclasses.replace(LORA, rates=(1e-2,))
-MEMORY = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,6 +82,7 @@ def test_a_clock_that_is_set_back_moves_no_budget(whole: Comparison) -> None:
     assert whole.left_out == {}
     assert [trial.ending for trial in whole.trials] == ["finished"] * 2
 
+
 def test_a_signal_in_the_last_step_of_a_run_stops_the_comparison(
     words: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
@@ -123,7 +126,10 @@ def test_costs_that_cannot_be_measured_are_left_out(
     [
         (lambda text: "", "metrics.jsonl: ends at step 0 of 6, and the run has come to its end"),
         (lambda text: "".join(text.splitlines(True)[:1]) + '{"step": 1, "ev', "metrics.jsonl: ends at step 0 of 6"),
-        (lambda text: text.replace('"eval_loss": ', '"eval_loss": "low", "was": '), "metrics.jsonl: ends at step 0 of 6"),
+        (
+            lambda text: text.replace('"eval_loss": ', '"eval_loss": "low", "was": '),
+            "metrics.jsonl: ends at step 0 of 6",
+        ),
     ],
     ids=["empty", "cut", "words"],
 )
@@ -230,6 +236,7 @@ def test_general_text_without_a_token_to_predict(words: dict[str, Any], place: P
         compare(from_dict(words), (ONE,), quick(place, general=(str(tmp_path / "general.jsonl"),)), tmp_path / "c")
     assert str(error.value).startswith("there is no general text:\n  - compare.general: no row of ")
     assert not (tmp_path / "c").exists()
+
 
 @pytest.mark.parametrize("padding", [None, 5], ids=["none", "another"])
 def test_a_decoder_that_classifies_is_scored_as_it_is_trained(padding: int | None, tmp_path: Path) -> None:

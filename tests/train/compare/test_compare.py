@@ -26,7 +26,6 @@ from lorary.train.compare.compare import compare, prepare_comparison
 from lorary.train.compare.latency import PASSES, over_base
 from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.search import best_trial
-from lorary.train.compare.settings import Settings
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, compared, quick, timeless, tree
 from tests.train.resume.processes import child

@@ -126,7 +126,9 @@ class Bench:
         rows = [row for row in tokenize(examples, plan.tokenizer, section).rows if _is_scored(row)]
         if not rows:
             what = f"no row of {', '.join(sources)} has a token that is predicted from another one"
-            raise DataError("there is no general text:", [Diagnostic("compare.general", what, "name other text, or none")])
+            raise DataError(
+                "there is no general text:", [Diagnostic("compare.general", what, "name other text, or none")]
+            )
         return tuple(spread(rows, settings.general_rows))
 
     @property
