@@ -214,6 +214,7 @@ def test_a_classifier_has_the_figures_that_it_logged(command: Command, tmp_path:
     ):
         assert said in refusal(command, *arguments)
 
+
 def test_a_decoder_that_classifies_is_measured_as_it_was_trained(command: Command, tmp_path: Path) -> None:
     """Training finds the last token of a row by the tokenizer's padding, which its configuration does not name."""
     assert command

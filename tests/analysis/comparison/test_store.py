@@ -209,7 +209,10 @@ WRONG: dict[str, tuple[Callable[[Document], object], str]] = {
         lambda document: document["trials"].append(document["trials"][2]),
         "- trials[4]: is the run of trials[2], which would count twice",
     ),
-    "a folder elsewhere": (trial(0, folder="../../other"), "- trials[0].folder: is '../../other', outside of the comparison's"),
+    "a folder elsewhere": (
+        trial(0, folder="../../other"),
+        "- trials[0].folder: is '../../other', outside of the comparison's",
+    ),
     "a folder of the system": (trial(0, folder="/etc"), "- trials[0].folder: is '/etc', outside of the comparison's"),
     "a time in words before": (setting(seconds="long"), "- settings.seconds: is a text, not a number"),
     "a time below zero": (setting(seconds=-5.0), "- settings.seconds: is -5.0, not a time"),

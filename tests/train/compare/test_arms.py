@@ -46,6 +46,7 @@ def test_ranks_stay_as_they_are_unless_numbers_are_to_be_equal(words: dict[str, 
     request, _ = fitted(words, place, arm("lora", r=4), arm("dora", r=8))
     assert [dict(one.method) for one in request.arms] == [{"name": "lora", "r": 4}, {"name": "dora", "r": 8}]
 
+
 def test_the_layers_of_the_configuration_are_those_of_every_arm_without_targets(
     words: dict[str, Any], place: Path
 ) -> None:
@@ -61,7 +62,6 @@ def test_the_layers_of_the_configuration_are_those_of_every_arm_without_targets(
     }
     assert sites["own"] == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     assert any("down_proj" in name for name in sites["ia3"])  # it has places of its own
-
 
 
 def test_equal_numbers_give_every_arm_the_nearest_rank(words: dict[str, Any], place: Path) -> None:

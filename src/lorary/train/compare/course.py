@@ -199,9 +199,7 @@ class Course:
                     self._leave_out(trial.arm, timing.why)
         self.ledger.note(costs=dict(self._cost_of_each(trials, turns)))
 
-    def _cost_of_each(
-        self, trials: Sequence[Trial], turns: Mapping[str, list[Timing]]
-    ) -> Iterator[tuple[str, Cost]]:
+    def _cost_of_each(self, trials: Sequence[Trial], turns: Mapping[str, list[Timing]]) -> Iterator[tuple[str, Cost]]:
         """(arm, its cost), of the arms that could be measured."""
         for trial in trials:
             if not (own := turns[trial.arm]):
