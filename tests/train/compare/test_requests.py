@@ -319,7 +319,7 @@ def test_general_rows_that_are_no_text(words: dict[str, Any], place: Path, tmp_p
     (tmp_path / "general.jsonl").write_text(json.dumps({"text": "hello", "label": "x"}) + "\n")
     found = refused(words, (LORA,), place, tmp_path / "new", general=(str(tmp_path / "general.jsonl"),))
     assert "general.jsonl" in found
-    assert "task `sft` trains on" in found
+    assert "does not train on labelled texts" in found
 
 
 def test_numbers_as_labels_have_no_accuracy(place: Path, tmp_path: Path) -> None:
