@@ -282,7 +282,7 @@ training: {max_steps: 4}
 """),
 Bad('a budget that is not a number', ('c.yaml', '--methods', 'lora,dora', '--budget', 'nan'), 2, """\
 error: invalid configuration c.yaml:
-  - --budget: `budget` is nan, which is not a time
+  - --budget: `budget` is 'nan', which is not a time
       hint: write a number with its unit, such as 90s, 20min or 1.5h
 """),
 Bad('rates without an end', ('c.yaml', '--methods', 'lora,dora', '--rates', '1e-4,.inf,.nan'), 2, """\
@@ -292,7 +292,7 @@ error: invalid configuration c.yaml:
 """),
 Bad('more processes than any machine has', ('c.yaml', '--methods', 'lora,dora', '--workers', '9999'), 2, """\
 error: invalid configuration c.yaml:
-  - --workers: `workers` must be at most 1024, not 9999
+  - --workers: `workers` must be at most 1,024, not 9999
 """),
 Bad('general text for classifiers', ('c.yaml', '--methods', 'lora,dora', '--general', 'builtin:topics'), 2, """\
 error: cannot compare:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import DataError, Diagnostic, PlanError, TrainingError, not_a
+from lorary.errors import DataError, Diagnostic, LoraryError, PlanError, TrainingError, not_a
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
 from lorary.methods.lora import LowRank
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable, model_mismatches, not_ready
+from lorary.model.out_of_memory import is_out_of_memory
 from lorary.model.plan import Plan
 from lorary.model.scan import scan
 from lorary.model.state import eval_mode, require_values
@@ -52,7 +53,7 @@ def ranks_from_gradients(model: nn.Module, batch: Mapping[str, Any], plan: Plan)
     Raises:
         PlanError: the plan is of another model, or of a method whose sites have no rank of their own.
         StateError: the model has adapters, or no values.
-        DataError: the batch gives no loss.
+        DataError: the model does not take the batch, or has no loss for it.
         TrainingError: the loss or a gradient is not finite, or no layer has a gradient.
 
     >>> ranks = ranks_from_gradients(model, batch, lorary.plan(model, lorary.method("lora", r=8)))
@@ -135,12 +136,30 @@ def _backward(model: Any, batch: Mapping[str, Any]) -> None:
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     with torch.enable_grad():
-        loss = getattr(model(**moved), "loss", None)
+        loss = getattr(_output(model, moved), "loss", None)
         if not isinstance(loss, Tensor):
             raise DataError(_HEADLINE, [Diagnostic("batch", "the model's output has no loss", "add labels")])
         if not bool(torch.isfinite(loss)):
             raise TrainingError(_HEADLINE, _why_not_finite(model, float(loss.detach())))
         loss.backward()
+
+
+def _output(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The output of the model.
+
+    Raises:
+        DataError: it does not take such a batch.
+    """
+    try:
+        return model(**batch)
+    except LoraryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in batch.items() if isinstance(t, Tensor))
+        what = f"the model does not take it ({shapes or 'no tensors'}): {error}"
+        raise DataError(_HEADLINE, [Diagnostic("batch", what)]) from error
 
 
 def _why_not_finite(model: nn.Module, loss: float) -> list[Diagnostic]:

@@ -21,14 +21,14 @@ from lorary.analysis.comparison.record import Arm, Comparison
 from lorary.analysis.comparison.statistics import findings
 from lorary.analysis.comparison.words import remarks
 from lorary.analysis.evaluation import score_labels
-from lorary.errors import DataError, FileError, TrainingError
+from lorary.errors import FileError, TrainingError
 from lorary.train.compare import bench
 from lorary.train.compare.bench import Bench, run_name
 from lorary.train.compare.compare import compare, prepare_comparison, run_comparison
 from lorary.train.compare.request import make_request
 from lorary.train.compare.timing import Timing
 from lorary.train.config.load import from_dict
-from tests.train.compare.tiny import LORA, quick, timeless, tree
+from tests.train.compare.tiny import LORA, quick, tree
 from tests.train.tasks import rows as rows_file
 from tests.train.tasks import saved
 
@@ -118,7 +118,7 @@ def test_costs_that_cannot_be_measured_are_left_out(
     assert found.trials == whole.trials
     assert found.costs == {}
     assert list(found.left_out) == ["lora"]
-    assert found.left_out["lora"].startswith("its costs: cannot read ")
+    assert found.left_out["lora"].startswith("its costs: cannot load the adapter ")
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,18 @@ def test_timings_that_are_none_are_measured_again(timing: dict[str, Any]) -> Non
     assert Timing.from_record(good | {"more": 1}) is None
 
 
+def test_a_file_in_the_place_of_the_runs(whole: Comparison, words: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    folder = copied(place, tmp_path / "c", lambda document: document.update(costs={}, trials=[]))
+    shutil.rmtree(folder / "runs")
+    (folder / "runs").write_text("mine")
+    found = compare(from_dict(words), (ONE,), quick(place), folder)
+    assert found.left_out["lora"].startswith("lora at 0.01, seed 42: cannot write ")
+    assert (folder / "runs").read_text() == "mine"
+
+
 def test_a_folder_below_a_file(words: dict[str, Any], place: Path) -> None:
     (place / "file").write_text("mine")
-    with pytest.raises(FileError, match=r"cannot write '.*file/c'.*\n  - .*Not a directory"):
+    with pytest.raises(FileError, match=r"cannot write '.*file/c'.*\n  - not a directory"):
         compare(from_dict(words), (ONE,), quick(place), place / "file" / "c")
     assert (place / "file").read_text() == "mine"
 
@@ -182,7 +191,7 @@ def test_an_arm_without_memory_is_left_out_and_the_others_go_on(
     monkeypatch.setattr(Bench, "scored", scored)
     lines = Path(words["data"]["train"]).read_text().splitlines()
     held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join([*lines[:2], *lines[:4], *lines[:2]]) + "\n")
+    held_out.write_text("\n".join([*lines[:3], lines[0], *lines[3:7]]) + "\n")
     data = {k: v for k, v in words["data"].items() if k != "validation_split"} | {"validation": str(held_out)}
     arms = ONE, Arm("large", {"name": "lora", "r": 4}, (1e-2,))
     found = compare(from_dict(words | {"data": data}), arms, quick(place), tmp_path / "c")
@@ -230,14 +239,6 @@ def test_a_base_without_finite_losses(words: dict[str, Any], place: Path, tmp_pa
     )
 
 
-def test_general_text_without_a_token_to_predict(words: dict[str, Any], place: Path, tmp_path: Path) -> None:
-    (tmp_path / "general.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError) as error:
-        compare(from_dict(words), (ONE,), quick(place, general=(str(tmp_path / "general.jsonl"),)), tmp_path / "c")
-    assert str(error.value).startswith("there is no general text:\n  - compare.general: no row of ")
-    assert not (tmp_path / "c").exists()
-
-
 @pytest.mark.parametrize("padding", [None, 5], ids=["none", "another"])
 def test_a_decoder_that_classifies_is_scored_as_it_is_trained(padding: int | None, tmp_path: Path) -> None:
     """Its configuration names no token that pads, or another than the tokenizer's, which training goes by."""
@@ -254,8 +255,3 @@ def test_a_decoder_that_classifies_is_scored_as_it_is_trained(padding: int | Non
     pad = ready.bench.any_plan.tokenizer.pad_token_id
     assert pad not in (padding, 7)
     assert score_labels(model, rows, batch_size=4, pad=pad).loss == pytest.approx(judged.curve[-1][1], rel=1e-4)
-
-
-def test_the_damage_was_no_accident(whole: Comparison, words: dict[str, Any], place: Path) -> None:
-    """The folder that these tests copy is whole."""
-    assert timeless(compare(from_dict(words), (ONE,), quick(place), place / "comparison")) == timeless(whole)

@@ -1,5 +1,7 @@
 """Requests that cannot be compared: each is refused with all of its reasons, and nothing is written."""
 
+# ruff: noqa: E501 (messages stand here as they are printed)
+
 from __future__ import annotations
 
 import json
@@ -312,13 +314,14 @@ def test_a_name_is_no_path(words: dict[str, Any], place: Path, tmp_path: Path) -
     ]
 
 
-def test_settings_that_are_none(words: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_that_are_none() -> None:
     """Also beside no configuration."""
     with pytest.raises(ConfigError) as error:
-        compare({}, (LORA,), {"seeds": 1}, tmp_path / "new")  # type: ignore[arg-type]
+        compare({}, (LORA,), {"seeds": 1}, 5)  # type: ignore[arg-type]
     assert str(error.value) == (
         "cannot compare:\n"
         "  - config: is a dict, not a Config: `lorary.train.config.load` reads one\n"
+        "  - folder: is a int, not a path\n"
         "  - settings: is a dict, not a Settings"
     )
 
@@ -327,7 +330,7 @@ def test_general_rows_that_are_no_text(words: dict[str, Any], place: Path, tmp_p
     (tmp_path / "general.jsonl").write_text(json.dumps({"text": "hello", "label": "x"}) + "\n")
     found = refused(words, (LORA,), place, tmp_path / "new", general=(str(tmp_path / "general.jsonl"),))
     assert "general.jsonl" in found
-    assert "task `sft` trains on" in found
+    assert "does not train on labelled texts" in found
 
 
 def test_numbers_as_labels_have_no_accuracy(place: Path, tmp_path: Path) -> None:

@@ -248,6 +248,20 @@ def test_bad_batches(case: str) -> None:
     _refused(lambda: _two().losses({"a": batch, "b": bad}), sentence, error=DataError)
 
 
+def test_batches_that_are_none() -> None:
+    (batch,) = batches(0, count=1)
+    training = SharedTraining(_two(), Settings(1e-3, 2))
+    _refused(lambda: training.step([batch]), "batches: is a list, not a mapping from names to batches")  # type: ignore[arg-type]
+    _refused(lambda: training.step({"a": batch, "b": 5}), "b: has a int, not a batch or a list of them")  # type: ignore[dict-item]
+    _refused(lambda: training.shared.losses([batch]), "batches: is a list, not a mapping from names to batches")  # type: ignore[arg-type]
+    assert training.steps == {"a": 0, "b": 0}
+
+
+def test_a_loss_that_is_no_function() -> None:
+    base = llama()
+    _refused(lambda: SharedBase(base, {"a": _plan(base)}, loss="mean"), "loss: is a str, not a function of")  # type: ignore[arg-type]
+
+
 def test_batches_without_labels() -> None:
     (batch,) = batches(0, count=1)
     bare = {"input_ids": batch["input_ids"]}

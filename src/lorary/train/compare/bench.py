@@ -123,13 +123,8 @@ class Bench:
         sources, length = settings.general, plan.config.data.max_length
         section = DataSection(train=sources, validation=sources, max_length=length)
         examples = spread(data.load_validation(section, "sft"), settings.general_rows)
-        rows = [row for row in tokenize(examples, plan.tokenizer, section).rows if _is_scored(row)]
-        if not rows:
-            what = f"no row of {', '.join(sources)} has a token that is predicted from another one"
-            raise DataError(
-                "there is no general text:", [Diagnostic("compare.general", what, "name other text, or none")]
-            )
-        return tuple(spread(rows, settings.general_rows))
+        rows = tokenize(examples, plan.tokenizer, section).rows
+        return tuple(spread([row for row in rows if _is_scored(row)], settings.general_rows))
 
     @property
     def overlaps(self) -> list[str]:

@@ -53,8 +53,8 @@ def compare(
     """Compare methods on one base, one task, one order of the data and one number of steps.
 
     Args:
-        config: of all runs: model, data, training. Of its `method` only `targets`, `exclude` and `layers` count, for all
-            arms that have no targets of their own. A `training.lr` moves the centre of every arm by the factor by which
+        config: of all runs: model, data, training. Of its `method` only `targets`, `exclude` and `layers` count, for
+            all arms without targets of their own. A `training.lr` moves the centre of every arm by the factor by which
             it differs from the default of that method. Its `keep_best` and `early_stopping_patience` are left out: all
             methods are judged after the last step.
         arms: the methods. Without rates an arm gets `settings.rates` of them around its presets' default. None: those
@@ -75,16 +75,17 @@ def compare(
         DataError: the data cannot be read, or has too few held-out rows.
         LoraryError: the base cannot be scored, or the record not be written. An arm whose run fails is left out.
     """
-    if problems := _wrong_types(config, arms, settings):
+    if problems := _wrong_types(config, arms, settings, folder):
         raise ConfigError(HEADLINE, problems)
     asked = from_config(config) if arms is None else Asked(config, tuple(arms), Settings())
     ready = prepare_comparison(config, asked.arms, settings or asked.settings, folder, overwrite=overwrite)
     return run_comparison(ready, progress).comparison
 
 
-def _wrong_types(config: Any, arms: Any, settings: Any) -> list[Diagnostic]:
+def _wrong_types(config: Any, arms: Any, settings: Any, folder: Any) -> list[Diagnostic]:
     """Arguments of other types."""
     problems = not_a(Config, "a Config: `lorary.train.config.load` reads one", config=config)
+    problems += not_a(str | os.PathLike, "a path", folder=folder)
     problems += [] if arms is None else not_a(Iterable, "a sequence of Arm", arms=arms)
     return problems + ([] if settings is None else not_a(Settings, "a Settings", settings=settings))
 

@@ -13,7 +13,7 @@ from typing import Any
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Comparison
 from lorary.errors import ConfigError, Diagnostic
-from lorary.files.atomic import make_folder, remove_stale
+from lorary.files.atomic import make_folder, remove, remove_stale
 from lorary.model.fingerprint import Fingerprint
 from lorary.train.compare.request import LEFT_OUT, Request
 from lorary.train.runner.folder import LOCKS, RunFolder, flatten
@@ -55,7 +55,7 @@ class Ledger:
             if overwrite:  # a kill in between leaves a record that names none of the runs
                 task: Any = request.config.task
                 store.write(Comparison({"request": identity(asked)}, task, request.arms), path / FILE)
-                shutil.rmtree(path / RUNS, ignore_errors=True)
+                remove(path / RUNS, ignore_errors=True)
                 (path / FILE).unlink(missing_ok=True)
             found = store.read(path / FILE) if (path / FILE).exists() else None
             facts = _plain(facts)

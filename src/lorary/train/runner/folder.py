@@ -235,7 +235,7 @@ class RunFolder:
         """The records of `metrics.jsonl`, up to the first damaged line (which a killed process may leave)."""
         try:
             lines = (self / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         records = []
         for line in lines:

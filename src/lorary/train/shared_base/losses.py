@@ -33,6 +33,9 @@ class Losses:
     """
 
     def __init__(self, model: Any, loss: Loss | None = None) -> None:
+        if loss is not None and not callable(loss):
+            what = f"is a {type(loss).__name__}, not a function of (output, batch)"
+            raise TrainingError(HEADLINE, [Diagnostic("loss", what)])
         self.model, self.loss, self.head = model, loss, None
         kind = getattr(model, "loss_type", "")
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

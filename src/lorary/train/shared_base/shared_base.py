@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.errors import Diagnostic, TrainingError, did_you_mean
+from lorary.errors import Diagnostic, TrainingError, did_you_mean, not_a
 from lorary.layers.adapted import adapted_layers
 from lorary.layers.wrappers import named_modules, submodule, unwrapped
 from lorary.model.ambient import mode_independent
@@ -136,6 +136,8 @@ class SharedBase:
             DataError: the batches cannot stand below each other; there are no labels.
             TrainingError: other adapters than those that have not left; a layer's input has other rows than the batch.
         """
+        if problems := not_a(Mapping, "a mapping from names to batches", batches=batches):
+            raise TrainingError("batches of other adapters:", problems)
         problems = [Diagnostic(str(name), "has a batch and is not here") for name in batches if name not in self.names]
         problems += [Diagnostic(name, "has no batch") for name in self.names if name not in batches and not some]
         if problems or not batches:

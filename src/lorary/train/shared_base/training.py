@@ -67,8 +67,9 @@ class Settings:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 found.append(f"{field} is {value!r}; it takes a finite number of at least 0")
-        if self.schedule not in SCHEDULES or self.schedule == "reduce_lr_on_plateau":
-            known = ", ".join(name for name in SCHEDULES if name != "reduce_lr_on_plateau")
+        schedules = [name for name in SCHEDULES if name != "reduce_lr_on_plateau"]
+        if self.schedule not in schedules:
+            known = ", ".join(schedules)
             found.append(f"schedule is {self.schedule!r}; it takes {known}")
         return found
 
@@ -117,6 +118,24 @@ class _Member:
         self.optimizer.zero_grad()
         self.done += 1
         return True
+
+
+def _micro_batches(batches: Any) -> dict[str, list[Batch]]:
+    """name -> its micro-batches.
+
+    Raises:
+        TrainingError: there is no mapping from names to batches, or to lists of them.
+    """
+    problems = not_a(Mapping, "a mapping from names to batches", batches=batches)
+    if not problems:
+        problems = [
+            Diagnostic(str(name), f"has a {type(found).__name__}, not a batch or a list of them")
+            for name, found in batches.items()
+            if not isinstance(found, Mapping | list | tuple)
+        ]
+    if problems:
+        raise TrainingError("batches of other adapters:", problems)
+    return {name: [found] if isinstance(found, Mapping) else list(found) for name, found in batches.items()}
 
 
 class SharedTraining:
@@ -177,7 +196,7 @@ class SharedTraining:
             DataError, TrainingError: as `SharedBase.losses`; or, in the first step, the gradients of an adapter are not
                 those of training it alone.
         """
-        each = {name: [batch] if isinstance(batch, Mapping) else list(batch) for name, batch in batches.items()}
+        each = _micro_batches(batches)
         if not self._proved:
             self._prove({name: micro[0] for name, micro in each.items() if micro})
         weights = {name: self.shared.weights(micro) for name, micro in each.items()}
