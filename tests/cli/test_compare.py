@@ -285,7 +285,7 @@ def test_rank_alpha_and_dropout_of_the_configuration_are_those_of_every_method_t
         {"name": ["rslora"], **both},
         {"name": ["bitfit"]},
         {"name": ["pissa"], "r": 8, "alpha": 16},
-        *({"name": [name]} for name in ("ia3", "houlsby", "prefix-tuning", "prompt-tuning")),
+        *({"name": [name]} for name in without),
     ]
 
 

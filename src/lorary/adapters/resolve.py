@@ -92,7 +92,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
 
 
 def needs_base(folder: Path) -> bool:
-    """Whether only a base says what layers a folder of PEFT belongs to: for virtual tokens, (IA)³, VeRA and the like."""
+    """Whether only a base says which layers a folder of PEFT adapts: virtual tokens, (IA)³, VeRA and the like."""
     from lorary.adapters.native import NAME
     from lorary.adapters.peft.config import NAME as PEFT_CONFIG
     from lorary.adapters.peft.reader import MOST_JSON
