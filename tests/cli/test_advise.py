@@ -44,6 +44,11 @@ def test_init_writes_the_advised_configuration(command: Command) -> None:
     advised = command("advise", "my.yaml")
     assert advised.code == 0
     assert "is advised" not in advised.out  # what is written is what is advised
+    compared = command("compare", "my.yaml", "--methods", "lora,ia3", "--dry-run")
+    assert compared.code == 0, compared.err
+    assert compared.out.startswith("To compare")
+    note = "training.keep_best is for single runs: a comparison judges every method after its last step"
+    assert f"note: {note}\n" in compared.err
 
 
 def test_plan_shows_the_advised_run(command: Command) -> None:

@@ -73,6 +73,8 @@ def test_a_comparison_from_its_announcement_to_its_page(command: Command, config
     assert lines[5].startswith("data      ")
     assert lines[5].endswith(": 12 rows to train on, 6 to choose rates on, 6 to judge methods on, 6 of general text")
     assert lines[6] == ("runs      10 of 6 steps: every rate on one seed, and the best of each method on 2 seeds more")
+    few = "only 6 rows judge the methods, which shows large differences alone: hold out more rows"
+    assert lines[7:] == [f"note      {few}"]
 
     with interrupted_at(2, record):
         stopped = command("compare", "c.yaml", *ASKED)
@@ -280,7 +282,10 @@ def test_methods_as_keys_and_values() -> None:
 
 
 def test_rank_alpha_and_dropout_of_the_configuration_are_those_of_every_method_that_has_them() -> None:
-    found = asked("lora,dora:r=4,vera,rslora,bitfit", method={"r": 8, "alpha": 16, "dropout": 0.1})
+    found = asked(
+        "lora,dora:r=4,vera,rslora,bitfit,pissa,ia3,houlsby,prefix-tuning,prompt-tuning",
+        method={"r": 8, "alpha": 16, "dropout": 0.1},
+    )
     both = {"r": 8, "alpha": 16, "dropout": 0.1}
     assert [method for _, method, _ in found] == [
         {"name": ["lora"], **both},
@@ -288,6 +293,8 @@ def test_rank_alpha_and_dropout_of_the_configuration_are_those_of_every_method_t
         {"name": ["vera"], "r": 8, "dropout": 0.1},
         {"name": ["rslora"], **both},
         {"name": ["bitfit"]},
+        {"name": ["pissa"], "r": 8, "alpha": 16},
+        *({"name": [name]} for name in ("ia3", "houlsby", "prefix-tuning", "prompt-tuning")),
     ]
 
 

@@ -44,9 +44,9 @@ def export(
 ) -> None:
     """Write an adapter in another program's format: the same function of the same, unmodified base.
 
-    peft: a plain LoRA, or a DoRA, in PEFT's two files. PiSSA and OLoRA take twice their rank there; a method without
-    such a form is refused with the reason. If RoPE is scaled (LongLoRA), `BASE.md` beside the files says how to load
-    the base.
+    peft: a plain LoRA, or a DoRA, in PEFT's two files; (IA)³, a prefix and a prompt as PEFT has them. PiSSA and OLoRA
+    take twice their rank there; a method without such a form is refused with the reason. If RoPE is scaled (LongLoRA),
+    `BASE.md` beside the files says how to load the base.
 
     merged: a plain Transformers model like that of `lorary merge`, but written file by file of the base's checkpoint,
     so that the whole model is never in memory.

@@ -104,6 +104,13 @@ def test_the_advice_in_json_and_in_text(folder: Path) -> None:
     assert shown({f"l{i}": i + 1 for i in range(9)}) == "9 entries, 1 to 9"
 
 
+def test_nothing_is_said_twice(folder: Path) -> None:
+    found = advice(written("twice.jsonl", pairs() * 2))
+    assert "48 of 96 rows repeat another" in found.warnings
+    assert "twice.jsonl: 96 rows in the format prompt-completion (detected)" in found.notes
+    assert not {*found.warnings} & {*found.notes}
+
+
 def test_other_tasks_follow_from_their_rows(folder: Path) -> None:
     base_folder(Path("base"))
     labelled = [{"text": f"{WORDS[i % 7]} {i}", "label": i % 2 == 0} for i in range(40)]
@@ -168,6 +175,8 @@ def test_an_older_gpu_computes_in_float32(folder: Path) -> None:
     )
     assert values(older)["method.name"] == ("qlora",)  # twice as many bytes do not fit
     assert values(older)["training.bf16"] is False
+    said = recent.reasons["training.bf16"]
+    assert said.startswith("the weights are saved in bfloat16, and compute in it anyway [")
 
 
 def test_float32_weights_compute_in_bfloat16_where_the_gpu_has_it(folder: Path) -> None:
@@ -178,6 +187,8 @@ def test_float32_weights_compute_in_bfloat16_where_the_gpu_has_it(folder: Path) 
     assert (values(recent)["training.bf16"], values(older)["training.bf16"]) == (True, False)
     assert "model.dtype" not in values(older)
     assert older.reasons["training.bf16"].startswith("this GPU is older than Ampere and emulates bfloat16, which takes")
+    said = advice(rows, "base").reasons["training.bf16"]
+    assert said.startswith("the weights are saved in float32; autocast is advised on a GPU alone [")
     chosen = advice(rows, {"id": "base", "dtype": "float16"}, Machine(True, 24 * 10**9))
     assert (chosen.config.model.dtype, values(chosen)["training.bf16"]) == ("float16", False)
 

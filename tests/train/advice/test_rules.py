@@ -269,3 +269,7 @@ def test_few_held_out_rows_are_a_warning() -> None:
     assert "only 5 rows can be held out: their loss is noisy" in draft(rows(50)).warnings
     assert "only 7 rows are held out: their loss is noisy" in draft(rows(50, held_out_lengths=(400,) * 7)).warnings
     assert "there is a single row: nothing can be held out" in draft(rows(1)).warnings
+    few = draft(rows(70, 20_000, plain=True, held_out_lengths=(400,) * 7))
+    assert "only 7 rows are held out: their loss is noisy" in few.warnings
+    for texts in (rows(70, 20_000, plain=True, held_out_lengths=(20_000,) * 9), rows(20, 50_000, plain=True)):
+        assert not any("held out" in w for w in draft(texts).warnings), "a text is split into many rows"

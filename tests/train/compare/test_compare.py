@@ -26,7 +26,6 @@ from lorary.train.compare.compare import compare, prepare_comparison
 from lorary.train.compare.latency import PASSES, over_base
 from lorary.train.compare.request import Request, make_request
 from lorary.train.compare.search import best_trial
-from lorary.train.compare.settings import Settings
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, compared, quick, timeless, tree
 from tests.train.resume.processes import child
@@ -132,13 +131,6 @@ def test_a_signal_while_the_costs_are_counted_stops_it(
     again = compared(words, tmp_path, LORA, DORA, settings=quick(place))
     assert [*again.costs] == ["lora", "dora"]
     assert again.trials == found.trials
-
-
-def test_runs_keep_their_last_step(words: dict[str, Any], tmp_path: Path) -> None:
-    config = from_dict(words | {"training": words["training"] | {"keep_best": True, "save_steps": None}})
-    request = make_request(config, [LORA], Settings(), tmp_path)
-    assert config.training.keeps_best
-    assert not request.config_of(LORA).training.keeps_best
 
 
 def test_what_is_needed_to_repeat_it_is_recorded(whole: Comparison, place: Path) -> None:

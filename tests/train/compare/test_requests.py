@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, DataError, LoraryError
 from lorary.train.compare.compare import compare
+from lorary.train.compare.ledger import identity
+from lorary.train.compare.request import make_request
 from lorary.train.compare.settings import Settings
 from lorary.train.config.load import from_dict
 from tests.train.compare.tiny import LORA, quick, tree
@@ -135,6 +137,15 @@ def test_configurations_that_cannot_be_compared(
     if "model" in changes:
         changes = {"model": changes["model"] | {"id": words["model"]}}
     assert refused(words | changes, (LORA,), place, tmp_path / "new") == f"cannot compare:\n{reasons}"
+
+
+def test_the_best_evaluation_does_not_count(words: dict[str, Any], tmp_path: Path) -> None:
+    """Advice keeps it, for a run of its own; a comparison is the same one with it and without."""
+    kept = from_dict(words | {"training": words["training"] | {"keep_best": True}})
+    plain, asked = (make_request(one, (LORA,), Settings(), tmp_path) for one in (from_dict(words), kept))
+    assert kept.training.keep_best
+    assert identity(asked) == identity(plain)
+    assert not asked.config_of(LORA).training.keep_best
 
 
 def test_without_held_out_rows_nothing_can_be_chosen(words: dict[str, Any], place: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ is a difference of errors:
   Introduction to the Bootstrap, chapter 6). A loss per token is a ratio of sums, and is computed as one.
 - *Seeds* are two or three, too few to resample: their means are taken as normal, with the variance within the arms
   pooled over all arms as in the analysis of variance, and its own error counted by Student's t. Seeds of different
-  arms are not paired. An arm that scatters clearly more than the others is left out of the pool and stands on its own
-  variance: one whose variance ratio is beyond the point of F that chance alone exceeds, for any of the arms, in 1 %.
+  arms are not paired. An arm that scatters clearly more than the others (a variance ratio beyond the 99 % point of F)
+  is left out of the pool and stands on its own variance.
 
 Simulated with planted noise of rows and seeds (`benchmarks/intervals.py`), the 95 % interval of a pair holds the true
 difference in 95 to 99 % of comparisons at 2 and at 3 seeds; where the true spreads over the seeds mostly differ by a
@@ -30,8 +30,7 @@ Floats = NDArray[np.float64]
 DRAWS = 20_000
 LEVEL = 0.95
 BASE = ""  # the name of the base among the arms: it has rows, and no seeds
-_STANDS_OUT = 0.01  # chance that one of the arms does so without a reason
-_DRAWS_OF_F = 500_000  # of which the point for many arms leaves enough
+_STANDS_OUT = 0.99  # quantile of F
 _AT_ONCE = 4_000_000  # resampled rows
 
 
@@ -139,15 +138,15 @@ def _stands_out(arm: str, several: Mapping[str, tuple[float, int]], at_least: fl
     if not others:
         return False
     typical = max(at_least, float(np.median([v for v, _ in others])))
-    return variance > typical * _largest_ratio(freedom, sum(d for _, d in others), len(several))
+    return variance > typical * _largest_ratio(freedom, sum(d for _, d in others))
 
 
 @cache
-def _largest_ratio(freedom: int, of_others: int, arms: int) -> float:
-    """The point of F beyond which none of so many arms should be."""
+def _largest_ratio(freedom: int, of_others: int) -> float:
+    """The 99 % point of F."""
     generator = np.random.default_rng(0)
-    above, below = (generator.chisquare(d, _DRAWS_OF_F) / d for d in (freedom, of_others))
-    return float(np.quantile(above / below, 1 - _STANDS_OUT / arms))
+    above, below = (generator.chisquare(d, DRAWS) / d for d in (freedom, of_others))
+    return float(np.quantile(above / below, _STANDS_OUT))
 
 
 def _row_errors(sums: Mapping[str, Floats], tokens: Floats, generator: np.random.Generator) -> dict[str, Floats]:

@@ -51,9 +51,9 @@ def gpu_requirement(memory: Memory, tensors: int = 0) -> GpuRequirement:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in GB (10^9) with one decimal.
+    """Bytes in GB (10^9) with one decimal, or two digits of less than a tenth.
 
-    >>> gigabytes(23_456_000_000)
-    '23.5 GB'
+    >>> gigabytes(23_456_000_000), gigabytes(28_200_000)
+    ('23.5 GB', '0.028 GB')
     """
-    return f"{size / GB:.1f} GB"
+    return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / GB:.2g} GB"

@@ -13,6 +13,7 @@ from lorary.train.compare.search import HIGHEST
 from lorary.train.config.sources import paths
 
 _HEAD = ("method", "presets", "options", "learning rates")
+FEW_ROWS = 20  # on which methods are judged; the intervals of fewer are wide
 
 
 def print_announcement(ready: Ready, *, stderr: bool) -> None:
@@ -66,6 +67,9 @@ def _done(ready: Ready) -> str:
 
 def _notes(ready: Ready) -> Iterator[str]:
     request, settings = ready.request, ready.request.settings
+    if (judging := len(ready.bench.held_out.test)) < FEW_ROWS:
+        few = f"only {judging} rows judge the methods, which shows large differences alone: hold out more rows"
+        yield f"note      {few}"
     reference = settings.reference or request.arms[0].name
     if settings.match == "parameters":
         unmatched = [arm.name for arm in request.arms if "r" not in arm.method and arm.name != reference]

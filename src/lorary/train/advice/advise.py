@@ -43,4 +43,5 @@ def advise(config: Config, machine: Machine | None = None, *, ranks: str = "unif
     final = Config.model_validate(draft.config.model_dump(exclude_unset=True)).with_notes(*config.notes)
     if problems := contradictions(final.resolve()):
         raise ConfigError("the advised configuration contradicts what you have set:", problems)
-    return Advice(final, tuple(draft.recommendations), tuple(draft.warnings), subject.notes, facts)
+    notes = tuple(note for note in subject.notes if note not in draft.warnings)  # each is said once
+    return Advice(final, tuple(draft.recommendations), tuple(draft.warnings), notes, facts)

@@ -47,4 +47,6 @@ def _autocast(draft: Draft, facts: Facts, machine: Machine, dtype: str) -> None:
         reason, source = f"{OLDER}, which takes longer than float32", CUDA
     elif dtype != facts.dtype and not machine.gpu:
         reason += f"; this processor computes them in {dtype}"
+    elif dtype == facts.dtype:
+        reason += "; autocast is advised on a GPU alone" if dtype == "float32" else ", and compute in it anyway"
     draft.recommend("training.bf16", half, reason, source)

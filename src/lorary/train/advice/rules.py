@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.methods.lora import LowRank
@@ -48,7 +49,7 @@ def data_rules(draft: Draft, facts: Facts) -> None:
         if chosen == "drop" and min(facts.lengths) > length:
             what = f"all {facts.rows:,} rows are longer than {length:,} tokens, and none is left to train on"
             raise ConfigError("cannot advise:", [Diagnostic("data.train", what, "shorten or split the texts")])
-    _validation(draft, facts)
+    _validation(draft, facts, length)
     _packing(draft, facts, length)
 
 
@@ -78,13 +79,13 @@ def _length(draft: Draft, facts: Facts) -> int:
     return int(draft.recommend("data.max_length", facts.context, f"{reason}, and {short}", MODEL))
 
 
-def _validation(draft: Draft, facts: Facts) -> None:
+def _validation(draft: Draft, facts: Facts, length: int) -> None:
     """Held-out rows: the data's own, or a share of at most a tenth."""
     if facts.held_out:
         if not draft.is_given("data.validation") and (own := draft.value("data.validation")):
             draft.recommend("data.validation", own, "the built-in data have held-out files of their own", DATA)
-        if facts.held_out < FEW_HELD_OUT:
-            draft.warnings.append(f"only {facts.held_out} rows are held out: their loss is noisy")
+        if (count := _cut(facts, facts.held_out_lengths, length)) < FEW_HELD_OUT:
+            draft.warnings.append(f"only {count} rows are held out: their loss is noisy")
         return
     if draft.is_given("data.validation_split"):
         return
@@ -96,8 +97,13 @@ def _validation(draft: Draft, facts: Facts) -> None:
     share = round(wanted / facts.rows, 4) or 0.0001
     reason = f"{wanted:,} of {facts.rows:,} rows: enough to see overfitting, and a tenth at most"
     draft.recommend("data.validation_split", share, reason, DATA)
-    if wanted < FEW_HELD_OUT:
-        draft.warnings.append(f"only {wanted} rows can be held out: their loss is noisy")
+    if (count := round(wanted / facts.rows * _cut(facts, facts.lengths, length))) < FEW_HELD_OUT:
+        draft.warnings.append(f"only {count} rows can be held out: their loss is noisy")
+
+
+def _cut(facts: Facts, lengths: Iterable[int], length: int) -> int:
+    """The number of rows of at most `length` tokens that rows become: texts are split."""
+    return sum(math.ceil(n / length) if facts.plain else 1 for n in lengths)
 
 
 def _packing(draft: Draft, facts: Facts, length: int) -> None:
@@ -187,7 +193,7 @@ def _rows(draft: Draft, facts: Facts) -> int:
     kept = facts.lengths if facts.plain else [min(n, length) for n in facts.lengths]
     if draft.value("data.overlong") == "drop":
         kept = [n for n in facts.lengths if n <= length]
-    rows = sum(math.ceil(n / length) for n in kept) if facts.plain else len(kept)
+    rows = _cut(facts, kept, length)
     if draft.value("data.packing"):
         rows = math.ceil(sum(kept) / length)
     if draft.value("data.validation_split") and not facts.held_out:

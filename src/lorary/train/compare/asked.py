@@ -11,6 +11,7 @@ from typing import Any
 from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
+from lorary.spec.interfaces import has_rank
 from lorary.spec.presets import method as method_of
 from lorary.spec.presets import resolve_presets
 from lorary.train.compare.ledger import FILE
@@ -77,9 +78,12 @@ def _inherited(config: Config, method: Mapping[str, Any]) -> dict[str, Any]:
     takes = {key for preset in resolve_presets(section.name) for key in preset.parameters}
     common = {key: getattr(config.method, key) for key in config.method.model_fields_set & {*_OF_THE_METHOD} & takes}
     found = {key: value for key, value in common.items() if value is not None and getattr(section, key) is None}
-    if "alpha" in found and not hasattr(method_of(*section.name, **section.options).scale, "alpha"):
-        del found["alpha"]
-    return {**method, **found}
+    if not found:
+        return {**method}
+    bare = method_of(*section.name, **section.options)
+    dropout = bare.join.adds_delta and bare.join.supports_dropout and not bare.init.residual_init
+    has = {"r": has_rank(bare.delta), "alpha": hasattr(bare.scale, "alpha"), "dropout": dropout}
+    return {**method, **{key: value for key, value in found.items() if has[key]}}
 
 
 def from_folder(folder: str | os.PathLike[str], **changes: Any) -> Asked:

@@ -15,7 +15,7 @@ from lorary.analysis.comparison.record import Comparison
 from lorary.errors import ConfigError, Diagnostic
 from lorary.files.atomic import make_folder, remove, remove_stale
 from lorary.model.fingerprint import Fingerprint
-from lorary.train.compare.request import Request
+from lorary.train.compare.request import LEFT_OUT, Request
 from lorary.train.runner.folder import LOCKS, RunFolder, flatten
 
 FILE, RUNS = "comparison.json", "runs"
@@ -96,7 +96,8 @@ def _new_only_if_it_fits(path: Path) -> Iterator[None]:
 
 def identity(asked: Request) -> dict[str, Any]:
     """What makes two requests the same comparison, as plain data."""
-    config = asked.config.model_dump(mode="json", exclude={"output", "compare"})
+    ignored = {"output": True, "compare": True, "training": {*LEFT_OUT}}
+    config = asked.config.model_dump(mode="json", exclude=ignored)
     settings = dataclasses.asdict(asked.settings)
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
     arms = {arm.name: {"method": arm.method, "rates": arm.rates} for arm in asked.arms}
