@@ -92,10 +92,11 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
 
 
 def needs_base(folder: Path) -> bool:
-    """Whether a folder holds virtual tokens that PEFT saved: only a base says which of its layers they belong to."""
+    """Whether only a base says which layers a folder of PEFT adapts: virtual tokens, (IA)³, VeRA and the like."""
     from lorary.adapters.native import NAME
     from lorary.adapters.peft.config import NAME as PEFT_CONFIG
     from lorary.adapters.peft.reader import MOST_JSON
+    from lorary.adapters.peft.types import PEFT_TYPES
     from lorary.adapters.peft.virtual_tokens import FIELDS
     from lorary.files.safe_open import read_json
 
@@ -103,7 +104,8 @@ def needs_base(folder: Path) -> bool:
     if not (folder / NAME).exists():
         with suppress(FileError):  # which its reader explains
             config = read_json(folder.resolve(), PEFT_CONFIG, MOST_JSON)
-    return isinstance(config, dict) and str(config.get("peft_type")).upper() in FIELDS
+    kind = str(config.get("peft_type")).upper() if isinstance(config, dict) else ""
+    return kind in FIELDS or (kind in PEFT_TYPES and not PEFT_TYPES[kind].factors)
 
 
 def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:

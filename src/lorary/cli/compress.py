@@ -43,13 +43,13 @@ def compress(
     --kl finds the smallest adapter whose outputs stay within the bound on half of the rows, and measures it on the
     others. The error is shown, and saved in lorary.json.
     """
-    from lorary.adapters import load_adapter, save_adapter
+    from lorary.adapters import save_adapter
     from lorary.adapters.card import write_card
-    from lorary.adapters.resolve import find_adapter
+    from lorary.adapters.resolve import find_adapter, read_adapter
     from lorary.files.atomic import atomic_directory
 
     folder = find_adapter(adapter, "compress")
-    value = load_adapter(folder)
+    value = read_adapter(folder, base)
     with atomic_directory(out) as written:
         if kl is None:
             from lorary.analysis.compress import compress as compressed

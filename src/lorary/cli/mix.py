@@ -54,17 +54,17 @@ def mix(
     Negative weights subtract: --weights 1,-1 takes the second adapter's task out of the first. Where the result is an
     approximation, its error is shown layer by layer and kept in lorary.json.
     """
-    from lorary.adapters import load_adapter, save_adapter
+    from lorary.adapters import save_adapter
     from lorary.adapters.card import write_card
     from lorary.adapters.compose.mix import mix as mixed
     from lorary.adapters.label_names import write_label_names
-    from lorary.adapters.resolve import find_adapter
+    from lorary.adapters.resolve import find_adapter, read_adapter
     from lorary.cli._progress import progress_bar
     from lorary.files.atomic import atomic_directory
 
     numbers = _weights(adapters, weights)
     folders = {name: find_adapter(name, "mix") for name in adapters}
-    values = {name: load_adapter(folder) for name, folder in folders.items()}
+    values = {name: read_adapter(folder, base) for name, folder in folders.items()}
     labels = _labels(folders)
     with atomic_directory(out) as written, progress_bar() as update:
         model = _base(base, folders, values)

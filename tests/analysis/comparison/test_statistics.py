@@ -236,6 +236,13 @@ def test_a_classifier_without_errors_may_still_make_some() -> None:
     assert found.against_reference["dora"].pair.high == pytest.approx(0.03)
 
 
+def test_no_interval_of_a_loss_reaches_below_zero() -> None:
+    loss = findings(comparison({"lora": -3.3}, rows=12)).standings[0].loss
+    assert loss is not None
+    assert loss.high - loss.value > loss.value, "it would"
+    assert 0.0 == loss.low < loss.value
+
+
 def test_one_seed_gives_no_verdict() -> None:
     found = findings(comparison(seeds=1))
     difference = found.against_reference["vera"]

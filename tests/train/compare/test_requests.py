@@ -141,8 +141,9 @@ def test_configurations_that_cannot_be_compared(
 
 def test_the_best_evaluation_does_not_count(words: dict[str, Any], tmp_path: Path) -> None:
     """Advice keeps it, for a run of its own; a comparison is the same one with it and without."""
-    kept = from_dict(words | {"training": words["training"] | {"keep_best": True}})
-    plain, asked = (make_request(one, (LORA,), Settings(), tmp_path) for one in (from_dict(words), kept))
+    training = words["training"] | {"save_steps": 3}
+    without, kept = (from_dict(words | {"training": training | {"keep_best": best}}) for best in (False, True))
+    plain, asked = (make_request(one, (LORA,), Settings(), tmp_path) for one in (without, kept))
     assert kept.training.keep_best
     assert identity(asked) == identity(plain)
     assert not asked.config_of(LORA).training.keep_best

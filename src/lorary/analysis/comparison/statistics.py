@@ -211,6 +211,7 @@ def _standing(
     accuracy = interval(tests["accuracy"], arm, at_least=_RULE_OF_THREE / tests["accuracy"].rows)
     accuracy = Interval(accuracy.value, max(0.0, accuracy.low), min(1.0, accuracy.high))
     loss = interval(tests["loss"], arm)
+    loss = Interval(loss.value, max(loss.low, 0.0), loss.high)
     return Standing(arm, lr, len(seeds), untuned, loss, accuracy, forgotten, spread, diverged)
 
 

@@ -22,11 +22,10 @@ def adapter_and_base(export: Export) -> tuple[Adapter, PreTrainedModel, ModelSec
     Raises:
         FileError: the adapter cannot be read, or its base cannot be found.
     """
-    from lorary.adapters import load_adapter
-    from lorary.adapters.resolve import base_class, find_base
+    from lorary.adapters.resolve import base_class, find_base, read_adapter
     from lorary.model.loading.from_pretrained import skeleton
 
-    adapter = load_adapter(export.adapter)
+    adapter = read_adapter(export.adapter, export.base)
     section = find_base(export.adapter, export.base)
     return adapter, skeleton(section, base_class(section, export.adapter, adapter)), section
 

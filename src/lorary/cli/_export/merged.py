@@ -14,15 +14,15 @@ OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of llama.
 
 def write(export: Export) -> None:
     """Write the checkpoint with the class, labels and chat template that the adapter was trained with."""
-    from lorary.adapters import export_merged, load_adapter
+    from lorary.adapters import export_merged
     from lorary.adapters.hub import CHAT_TEMPLATE
     from lorary.adapters.label_names import read_label_names
-    from lorary.adapters.resolve import class_of_base, find_base
+    from lorary.adapters.resolve import class_of_base, find_base, read_adapter
     from lorary.model.loading.model_kind import classes
 
     dtype, onto = export.options.get("dtype", "auto"), export.options.get("onto", "trained")
     check_precision(f"cannot export {export.adapter}:", dtype, onto)
-    adapter = load_adapter(export.adapter)
+    adapter = read_adapter(export.adapter, export.base)
     section, target = merge_precisions(export.adapter, adapter, find_base(export.adapter, export.base), dtype, onto)
     template = export.adapter / CHAT_TEMPLATE
     with warnings_as_notes():

@@ -13,19 +13,19 @@ def write(export: Export) -> None:
     """Write PEFT's two files and, where the base is given, compare their function with the adapter's."""
     import lorary
     from lorary.adapters import export_peft, load_adapter
-    from lorary.adapters.resolve import find_base, load_base
+    from lorary.adapters.resolve import find_base, load_base, read_adapter
     from lorary.analysis.merge_check import logits
     from lorary.cli._comparison_rows import random_rows
 
     folded = export.options.get("folded", False)
     if export.base is None:
-        value = load_adapter(export.adapter)
+        value = read_adapter(export.adapter)
         with warnings_as_notes():
             export_peft(value, export.output, folded=folded)
         write_exported_card(export.output, value)
         return
     section = find_base(export.adapter, export.base, "float32")
-    model = load_base(section, export.adapter, load_adapter(export.adapter), quantized=False)
+    model = load_base(section, export.adapter, read_adapter(export.adapter, export.base), quantized=False)
     lorary.load(model, export.adapter)
     (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
     before = logits(model, row)

@@ -12,6 +12,7 @@ from lorary.analysis.comparison import store
 from lorary.analysis.comparison.record import Arm
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.spec.interfaces import has_rank
+from lorary.spec.method import Method
 from lorary.spec.presets import method as method_of
 from lorary.spec.presets import resolve_presets
 from lorary.train.compare.ledger import FILE
@@ -81,9 +82,15 @@ def _inherited(config: Config, method: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         return {**method}
     bare = method_of(*section.name, **section.options)
-    dropout = bare.join.adds_delta and bare.join.supports_dropout and not bare.init.residual_init
-    has = {"r": has_rank(bare.delta), "alpha": hasattr(bare.scale, "alpha"), "dropout": dropout}
+    has = {"r": has_rank(bare.delta), "alpha": hasattr(bare.scale, "alpha"), "dropout": _has_dropout(bare)}
     return {**method, **{key: value for key, value in found.items() if has[key]}}
+
+
+def _has_dropout(method: Method) -> bool:
+    """Whether the input of its update can be dropped."""
+    join, init = method.join, method.init
+    starts_in_base = init is not None and init.residual_init
+    return join is not None and join.adds_delta and join.supports_dropout and not starts_in_base
 
 
 def from_folder(folder: str | os.PathLike[str], **changes: Any) -> Asked:

@@ -96,7 +96,7 @@ def _new_only_if_it_fits(path: Path) -> Iterator[None]:
 
 def identity(asked: Request) -> dict[str, Any]:
     """What makes two requests the same comparison, as plain data."""
-    ignored = {"output": True, "compare": True, "training": {*LEFT_OUT}}
+    ignored: Any = {"output": True, "compare": True, "training": {*LEFT_OUT}}
     config = asked.config.model_dump(mode="json", exclude=ignored)
     settings = dataclasses.asdict(asked.settings)
     settings = {key: value for key, value in settings.items() if key not in ("workers", "budget")}
