@@ -18,10 +18,11 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
+from lorary.adapters.peft.trainable_tokens import row_sites
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.peft.virtual_tokens import FIELDS, read_virtual_tokens
-from lorary.adapters.shared_tensors import regenerate
+from lorary.adapters.shared_tensors import regenerate, rejoined
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
@@ -106,6 +107,8 @@ class _Reader:
         findings.raise_refused()
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
+        tensors, differing = rejoined(sites, tensors)
+        findings.fatal += differing
         full = saved.values(values, findings)
         alert_if_zero(sites, tensors, findings)
         method = self.type.to_method(self.config)
@@ -136,23 +139,27 @@ class _Reader:
         return regenerate(sites, dict.fromkeys(roles, torch.float32))
 
     def _sites(self) -> tuple[AdaptedSite, ...]:
-        if not self.type.factors and self.base is None:
+        if not self.type.factors and not self.type.rows_alone and self.base is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
             self.findings.raise_refused()
         try:
             sites = list(self._sites_of_file() if self.base is None else self._sites_of_base(self.base))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
-            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites)
+            adapted = [AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites]
+            adapted += row_sites(self.config, self.base, self.found, self.findings)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
             raise FileError("") from None
         if mismatches:
             self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
             self.findings.raise_refused()
-        return adapted
+        order = {name: i for i, name in enumerate(self.base.kinds if self.base is not None else ())}
+        return tuple(sorted(adapted, key=lambda a: order.get(a.site.name, 0)))
 
     def _sites_of_base(self, base: Base) -> Iterator[Site]:
+        if self.type.rows_alone:
+            return
         in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
             if not name or name not in in_file or not self.config.targets_module(self._named(name)):
@@ -180,6 +187,8 @@ class _Reader:
         return dict.fromkeys(name for name in sites if name is not None)
 
     def _sites_of_file(self) -> Iterator[Site]:
+        if self.type.rows_alone:
+            return
         for name in self._sites_in_names():
             if not name or not self.config.targets_module(name):
                 continue

@@ -19,6 +19,7 @@ from lorary.adapters.peft.lora import is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
+from lorary.adapters.peft.trainable_tokens import row_problems
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
@@ -74,7 +75,7 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         for key, value in shared.items()
         if key not in peft_type.fields and value not in (None, False, "none")
     ]
-    return problems + unsaved + lacking + misread(adapter, model, peft_type)
+    return problems + unsaved + lacking + row_problems(adapter, model) + misread(adapter, model, peft_type)
 
 
 def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Diagnostic]:
@@ -137,7 +138,7 @@ def _fields_by_parameter(own: Mapping[str, Any], parameters: list[str]) -> dict[
 
 def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
-    sites = [adapted.site.name for adapted in adapter.sites]
+    sites = peft_type.targets(adapter)
     lora = peft_type.name == "LORA"  # the only type whose configuration PEFT converts
     by_parameter = taken_for_experts(sites, adapter.base.architecture, model) if lora else []
     return {
