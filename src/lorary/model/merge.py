@@ -33,8 +33,9 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     All or nothing: every merged weight is computed and checked before the first layer changes, and any later exception,
     an interrupt or lack of memory included, leaves the model as it was. So the merged weights need memory beside the
     original ones. If an adapted weight was shared (tied embeddings), every use gets a weight of its own and the model's
-    configuration says that they are no longer tied; unless all uses have the same update (`rows`): those stay tied. A layer without a bias gets one if the method changes it (GLoRA),
-    and the configuration says so if it can; otherwise a warning names the biases that a checkpoint would lose.
+    configuration says that they are no longer tied; unless all uses have the same update (`rows`): those stay tied.
+    A layer without a bias gets one if the method changes it (GLoRA), and the configuration says so if it can;
+    otherwise a warning names the biases that a checkpoint would lose.
 
     Training-only changes are removed (LongLoRA's shifted attention); RoPE scaling stays, in the configuration too.
 

@@ -60,9 +60,9 @@ def plan(
         method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
             storage, context and parameters in full are the model's: one says them, or all say the same.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`,
-            `mlp-output`, `embedding`, `vocabulary`, `conv`), whole-component names (`q_proj`), globs (`*.layers.1?.*`), projections
-            of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the whole path. None: the method's
-            default, which is `all-linear` for most.
+            `mlp-output`, `embedding`, `vocabulary`, `conv`), whole-component names (`q_proj`), globs
+            (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the
+            whole path. None: the method's default, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.

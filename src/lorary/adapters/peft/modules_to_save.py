@@ -78,7 +78,7 @@ def modules_to_save(
         if inside and site in sites and leaf == "weight":
             if tensors is None or (parameter in tensors and tensors[parameter].shape == entry.shape):
                 saved.copies[name] = parameter
-        elif _asked_for(config, parameter, site in sites) and (tensors is None or parameter in tensors):
+        elif _asked_for(config, parameter, site in sites, first) and (tensors is None or parameter in tensors):
             saved.parameters[name] = first.get(parameter, parameter)
             saved.expected[name] = entry.shape if tensors is None else tuple(tensors[parameter].shape)
     for parameter, tensor in (tensors or {}).items():
@@ -89,16 +89,23 @@ def modules_to_save(
     return saved
 
 
-def _asked_for(config: PeftConfig, parameter: str, at_site: bool) -> bool:
-    """Whether the configuration asks for a base parameter."""
+def _asked_for(config: PeftConfig, parameter: str, at_site: bool, first: Mapping[str, str]) -> bool:
+    """Whether the configuration asks for a base parameter, or with `ensure_weight_tying` for one tied to it."""
     is_bias = "bias" in parameter.rpartition(".")[2]
-    return config.saves_module_of(parameter) or (
+    tied = [parameter]
+    if config.values.get("ensure_weight_tying") and config["modules_to_save"]:
+        tied += [name for name, one in first.items() if one == first.get(parameter)]
+        if not first and parameter.endswith(".weight"):
+            return True  # only the base tells which weights are tied
+    return any(map(config.saves_module_of, tied)) or (
         is_bias and (config["bias"] == "all" or (config["bias"].endswith("_only") and at_site))
     )
 
 
 def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, str], findings: Findings) -> None:
-    """PEFT copies `modules_to_save`, so weights tied to the original do not change."""
+    """PEFT copies `modules_to_save`, so weights tied to the original do not change, unless they are kept tied."""
+    if config.values.get("ensure_weight_tying"):
+        return
     for name in sorted(n for n in saved.parameters if config.saves_module_of(n) and n in first):
         others = [n for n, f in first.items() if f == first[name] and n not in saved.parameters]
         if others:

@@ -162,7 +162,7 @@ class _Reader:
             return
         in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
-            if not name or name not in in_file or not self.config.targets_module(self._named(name)):
+            if not name or name not in in_file or not self._targeted(self._named(name)):
                 continue
             found = base.site(name)
             if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
@@ -177,6 +177,18 @@ class _Reader:
             else:
                 yield found
 
+    def _targeted(self, name: str) -> bool:
+        """Whether PEFT adapts the module of this name; with `ensure_weight_tying` the tied ones as well."""
+        if self.config.targets_module(name):
+            return True
+        if not self.config.values.get("ensure_weight_tying") or name not in self._sites_in_names():
+            return False
+        first = {} if self.base is None else self.base.first_names
+        weight = first.get(f"{name}.weight")
+        return weight is None or any(
+            self.config.targets_module(tied.removesuffix(".weight")) for tied, one in first.items() if one == weight
+        )
+
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""
         return self.inner.get(site, site)
@@ -190,7 +202,7 @@ class _Reader:
         if self.type.rows_alone:
             return
         for name in self._sites_in_names():
-            if not name or not self.config.targets_module(name):
+            if not name or not self._targeted(name):
                 continue
             pairs = [[f"{name}.{leaf}" for leaf in leaves] for leaves in self.type.factors]
             pair = next((names for names in pairs if names[0] in self.found), pairs[-1])
@@ -229,7 +241,7 @@ class _Reader:
         if self.base is not None and at not in self.base.modules:
             return "adapts a module that the model does not have"
         try:
-            targeted = self.config.targets_module(self._named(at))
+            targeted = self._targeted(self._named(at))
         except ValueError as error:  # the patterns' budget
             return str(error)
         if not targeted:

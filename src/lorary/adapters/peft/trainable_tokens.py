@@ -1,7 +1,7 @@
-"""PEFT's trainable tokens: rows of the vocabulary beside a LoRA (`trainable_token_indices`), or alone (TRAINABLE_TOKENS).
+"""PEFT's trainable tokens: rows of the vocabulary beside a LoRA (`trainable_token_indices`), or alone.
 
     beside a LoRA   <site>.token_adapter.trainable_tokens_delta (n, width), once for tied layers
-    alone           <site>.trainable_tokens_delta (n, width), at each of the tied layers
+    alone           <site>.trainable_tokens_delta (n, width), at each of the tied layers (TRAINABLE_TOKENS)
 
 They hold the rows themselves, although they are called a delta. Where the base ties its head to the input embedding and
 the embedding's rows train, PEFT trains the head's with them, unless the configuration names other tokens for the head.
@@ -116,6 +116,9 @@ def row_sites(
     else:
         named = _paths(asked, base, findings)
     sites, rows = [], rows_on(base, named)
+    if config.values.get("ensure_weight_tying") and not _are_tied_alike(base, named):
+        what = "is true, and `trainable_token_indices` names other tokens for a head than for the embedding"
+        findings.fatal.append(Diagnostic("adapter_config.json: ensure_weight_tying", what, "PEFT refuses this too"))
     owners = [owner for _, owner in rows.values()]
     for path, (tokens, owner) in rows.items():
         adapted = AdaptedSite(base.site(path), rows_method(tokens), owner if owners.count(owner) > 1 else "")
@@ -128,9 +131,8 @@ def rows_on(base: Base, asked: Mapping[str, tuple[int, ...]]) -> Rows:
     """The rows that PEFT trains on a base for these paths, with the layers that it ties to the input embedding."""
     rows: Rows = {path: (tokens, path) for path, tokens in asked.items()}
     (table,) = _input_embedding(base) or [""]
-    tied = [path for path in _tied_layers(base, table) if path != table]
-    if table in asked and all(asked.get(path, asked[table]) == asked[table] for path in tied):
-        rows |= dict.fromkeys(tied, (asked[table], table))
+    if table in asked and _are_tied_alike(base, asked):
+        rows |= dict.fromkeys(_tied_layers(base, table), (asked[table], table))
     order = list(base.kinds)
     return dict(sorted(rows.items(), key=lambda item: order.index(item[0])))
 
@@ -151,6 +153,13 @@ def row_problems(adapter: Adapter, model: nn.Module | None) -> list[Diagnostic]:
     ours = {a.site.name: (tokens_of(a), a.share or a.site.name) for a in rows}
     what = "PEFT trains the rows of tied layers together, and others apart"
     return [Diagnostic(path, what) for path in theirs if ours.get(path) != theirs[path]]
+
+
+def _are_tied_alike(base: Base, asked: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the layers that are tied to the input embedding have its tokens, as far as they are named."""
+    (table,) = _input_embedding(base) or [""]
+    tied = _tied_layers(base, table) if table in asked else []
+    return all(asked.get(path, asked[table]) == asked[table] for path in tied)
 
 
 def _named(config: PeftConfig, path: str) -> bool:
