@@ -66,11 +66,29 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     """
     from lorary.adapters.save_load import load_adapter
 
-    name = base or load_adapter(adapter).base.name
+    value = load_adapter(adapter)
+    name = base or value.base.name
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
-    return ModelSection.of(name, dtype=dtype)
+    return with_tokens(ModelSection.of(name, dtype=dtype), value)
+
+
+def with_tokens(section: ModelSection, adapter: Adapter) -> ModelSection:
+    """The base with the tokens that were added to it for an adapter.
+
+    Raises:
+        PlanError: its tokenizer gives them other ids, or has one of them already.
+    """
+    from lorary.model.loading.from_pretrained import load_tokenizer
+    from lorary.model.vocabulary import added_tokens, check_tokens
+
+    added = tuple(added_tokens(adapter.sites))
+    if not added:
+        return section
+    section = section.model_copy(update={"tokens": added})
+    check_tokens(load_tokenizer(section), adapter.sites)
+    return section
 
 
 def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:

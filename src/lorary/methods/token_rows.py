@@ -13,7 +13,6 @@ than the weight's precision count; PEFT rounds the rows to it first.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
@@ -40,13 +39,12 @@ class TokenRows(Join):
 
     Args:
         tokens: their ids.
-        added: the texts of those among them that were added to the tokenizer, in the order of their ids.
-        names: texts whose ids a tokenizer has yet to give.
+        added: the texts of the last of them, if they were added to the tokenizer: their rows start at the mean of
+            those before them, whatever a padded table holds there.
     """
 
     tokens: tuple[int, ...] = field(default=(), metadata=IDS)
     added: tuple[str, ...] = field(default=(), metadata=TEXTS)
-    names: tuple[str, ...] = field(default=(), metadata=TEXTS)
 
     roles = frozenset({"R"})
     targets = ("vocabulary",)
@@ -61,7 +59,12 @@ class TokenRows(Join):
         return {"columns": params["R"].T} if site.kind == "embedding" else params
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
-        layer.params["R"].copy_(self._rows_of_base(layer))
+        R = layer.params["R"]
+        R.copy_(self._rows_of_base(layer))
+        if self.added and not R.is_meta:
+            W = layer.matrix.detach()
+            used = (W.T if layer.site.kind == "embedding" else W)[: min(self.tokens[-len(self.added) :])]
+            R[-len(self.added) :] = used.double().mean(0).to(R.dtype)  # in 64 bits: processors sum in different orders
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         y, R = layer.run_base(x), layer.params["R"]
@@ -97,9 +100,6 @@ class TokenRows(Join):
     def problems(self, site: Site) -> list[str]:
         if site.kind not in ("linear", "embedding") or site.parts:
             return ["is neither an embedding nor a whole linear layer: it has no rows of tokens"]
-        if self.names:
-            what = f"{', '.join(map(repr, self.names[:5]))} are texts, whose ids only the tokenizer knows"
-            return [f"{what}: lorary.add_tokens(model, tokenizer, tokens) gives the ids"]
         if not self.tokens:
             return ["no token is named: tokens=[...]"]
         size = site.in_features if site.kind == "embedding" else site.out_features
@@ -126,24 +126,19 @@ def is_token_rows(adapted: AdaptedSite) -> bool:
     return isinstance(adapted.method.join, TokenRows)
 
 
-def named_tokens(method: Method) -> tuple[str, ...]:
-    """The texts in a method whose token ids a tokenizer has yet to give."""
-    return method.join.names if isinstance(method.join, TokenRows) else ()
-
-
-def with_token_ids(method: Method, ids: Sequence[int], added: Sequence[str] = ()) -> Method:
-    """A method for the rows of these tokens in place of those that it names by their texts.
+def with_new_tokens(method: Method, ids: Sequence[int], added: Sequence[str]) -> Method:
+    """A method that also trains the rows of these tokens, which were added to the tokenizer.
 
     Args:
-        method: any method; one without rows of tokens is returned as it is.
+        method: of rows of tokens.
         ids: the tokens' ids.
-        added: the texts of the last of them, if they were added to the tokenizer.
+        added: their texts.
     """
     join = method.join
-    if not isinstance(join, TokenRows) or not join.names:
+    if not isinstance(join, TokenRows):
         return method
-    tokens = (*join.tokens, *ids)
-    return method.replace(join=dataclasses.replace(join, tokens=tokens, added=tuple(added), names=()))
+    old = tuple(t for t in join.tokens if t not in ids)
+    return method.replace(join=TokenRows((*old, *ids), tuple(added)))
 
 
 @preset(
@@ -153,25 +148,21 @@ def with_token_ids(method: Method, ids: Sequence[int], added: Sequence[str] = ()
     lr=1e-3,
     when="For new tokens, or for the meaning of a few: their rows alone, in a file of kilobytes.",
 )
-def rows(tokens: int | str | Sequence[int | str] = ()) -> dict[str, Any]:
+def rows(tokens: int | Sequence[int] = ()) -> dict[str, Any]:
     """E'[t] = R[t] for the tokens t that are named, E'[t] = E[t] for all others
 
     Args:
-        tokens: ids of tokens; or texts, which `lorary train` and `lorary.add_tokens` add to the tokenizer.
+        tokens: their ids; those of new tokens come from `lorary.add_tokens`, or from `model.tokens` of a configuration.
     """
-    named = [tokens] if isinstance(tokens, int | str) else tokens
-    if not isinstance(named, Sequence) or any(type(t) not in (int, str) or t == "" for t in named):
-        what = f"is {tokens!r}; it takes ids of tokens or their texts"
-        raise MethodError("invalid method:", [Diagnostic("tokens", what)])
-    ids = tuple(t for t in named if isinstance(t, int))
-    texts = tuple(t for t in named if isinstance(t, str))
+    ids = [tokens] if isinstance(tokens, int) else tokens
+    if texts := [t for t in ids if isinstance(t, str)] if isinstance(ids, Sequence) else []:
+        what = f"{texts[0]!r} is a text, and a method takes ids"
+        fix = "lorary.add_tokens(model, tokenizer, texts) gives them; in a configuration: model.tokens"
+        raise MethodError("invalid method:", [Diagnostic("tokens", what, fix)])
+    if not isinstance(ids, Sequence) or any(type(t) is not int for t in ids):
+        raise MethodError("invalid method:", [Diagnostic("tokens", f"is {tokens!r}; it takes ids of tokens")])
     problems = [Diagnostic("tokens", f"token {t} is negative") for t in ids if t < 0][:1]
-    problems += [Diagnostic("tokens", f"{t!r} is named twice") for t in named if list(named).count(t) > 1][:1]
+    problems += [Diagnostic("tokens", f"token {t} is named twice") for t in ids if list(ids).count(t) > 1][:1]
     if problems:
         raise MethodError("invalid method:", problems)
-    return {
-        "delta": NoUpdate(),
-        "init": NoInit(),
-        "scale": ConstantScale(1.0),
-        "join": TokenRows(ids, names=texts),
-    }
+    return {"delta": NoUpdate(), "init": NoInit(), "scale": ConstantScale(1.0), "join": TokenRows(tuple(ids))}

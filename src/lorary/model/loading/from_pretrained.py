@@ -87,7 +87,7 @@ def load_model(
         what = f"no weights of the right shape for {', '.join(sorted(missing)[:5])}{more}"
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = _with_rows_for_tokens(model.eval(), section)
     return loaded
 
 
@@ -152,10 +152,11 @@ def load_quantized(
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; pads with EOS if it has no padding token.
+    """The model's tokenizer with the tokens that the section adds; pads with EOS if it has no padding token.
 
     Raises:
         FileError: the model has no fast tokenizer.
+        PlanError: one of the tokens cannot be added.
     """
     from transformers import AutoTokenizer
 
@@ -169,7 +170,21 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise FileError(headline, [Diagnostic(section.id, what)])
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    if section.tokens:
+        from lorary.model.vocabulary import add_to_tokenizer
+
+        add_to_tokenizer(tokenizer, section.tokens)
     return tokenizer
+
+
+def _with_rows_for_tokens(model: Any, section: ModelSection) -> Any:
+    """The model, with a row for every token that the section adds."""
+    if section.tokens:
+        from lorary.model.vocabulary import resize_vocabulary, vocabulary_of
+
+        size = 1 + max(load_tokenizer(section).convert_tokens_to_ids(list(section.tokens)))
+        resize_vocabulary(model, max(size, vocabulary_of(model)))
+    return model
 
 
 def fast_skeleton(section: ModelSection) -> nn.Module:
@@ -182,7 +197,7 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
 
     check_folder(section)
     file = Path(location(section)) / "config.json"
-    if file.is_file():
+    if file.is_file() and not section.tokens:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and "auto_map" not in settings and _is_causal(settings):
             settings["dtype"] = _saved_dtype(settings)
@@ -246,7 +261,8 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
         raise _refused(section, "model", error) from None
     finally:
         torch.set_default_dtype(before)
-    return model
+    resized: PreTrainedModel = _with_rows_for_tokens(model, section)
+    return resized
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:

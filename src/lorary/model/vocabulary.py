@@ -1,0 +1,193 @@
+"""New tokens: added to the tokenizer, and to the model's tables where these have no rows left for them.
+
+Rows are the same on every machine: a resized base can be told from another one, and an adapter on it fits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorary.errors import Diagnostic, PlanError, StateError
+from lorary.layers.quantized_weight import is_quantized
+from lorary.methods.token_rows import TokenRows
+from lorary.model.ambient import mode_independent
+from lorary.model.checks import changeable
+from lorary.model.fingerprint import Fingerprint
+from lorary.model.state import state_of
+from lorary.spec.placement import AdaptedSite
+
+_HEADLINE = "cannot add tokens:"
+
+
+@mode_independent
+def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Add tokens to a tokenizer and, where its tables have no rows left, to a model of Transformers, in place.
+
+    A vocabulary is often larger than its tokenizer: the rows that nothing uses yet are taken first.
+
+    Args:
+        model: the base, without an adapter.
+        tokenizer: its tokenizer.
+        tokens: their texts.
+
+    Returns:
+        Their ids, for `lorary.method("rows", tokens=ids)`.
+
+    Raises:
+        PlanError: a text is empty, there twice or a token already; nothing has changed.
+        StateError: the model cannot be resized.
+
+    Example:
+        >>> ids = lorary.add_tokens(model, tokenizer, ["<question>", "<answer>"])
+        >>> lorary.attach(model, lorary.plan(model, lorary.method("rows", tokens=ids)))
+    """
+    inner = changeable(model, "add tokens")
+    if problems := [*_not_resizable(inner), *_unusable(tokenizer, tokens)]:
+        raise PlanError(_HEADLINE, problems)
+    ids = add_to_tokenizer(tokenizer, tokens)
+    if max(ids) >= vocabulary_of(inner):
+        resize_vocabulary(inner, max(ids) + 1)
+    return ids
+
+
+def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Add tokens to a tokenizer; their ids.
+
+    Raises:
+        PlanError: a text is empty, there twice or a token already; nothing has changed.
+    """
+    from transformers import AddedToken
+
+    if problems := _unusable(tokenizer, tokens):
+        raise PlanError(_HEADLINE, problems)
+    # not normalised: a token is found as it is written
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in tokens])
+    return tuple(map(int, tokenizer.convert_tokens_to_ids(list(tokens))))
+
+
+def _unusable(tokenizer: Any, tokens: Any) -> list[Diagnostic]:
+    """Why texts cannot be new tokens."""
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
+        what = f"is {tokens!r}, not a list of texts" if tokens or isinstance(tokens, str) else "names no token"
+        return [Diagnostic("tokens", what, 'write tokens: ["<a>", "<b>"]')]
+    if not callable(getattr(tokenizer, "add_tokens", None)):
+        return [Diagnostic("tokenizer", f"a {type(tokenizer).__name__} takes no new tokens", "give the base's own")]
+    problems, known = [], tokenizer.get_vocab()
+    for i, text in enumerate(tokens):
+        if not isinstance(text, str) or not text.strip():
+            problems.append(Diagnostic("tokens", f"{text!r} is not a text", "name what the token is written as"))
+        elif text in tokens[:i]:
+            problems.append(Diagnostic("tokens", f"{text!r} is there twice", "name it once"))
+        elif text in known:
+            what = f"{text!r} is token {known[text]} of the tokenizer already"
+            problems.append(Diagnostic("tokens", what, f"train its row by its id: tokens: [{known[text]}]"))
+    return problems
+
+
+# --- the model's tables -----------------------------------------------------------------------------------------------
+
+
+def vocabulary_of(model: Any) -> int:
+    """The number of rows of a model's input embedding."""
+    return int(_tables(model)[0].weight.shape[0])
+
+
+@mode_independent
+def resize_vocabulary(model: nn.Module, size: int) -> nn.Module:
+    """Give a model of Transformers a larger vocabulary, in place. The new rows are the mean of those that were there.
+
+    Transformers' own `resize_token_embeddings` draws them near that mean; here they are the same at every call.
+
+    Args:
+        model: the base, without an adapter; it may be on the meta device.
+        size: rows of its input embedding, and of its output head if it has one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: something is attached; it has no vocabulary that can be resized; or it would become smaller.
+    """
+    inner = changeable(model, "resize")
+    problems = _not_resizable(inner)
+    if not problems and (type(size) is not int or size < vocabulary_of(inner)):
+        what = f"is {size!r}, and the model has {vocabulary_of(inner):,} rows: some would be lost"
+        problems.append(Diagnostic("size", what, "give at least as many"))
+    if problems:
+        raise StateError("cannot resize the vocabulary:", problems)
+    before = vocabulary_of(inner)
+    if size == before:
+        return model
+    trained = [p.requires_grad for p in _rows(inner)]
+    cast(Any, inner).resize_token_embeddings(size, mean_resizing=False)
+    for table, trains in zip(_rows(inner), trained, strict=True):
+        _fill(table, before)
+        table.requires_grad_(trains)
+    Fingerprint.resized(inner, [name for name, p in inner.named_parameters() if any(p is t for t in _rows(inner))])
+    return model
+
+
+def _fill(table: Tensor, before: int) -> None:
+    """Set the rows of a table, or the numbers of a bias, from `before` on to the mean of the others."""
+    if not table.is_meta:
+        with torch.no_grad():  # in 64 bits: processors sum in different orders
+            table[before:] = table[:before].double().mean(0).to(table.dtype)
+
+
+def _rows(model: Any) -> Iterator[nn.Parameter]:
+    """The tables' weights and biases."""
+    for layer in _tables(model):
+        yield from layer.parameters(recurse=False)
+
+
+def _tables(model: Any) -> list[Any]:
+    """The layers with a row for every token, the input embedding first; none if the model does not say which."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            layer = None
+        if layer is not None and getattr(layer, "weight", None) is not None:
+            found.append(layer)
+    return found if found and isinstance(found[0], nn.Embedding) else []
+
+
+def _not_resizable(model: Any) -> list[Diagnostic]:
+    """Why a model's vocabulary cannot be resized."""
+    if state_of(model) is not None:
+        return [Diagnostic("model", "has an adapter attached", "resize the base, and attach then")]
+    tables = _tables(model)
+    if not tables or not hasattr(model, "resize_token_embeddings"):
+        what = f"a {type(model).__name__} names no table of token embeddings that can be resized"
+        return [Diagnostic("model", what, "use a language model of Transformers")]
+    if any(map(is_quantized, tables)):
+        return [Diagnostic("model", "its token embeddings are quantised", "load the base without quantising them")]
+    return []
+
+
+# --- the tokens of an adapter -----------------------------------------------------------------------------------------
+
+
+def added_tokens(sites: Iterable[AdaptedSite]) -> dict[str, int]:
+    """Text -> id of the tokens that were added to the tokenizer for these sites."""
+    joins = [s.join for s in sites if isinstance(s.join, TokenRows)]
+    return {text: i for join in joins for text, i in zip(join.added, join.tokens[-len(join.added) :], strict=False)}
+
+
+def check_tokens(tokenizer: Any, sites: Iterable[AdaptedSite]) -> None:
+    """Refuse a tokenizer that gives an adapter's tokens other ids than those whose rows it has trained.
+
+    Raises:
+        PlanError: every one.
+    """
+    added = added_tokens(sites)
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in added}
+    what = "is token {} of this tokenizer, and the adapter has trained row {} for it"
+    fix = "use the tokenizer of the base that it was trained on"
+    if wrong := [Diagnostic(repr(t), what.format(ids[t], i), fix) for t, i in added.items() if ids[t] != i]:
+        raise PlanError("the adapter's tokens are other tokens here:", wrong)
