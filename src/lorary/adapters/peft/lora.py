@@ -36,7 +36,7 @@ from lorary.adapters.peft.fields import (
     tokens_by_name,
     unsupported,
 )
-from lorary.adapters.peft.trainable_tokens import indices_field, rows_beside
+from lorary.adapters.peft.token_rows import indices_field, rows_beside
 from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
@@ -60,6 +60,8 @@ _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "use_bdlora": "block-diagonal factors are not supported",
     "lora_bias": "biases beside B are not supported",
     "target_parameters": "adapters on bare parameters (fused experts) are not supported",
+    ROWS_FIELD: "rows of an embedding trained apart are not supported",
+    "ensure_weight_tying": "adapters tied between two layers are not supported",
     "layer_replication": "a model with repeated layers is not supported",
     "alora_invocation_tokens": "adapters that start at a token (aLoRA) are not supported",
     "arrow_config": "routing between adapters (Arrow) is not supported",

@@ -18,7 +18,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
-from lorary.adapters.peft.trainable_tokens import row_sites
+from lorary.adapters.peft.token_rows import row_sites
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.peft.virtual_tokens import FIELDS, read_virtual_tokens

@@ -19,7 +19,7 @@ from lorary.adapters.peft.lora import is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
-from lorary.adapters.peft.trainable_tokens import row_problems
+from lorary.adapters.peft.token_rows import row_problems
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
