@@ -95,7 +95,7 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
         untied |= alone or isinstance(state.replaced_weights.get(name), nn.Parameter)
         if keep:
             state.merged[name] = merged
-    state.tied = _untie(model, bool(state.untied)) if untied else None
+    state.tied = untie_parameters(model, bool(state.untied)) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
         warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
@@ -226,7 +226,7 @@ def _tied_together(model: nn.Module, layers: Mapping[str, Adapted]) -> set[str]:
     return {name for (weight, _), own in updated.items() if own.keys() == holders[weight] for name in own.values()}
 
 
-def _untie(model: nn.Module, already: bool) -> tuple[list[TiedParameter], list[Any]] | None:
+def untie_parameters(model: nn.Module, already: bool) -> tuple[list[TiedParameter], list[Any]] | None:
     """Give every holder of a tied parameter its own copy, and say so in the model's configuration.
 
     A checkpoint of the model is read by its configuration, and BERT's ties its output bias too. With `already` the

@@ -5,7 +5,7 @@ Rows are the same on every machine: a resized base can be told from another one,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from lorary.methods.token_rows import TokenRows
 from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint
+from lorary.model.merge import untie_parameters
 from lorary.model.state import state_of
 from lorary.spec.placement import AdaptedSite
 
@@ -131,6 +132,33 @@ def resize_vocabulary(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
+@mode_independent
+def untie_embeddings(model: nn.Module) -> nn.Module:
+    """Give every layer with a tied weight a copy of its own, in place, and say so in the model's configuration.
+
+    An adapter of PEFT with `modules_to_save` has trained such copies.
+
+    Args:
+        model: the base, without an adapter.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: something is attached, or no weight is tied.
+    """
+    inner = changeable(model, "untie")
+    problems = []
+    if state_of(inner) is not None:
+        problems.append(Diagnostic("model", "has an adapter attached", "untie the base, and attach then"))
+    elif untie_parameters(inner, False) is None:
+        problems.append(Diagnostic("model", "its configuration ties no weights", "leave it as it is"))
+    if problems:
+        raise StateError("cannot untie:", problems)
+    Fingerprint.forget(inner)
+    return model
+
+
 def _fill(table: Tensor, before: int) -> None:
     """Set the rows of a table, or the numbers of a bias, from `before` on to the mean of the others."""
     if not table.is_meta:
@@ -144,6 +172,31 @@ def _rows(model: Any) -> Iterator[nn.Parameter]:
         yield from layer.parameters(recurse=False)
 
 
+def vocabulary_paths(model: nn.Module) -> list[str]:
+    """The paths of the layers with a row for every token, the input embedding first."""
+    layers = [id(layer) for layer in _tables(model)]
+    found = {id(module): path for path, module in model.named_modules()}
+    return [found[layer] for layer in layers if layer in found]
+
+
+def why_other_vocabulary(model: nn.Module, sizes: Mapping[str, int]) -> list[Diagnostic]:
+    """The error of an adapter with another number of tokens than a model, and what to do.
+
+    Args:
+        model: the base, plain or adapted.
+        sizes: path of a layer -> the tokens that the adapter has for it.
+    """
+    paths = vocabulary_paths(model)
+    here = vocabulary_of(model) if paths else 0
+    other = {path: size for path, size in sizes.items() if path in paths and size != here}
+    if not other:
+        return []
+    size = max(other.values())
+    what = f"the adapter was trained on a vocabulary of {size:,} tokens, and this model has {here:,}"
+    fix = f"resize the base first: lorary.resize_vocabulary(model, {size})"
+    return [Diagnostic(", ".join(other), what, fix if size > here else "load the base that it was trained on")]
+
+
 def _tables(model: Any) -> list[Any]:
     """The layers with a row for every token, the input embedding first; none if the model does not say which."""
     found = []
@@ -154,7 +207,8 @@ def _tables(model: Any) -> list[Any]:
             layer = None
         if layer is not None and getattr(layer, "weight", None) is not None:
             found.append(layer)
-    return found if found and isinstance(found[0], nn.Embedding) else []
+    plain = getattr(found[0], "base", found[0]) if found else None
+    return found if isinstance(plain, nn.Embedding) else []
 
 
 def _not_resizable(model: Any) -> list[Diagnostic]:

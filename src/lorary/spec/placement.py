@@ -165,6 +165,11 @@ def unique_tensor_sets(sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
     return list(first.values())
 
 
+def replaced_tables(sites: Iterable[AdaptedSite]) -> set[str]:
+    """The weights of which an adapter replaces rows: those of new tokens are drawn again at every load of the base."""
+    return {f"{s.site.name}.weight" for s in sites if s.join.keeps_ties}
+
+
 def inconsistent_ties(sites: Iterable[AdaptedSite]) -> list[Diagnostic]:
     """The sites that cannot share the tensors of another site."""
     first: dict[str, AdaptedSite] = {}

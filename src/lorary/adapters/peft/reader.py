@@ -32,6 +32,7 @@ from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.model.reach.bypass import Bypass
+from lorary.model.vocabulary import why_other_vocabulary
 from lorary.spec.placement import AdaptedSite, shared_shapes
 from lorary.spec.site import Site
 
@@ -94,13 +95,16 @@ class _Reader:
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
-        findings, sites = self.findings, self._sites()
+        findings = self.findings
+        if self.base is not None and (other := why_other_vocabulary(self.base.model, self._vocabularies())):
+            raise FileError("", other)
+        sites = self._sites()
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
         if not sites and not findings.fatal:
             findings.fatal.append(self._no_sites())
-        copies = {name: self.found[name].shape for name in saved.copies}
+        copies = {name: self.found[name].shape for name in [*saved.copies, *saved.kept]}
         base = saved.expected | copies
         values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
@@ -115,6 +119,16 @@ class _Reader:
         method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
         fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
         return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
+
+    def _vocabularies(self) -> dict[str, int]:
+        """Path -> the number of tokens in the file's tensors there: tables, and factors with a row for each token."""
+        dims = {"base_layer.weight": 0, "weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
+        return {
+            name.removesuffix(f".{leaf}"): entry.shape[dim]
+            for leaf, dim in reversed(dims.items())
+            for name, entry in self.found.items()
+            if name.endswith(f".{leaf}") and len(entry.shape) == 2
+        }
 
     def _layout(self, adapted: AdaptedSite) -> Layout:
         """The layout of a site's own tensors, with the file's shapes where they mean the same."""
