@@ -133,7 +133,7 @@ def test_models_that_cannot_be_resized_are_refused() -> None:
             lorary.resize_vocabulary(llama(), size)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="a Sequential names no table of token embeddings"):
         lorary.resize_vocabulary(nn.Sequential(nn.Embedding(4, 4)), 8)
-    with pytest.raises(LoraryError, match="not a torch.nn.Module"):
+    with pytest.raises(LoraryError, match=r"not a torch\.nn\.Module"):
         lorary.resize_vocabulary(None, 8)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="ties no weights"):
         lorary.untie_embeddings(llama(tied=False))

@@ -128,7 +128,7 @@ def resize_vocabulary(model: nn.Module, size: int) -> nn.Module:
     for table, trains in zip(_rows(inner), trained, strict=True):
         _fill(table, before)
         table.requires_grad_(trains)
-    Fingerprint.resized(inner, [name for name, p in inner.named_parameters() if any(p is t for t in _rows(inner))])
+    Fingerprint.resized(inner, list(_rows(inner)))
     return model
 
 

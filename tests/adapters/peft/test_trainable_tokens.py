@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ def lora(**options: Any) -> LoraConfig:
 
 def by_peft(config: Any, folder: Path, model: Any = None, **saving: Any) -> Tensor:
     """The logits of a model that PEFT has trained, which is saved in `folder`."""
+    config = copy.deepcopy(config)  # PEFT writes into it
     trained: Any = moved(get_peft_model(llama() if model is None else model, config)).eval()
     trained.save_pretrained(folder, **saving)
     logits: Tensor = trained(ids()).logits.detach()
@@ -102,10 +104,8 @@ def test_beside_a_method_that_peft_has_no_rows_for_it_is_exported_as_plain_lora(
     parts = {"attention": lorary.method("melora", r=2, n=2), "vocabulary": lorary.method("rows", tokens=[3, 7])}
     y = moved(lorary.attach(model, lorary.plan(model, parts)))(ids()).logits
     export_peft(lorary.Adapter.of(model), tmp_path / "lora", model=llama(tied=False))
-    ranks = {
-        v.shape[0] for k, v in load_file(tmp_path / "lora/adapter_model.safetensors").items() if "embedding_A" in k
-    }
-    assert ranks == {2}
+    written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in written.items() if "embedding_A" in name} == {2}
     for logits in read_by_peft(tmp_path / "lora", tied=False):
         close(logits, y, 1e-5)
 
@@ -155,15 +155,10 @@ RESIZED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "tied"),
-    [
-        (n, t)
-        for n in RESIZED
-        for t in (True, False)
-        if (n, t) not in (("in full", True), ("in full, kept tied", False))
-    ],
-)
+APART = {("in full", True), ("in full, kept tied", False)}  # copies of a tied base, and a tie that there is not
+
+
+@pytest.mark.parametrize(("name", "tied"), sorted({(n, t) for n in RESIZED for t in (True, False)} - APART))
 def test_tables_of_a_resized_base_come_with_the_adapter(name: str, tied: bool, tmp_path: Path) -> None:
     y = by_peft(RESIZED[name], tmp_path, resized(tied=tied), save_embedding_layers=True)
     for strict in (True, False):
@@ -227,7 +222,6 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "ensure_weight_tying: is true, and `trainable_token_indices` names other tokens for a head",
     ),
     ({"ensure_weight_tying": "yes"}, {}, "ensure_weight_tying: is 'yes'; it takes true or false"),
-    ({"trainable_token_indices": {"q_proj": [3, 7]}}, {}, "is there twice"),
 ]
 
 
@@ -238,7 +232,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("config", "tensors", "sentence"), WRONG[:-1], ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize(("config", "tensors", "sentence"), WRONG, ids=lambda v: str(v)[:60])
 def test_files_that_are_wrong_are_refused(
     config: dict[str, Any], tensors: dict[str, Any], sentence: str, theirs: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +248,7 @@ def test_copies_in_one_file_must_agree(tmp_path: Path) -> None:
     by_peft(TrainableTokensConfig(token_indices=[3, 7]), tmp_path / "theirs")
     name = "base_model.model.lm_head.trainable_tokens_delta"
     folder = changed(tmp_path / "theirs", tmp_path / "wrong", {}, {name: torch.ones(2, 16)})
-    with pytest.raises(FileError, match="its R differs from that of model.embed_tokens, to which it is tied"):
+    with pytest.raises(FileError, match=r"its R differs from that of model\.embed_tokens, to which it is tied"):
         lorary.load(llama(), folder)
 
 

@@ -11,6 +11,7 @@ the same update, number for number. O-LoRA's earlier tasks follow as further ran
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -217,6 +218,13 @@ class Lora(PeftType):
 def _method(r: int, alpha: float, root: bool, dora: bool, dropout: float) -> Method:
     scale = AlphaOverSqrtRank(alpha) if root else AlphaOverRank(alpha)
     return Method(LowRank(r), Kaiming(), scale, MagnitudeDirection() if dora else Add(), dropout=dropout)
+
+
+def with_rows_as_lora(adapter: Adapter) -> Adapter:
+    """The adapter with every site of a LoRA's type, for the fields that name sites: rows are written as factors too."""
+    plain = _method(1, 1.0, False, False, 0.0)
+    sites = (dataclasses.replace(a, method=plain) if is_token_rows(a) else a for a in adapter.sites)
+    return dataclasses.replace(adapter, sites=tuple(sites))
 
 
 def _without_rows(adapter: Adapter) -> list[AdaptedSite]:
