@@ -181,8 +181,8 @@ def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Con
     if start is not None:
         names = ", ".join(presets_of(start.adapter.method))
         note = f"training goes on from the adapter in {path_of(start.name)}: {names}"
-        tokens = tuple(added_tokens(start.adapter.sites))
-        model = config.model.model_copy(update={"adapter": start.name, "tokens": tokens or config.model.tokens})
+        tokens = config.model.tokens or tuple(added_tokens(start.adapter.sites))
+        model = config.model.model_copy(update={"adapter": start.name, "tokens": tokens})
         config = config.model_copy(update={"model": model})
         return config.with_notes(note, *start.adapter.notes)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
