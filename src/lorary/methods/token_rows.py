@@ -147,6 +147,7 @@ def with_new_tokens(method: Method, ids: Sequence[int], added: Sequence[str]) ->
     citation="PEFT's trainable tokens, 2025",
     lr=1e-3,
     when="For new tokens, or for the meaning of a few: their rows alone, in a file of kilobytes.",
+    example={"tokens": (0, 1, 2)},
 )
 def rows(tokens: int | Sequence[int] = ()) -> dict[str, Any]:
     """E'[t] = R[t] for the tokens t that are named, E'[t] = E[t] for all others
