@@ -211,9 +211,9 @@ def check_base(base: Base, adapter: Adapter, where: str, *, force: bool, fix: st
     Raises:
         FileError: every reason; `where` is its folder, and `fix` the hint if the base is another one.
     """
-    if other := why_other_vocabulary(base.model, _vocabularies(adapter)):
-        raise FileError(f"{where} does not fit this model:", other)
     problems = base_mismatches(base, adapter) + _meta_problems(base, adapter)
+    if problems and (other := why_other_vocabulary(base.model, _vocabularies(adapter))):
+        raise FileError(f"{where} does not fit this model:", other)
     if not force:
         here = base.fingerprint.without(base.model, {*adapter.full, *replaced_tables(adapter.sites)})
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]

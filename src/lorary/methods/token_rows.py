@@ -1,4 +1,4 @@
-"""Token rows: E'[t] = R[t] for the chosen tokens t; every other row of the vocabulary stays as it is.
+"""Rows of tokens: E'[t] = R[t] for the chosen tokens t; every other row of the vocabulary stays as it is.
 
 Only the rows of a few tokens train, at the input embedding and at the output head: n d numbers for n tokens, once where
 the two are tied. R holds the rows themselves, and not their change, because the rows of a resized vocabulary are drawn
@@ -28,7 +28,6 @@ from lorary.spec.fields import IDS, TEXTS
 from lorary.spec.interfaces import Factors, Join, Layer, Shapes, Tensors, component
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
-from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
@@ -119,11 +118,6 @@ class TokenRows(Join):
         W = layer.matrix.detach()
         rows = W.index_select(dim, self._ids(W))
         return (rows.T if dim else rows).to(layer.params["R"].dtype)
-
-
-def is_token_rows(adapted: AdaptedSite) -> bool:
-    """Whether a site trains rows of tokens alone."""
-    return isinstance(adapted.method.join, TokenRows)
 
 
 def with_new_tokens(method: Method, ids: Sequence[int], added: Sequence[str]) -> Method:

@@ -5,8 +5,8 @@ Rows are the same on every machine: a resized base can be told from another one,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lorary.model.state import state_of
 from lorary.spec.placement import AdaptedSite
 
 _HEADLINE = "cannot add tokens:"
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @mode_independent
@@ -50,8 +51,7 @@ def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> tuple
     if problems := [*_not_resizable(inner), *_unusable(tokenizer, tokens)]:
         raise PlanError(_HEADLINE, problems)
     ids = add_to_tokenizer(tokenizer, tokens)
-    if max(ids) >= vocabulary_of(inner):
-        resize_vocabulary(inner, max(ids) + 1)
+    resized_for(inner, tokens, lambda: tokenizer)
     return ids
 
 
@@ -68,6 +68,14 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     # not normalised: a token is found as it is written
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in tokens])
     return tuple(map(int, tokenizer.convert_tokens_to_ids(list(tokens))))
+
+
+def resized_for(model: ModelT, tokens: Sequence[str], tokenizer: Callable[[], Any]) -> ModelT:
+    """The model with a row for each of these tokens of its tokenizer, in place."""
+    size = 1 + max(map(int, tokenizer().convert_tokens_to_ids(list(tokens)))) if tokens else 0
+    if size and size > vocabulary_of(model):
+        resize_vocabulary(model, size)
+    return model
 
 
 def _unusable(tokenizer: Any, tokens: Any) -> list[Diagnostic]:

@@ -31,10 +31,10 @@ from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
-from lorary.methods.token_rows import is_token_rows
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import has_rank
 from lorary.spec.join import not_mergeable
+from lorary.spec.placement import replaces_rows
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine
@@ -106,7 +106,7 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:
-        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not is_token_rows(adapted)}
+        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not replaces_rows(adapted)}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
         files = _as_lora(adapter, model, folder)

@@ -38,7 +38,7 @@ from lorary.adapters.peft.fields import (
     unsupported,
 )
 from lorary.adapters.peft.token_rows import indices_field, rows_beside
-from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register
+from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register, without_rows
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
@@ -47,10 +47,9 @@ from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
-from lorary.methods.token_rows import is_token_rows
 from lorary.spec.fields import FLAG
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -131,32 +130,32 @@ class Lora(PeftType):
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
             "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len(
-                {is_dora(adapted) for adapted in _without_rows(adapter)}
+                {is_dora(adapted) for adapted in without_rows(adapter)}
             )
             > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
                 adapted.delta.fixed_roles and len({t.dtype for t in adapter.tensors[adapted.site.name].values()}) > 1
-                for adapted in _without_rows(adapter)
+                for adapted in without_rows(adapter)
             ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        sites = _without_rows(adapter)
+        sites = without_rows(adapter)
         root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in sites)
         sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in sites}
         fields = lora_fields(adapter, sizes, root=root, dora=is_dora(sites[0]))
-        indices = indices_field(adapter)
-        return fields | {ROWS_FIELD: indices} if indices else fields
+        beside = len(sites) < len(adapter.sites)
+        return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
 
     def targets(self, adapter: Adapter) -> list[str]:
-        return [adapted.site.name for adapted in _without_rows(adapter)]
+        return [adapted.site.name for adapted in without_rows(adapter)]
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
 
     def layout(self, adapted: AdaptedSite) -> Layout:
-        if is_token_rows(adapted):
+        if replaces_rows(adapted):
             return rows_beside(adapted)
         return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
@@ -186,7 +185,7 @@ class Lora(PeftType):
         return shape
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if is_token_rows(adapted):
+        if replaces_rows(adapted):
             return super().encode(adapted, roles)
         A, B = roles["A"], roles["B"]
         if "A_past" in roles:
@@ -195,7 +194,7 @@ class Lora(PeftType):
         return encode_factors(adapted.site, A, B, roles.get("m"))
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if is_token_rows(adapted):
+        if replaces_rows(adapted):
             return super().decode(adapted, tensors)
         site, rank, (name_A, name_B) = adapted.site, _rank(adapted), factor_names(adapted.site)
         A = tensors[name_A].reshape(rank, site.in_features)
@@ -223,13 +222,8 @@ def _method(r: int, alpha: float, root: bool, dora: bool, dropout: float) -> Met
 def with_rows_as_lora(adapter: Adapter) -> Adapter:
     """The adapter with every site of a LoRA's type, for the fields that name sites: rows are written as factors too."""
     plain = _method(1, 1.0, False, False, 0.0)
-    sites = (dataclasses.replace(a, method=plain) if is_token_rows(a) else a for a in adapter.sites)
+    sites = (dataclasses.replace(a, method=plain) if replaces_rows(a) else a for a in adapter.sites)
     return dataclasses.replace(adapter, sites=tuple(sites))
-
-
-def _without_rows(adapter: Adapter) -> list[AdaptedSite]:
-    """The sites with factors: rows of tokens train beside them."""
-    return [adapted for adapted in adapter.sites if not is_token_rows(adapted)]
 
 
 def is_dora(adapted: AdaptedSite) -> bool:

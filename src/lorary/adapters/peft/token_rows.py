@@ -22,11 +22,11 @@ from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
 from lorary.methods.lora import ConstantScale
-from lorary.methods.token_rows import TokenRows, is_token_rows
+from lorary.methods.token_rows import TokenRows
 from lorary.model.base import Base
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
-from lorary.spec.placement import AdaptedSite, unique_tensor_sets
+from lorary.spec.placement import AdaptedSite, replaces_rows, unique_tensor_sets
 from lorary.spec.site import Site
 
 LEAF = "trainable_tokens_delta"
@@ -53,10 +53,10 @@ def rows_beside(adapted: AdaptedSite) -> Layout:
     return {"R": (f"{adapted.share or adapted.site.name}.{BESIDE}", adapted.shapes["R"])}
 
 
-def indices_field(adapter: Adapter) -> dict[str, list[int]] | None:
+def indices_field(adapter: Adapter) -> dict[str, list[int]]:
     """`trainable_token_indices` of an adapter: the path of an embedding or a head -> its tokens."""
-    rows = [a for a in unique_tensor_sets(adapter.sites) if is_token_rows(a)]
-    return {a.site.name: list(tokens_of(a)) for a in rows} or None
+    rows = [a for a in unique_tensor_sets(adapter.sites) if replaces_rows(a)]
+    return {a.site.name: list(tokens_of(a)) for a in rows}
 
 
 # --- what PEFT makes of a configuration on a base ---------------------------------------------------------------------
@@ -110,9 +110,7 @@ def rows_on(base: Base, asked: Mapping[str, tuple[int, ...]]) -> Rows:
 
 def row_problems(adapter: Adapter, model: nn.Module | None) -> list[Diagnostic]:
     """Why PEFT would not train an adapter's rows on this model as it does: it decides by itself what is tied."""
-    rows = [a for a in adapter.sites if is_token_rows(a)]
-    if not rows:
-        return []
+    rows = [a for a in adapter.sites if replaces_rows(a)]
     if model is None:
         what = "only the model knows which layers are tied to it, and PEFT trains them together"
         return [Diagnostic(rows[0].site.name, what, "give the model too: model=, or --base on the command line")]

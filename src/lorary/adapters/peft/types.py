@@ -19,10 +19,9 @@ from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.kernels.torch_internals import padding_of
 from lorary.layers.kinds import kind_of
-from lorary.methods.token_rows import is_token_rows
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoUpdate
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
 
@@ -154,6 +153,11 @@ def register(peft_type: PeftType) -> None:
     PEFT_TYPES[peft_type.name] = peft_type
 
 
+def without_rows(adapter: Adapter) -> list[AdaptedSite]:
+    """The sites with factors: rows of tokens train beside them."""
+    return [adapted for adapted in adapter.sites if not replaces_rows(adapted)]
+
+
 def without_low_rank_form(name: str) -> bool:
     """Whether adapters of the PEFT type of this name have no rank, and so no LoRA to be exported as."""
     methods = PEFT_TYPES[name].methods if name in PEFT_TYPES else ()
@@ -166,7 +170,7 @@ def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:
     Rows of tokens may train beside the sites of a type that has a field for them.
     """
     sites = list(sites)
-    others = [adapted for adapted in sites if not is_token_rows(adapted)]
+    others = [adapted for adapted in sites if not replaces_rows(adapted)]
     if others and len(others) < len(sites):
         beside = peft_type_of(others)
         return beside if beside is not None and ROWS_FIELD in beside.fields else None

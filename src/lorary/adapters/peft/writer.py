@@ -24,6 +24,7 @@ from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
+from lorary.spec.placement import replaces_rows
 
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
 _README_TEXT = """# A PEFT adapter for a base with RoPE scaling
@@ -75,7 +76,10 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         for key, value in shared.items()
         if key not in peft_type.fields and value not in (None, False, "none")
     ]
-    return problems + unsaved + lacking + row_problems(adapter, model) + misread(adapter, model, peft_type)
+    problems += unsaved + lacking
+    if any(map(replaces_rows, adapter.sites)):
+        problems += row_problems(adapter, model)
+    return problems + misread(adapter, model, peft_type)
 
 
 def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Diagnostic]:

@@ -56,6 +56,7 @@ def load_model(
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.model_kind import why_not_causal
     from lorary.model.scan import scan
+    from lorary.model.vocabulary import resized_for
 
     config = load_config(section) if model_class is None else model_class.config
     if kind is None and model_class is None and (why := why_not_causal(config)):
@@ -87,7 +88,7 @@ def load_model(
         what = f"no weights of the right shape for {', '.join(sorted(missing)[:5])}{more}"
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
-    loaded: PreTrainedModel = _with_rows_for_tokens(model.eval(), section)
+    loaded: PreTrainedModel = resized_for(model.eval(), section.tokens, lambda: load_tokenizer(section))
     return loaded
 
 
@@ -177,16 +178,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_rows_for_tokens(model: Any, section: ModelSection) -> Any:
-    """The model, with a row for every token that the section adds."""
-    if section.tokens:
-        from lorary.model.vocabulary import resize_vocabulary, vocabulary_of
-
-        size = 1 + max(load_tokenizer(section).convert_tokens_to_ids(list(section.tokens)))
-        resize_vocabulary(model, max(size, vocabulary_of(model)))
-    return model
-
-
 def fast_skeleton(section: ModelSection) -> nn.Module:
     """The model without its weights, of its own class; for known families at once, without importing Transformers.
 
@@ -247,6 +238,8 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
     """
     import torch
 
+    from lorary.model.vocabulary import resized_for
+
     config, cls = model_class.config, model_class.cls
     dtype, before = load_dtype(section, config), torch.get_default_dtype()
     model: PreTrainedModel
@@ -261,8 +254,7 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
         raise _refused(section, "model", error) from None
     finally:
         torch.set_default_dtype(before)
-    resized: PreTrainedModel = _with_rows_for_tokens(model, section)
-    return resized
+    return resized_for(model, section.tokens, lambda: load_tokenizer(section))
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:
