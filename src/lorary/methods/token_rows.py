@@ -5,7 +5,7 @@ the two are tied. R holds the rows themselves, and not their change, because the
 again whenever the base is loaded: a change of them would mean nothing. As an update of a known base it has rank n: a
 selection of n rows times R - W[t].
 
-These are PEFT's trainable tokens (`trainable_token_indices`, TRAINABLE_TOKENS); there is no paper.
+PEFT's trainable tokens, 2025 (`trainable_token_indices`, TRAINABLE_TOKENS); there is no paper.
 
 Differs from PEFT: where the base computes in 16 bits, the head adds the product with R - W[t], so that steps smaller
 than the weight's precision count; PEFT rounds the rows to it first.
