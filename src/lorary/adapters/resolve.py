@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +91,46 @@ def with_tokens(section: ModelSection, adapter: Adapter) -> ModelSection:
     section = section.model_copy(update={"tokens": added})
     check_tokens(load_tokenizer(section), adapter.sites)
     return section
+
+
+def with_tokens_of(section: ModelSection, adapters: Mapping[str, str | PathLike[str]]) -> ModelSection:
+    """The base with the tokens that were added to it for these adapters, which are served together.
+
+    Args:
+        section: the base.
+        adapters: name -> folder; one that cannot be read is left to its loading.
+
+    Raises:
+        FileError: two of them have trained the row of one token for different texts.
+    """
+    from lorary.adapters.save_load import load_adapter
+    from lorary.errors import LoraryError
+    from lorary.model.vocabulary import added_tokens
+
+    texts: dict[int, tuple[str, str]] = {}  # id -> its text, and the first adapter that says so
+    problems = []
+    for name, folder in adapters.items():
+        try:
+            found = adapter_folder(Path(folder)) or Path(folder)
+            added = added_tokens(load_adapter(found).sites) if _adds_tokens(found) else {}
+        except LoraryError:
+            continue
+        for text, i in added.items():
+            other, first = texts.setdefault(i, (text, name))
+            if other != text:
+                what = f"has trained the row of token {i} for {text!r}, and {first} for {other!r}"
+                problems.append(Diagnostic(name, what, "serve them on two bases, or merge one of them"))
+    if problems:
+        raise FileError("these adapters cannot be served together:", problems)
+    return section.model_copy(update={"tokens": tuple(texts[i][0] for i in sorted(texts))}) if texts else section
+
+
+def _adds_tokens(folder: Path) -> bool:
+    """Whether a folder's record tells of added tokens; most do not, and reading their tensors takes time."""
+    from lorary.adapters.native import NAME
+
+    record = folder / NAME
+    return record.is_file() and '"added"' in record.read_text(encoding="utf-8", errors="replace")
 
 
 def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:

@@ -170,8 +170,16 @@ def untie_embeddings(model: nn.Module) -> nn.Module:
 def _fill(table: Tensor, before: int) -> None:
     """Set the rows of a table, or the numbers of a bias, from `before` on to the mean of the others."""
     if not table.is_meta:
-        with torch.no_grad():  # in 64 bits: processors sum in different orders
-            table[before:] = table[:before].double().mean(0).to(table.dtype)
+        with torch.no_grad():
+            table.copy_(with_mean_rows(table[:before], len(table)))
+
+
+def with_mean_rows(table: Tensor, size: int) -> Tensor:
+    """A table, or a bias, with the mean of its rows in new ones, if it has fewer than `size`."""
+    if len(table) >= size:
+        return table
+    mean = table.double().mean(0, keepdim=True).to(table.dtype)  # in 64 bits: processors sum in different orders
+    return torch.cat([table, mean.expand(size - len(table), *table.shape[1:])])
 
 
 def _rows(model: Any) -> Iterator[nn.Parameter]:

@@ -41,7 +41,7 @@ from lorary.model.loading.weight_names import Group, as_saved
 from lorary.model.merge import LOSSY
 from lorary.model.quantize import holds_weights, quantizable_layers, with_progress
 from lorary.model.scan import scan
-from lorary.spec.placement import check_mergeable
+from lorary.spec.placement import check_mergeable, replaced_tables
 
 ONTO = ("trained", "original")
 _HEADLINE = "cannot export the merged model:"
@@ -102,10 +102,11 @@ def export_merged(
         weights = BaseWeights(model, files)
         merged = merged_model(adapter, weights)
         quantized = [] if onto == "original" else _layers_to_quantize(model, adapter)
+        replaced = {*adapter.full, *replaced_tables(adapter.sites)}
         values = MergedWeights(adapter, model, weights.read, quantized, target)
         with atomic_directory(folder, needed=files.size * target.itemsize // saved.itemsize) as written:
             _write_weights(merged, weights, values, written)
-            _refuse(section, _other_base(adapter, weights.fingerprint(adapter.full), force))  # all has been read now
+            _refuse(section, _other_base(adapter, weights.fingerprint(replaced), force))  # all has been read now
             _write_config(merged.model, target, written)
             if chat_template is not None:
                 template = Path(chat_template)

@@ -111,6 +111,8 @@ def rows_on(base: Base, asked: Mapping[str, tuple[int, ...]]) -> Rows:
 def row_problems(adapter: Adapter, model: nn.Module | None) -> list[Diagnostic]:
     """Why PEFT would not train an adapter's rows on this model as it does: it decides by itself what is tied."""
     rows = [a for a in adapter.sites if replaces_rows(a)]
+    if model is None and len(rows) > 1:  # both ends of a vocabulary, tied as they were trained
+        return []
     if model is None:
         what = "only the model knows which layers are tied to it, and PEFT trains them together"
         return [Diagnostic(rows[0].site.name, what, "give the model too: model=, or --base on the command line")]
