@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 import lorary
 from lorary import builtin
+from lorary.adapters.resolve import with_tokens_of
 from lorary.cli import app
 from lorary.errors import ConfigError, FileError, PlanError
 from lorary.model.loading.source import ModelSection
 from lorary.model.vocabulary import check_tokens
+from lorary.serve.pool.loader import Loader
 from lorary.train import run
 from lorary.train.config.load import from_dict
 from lorary.train.runner.prepare import prepare
@@ -146,3 +148,31 @@ def test_a_tokenizer_with_other_ids_is_refused(words: dict[str, Any]) -> None:
     with pytest.raises(FileError, match=r"resize the base first: lorary\.resize_vocabulary\(model, 301\)"):
         lorary.load(plain, "out/adapter")
     assert ModelSection.of("base").tokens == ()
+
+
+def test_exported_and_served_with_its_tokens(words: dict[str, Any], tmp_path: Path) -> None:
+    run(from_dict(words), quiet=True)
+    invoked("export", "out", "merged", "--to", "merged")
+    merged, vocabulary = AutoModelForCausalLM.from_pretrained("merged"), AutoTokenizer.from_pretrained("merged")
+    assert merged.config.vocab_size == len(vocabulary) == 301
+    ids = vocabulary("<question>the answer<end>", return_tensors="pt")
+    assert {298, 300} <= set(ids["input_ids"][0].tolist())
+    base = AutoModelForCausalLM.from_pretrained("base").float()
+    mine = lorary.load(lorary.resize_vocabulary(base, 301), tmp_path / "out" / "adapter")
+    expected, found = mine(**ids).logits, merged.float()(**ids).logits
+    assert (found - expected).abs().max() < 2e-2 * expected.abs().max()  # rounded to the base's 16 bits
+    invoked("export", "out", "peft", "--to", "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["token_indices"] == [298, 299, 300]
+
+    section = with_tokens_of(ModelSection.of("base"), {"mine": "out"})
+    assert section.tokens == tuple(TOKENS)
+    run(from_dict(words | {"model": {"id": "base", "tokens": ["<other>"]}, "output": "other"}), quiet=True)
+    with pytest.raises(FileError) as caught:
+        with_tokens_of(ModelSection.of("base"), {"mine": "out", "theirs": "other"})
+    said = "theirs: has trained the row of token 298 for '<other>', and mine for '<question>'"
+    assert said in str(caught.value)
+    plain = AutoModelForCausalLM.from_pretrained("base")
+    loader = Loader(plain, tokenizer=AutoTokenizer.from_pretrained("base"))
+    with pytest.raises(PlanError, match="'<other>': is token None of this tokenizer"):
+        loader.load((tmp_path / "other" / "adapter").resolve(), "theirs")
+    loader.close()
