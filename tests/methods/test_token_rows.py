@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorary
-from lorary.errors import MethodError, PlanError
+from lorary.errors import FileError, MethodError, PlanError
 from lorary.layers.adapted import adapted_layers
 
 TOKENS = (7, 3, 39)
@@ -247,3 +248,34 @@ def test_models_without_a_vocabulary_and_layers_that_train_otherwise_are_refused
         lorary.plan(llama(), both)
     with pytest.raises(PlanError, match="train"):
         lorary.plan(llama(), lorary.method("rows", tokens=[1]), full=["embed_tokens"])
+
+
+def test_ids_of_32_bits() -> None:
+    model = moved(attached())
+    assert torch.equal(model.model.embed_tokens(ids().int()), model.model.embed_tokens(ids()))
+
+
+DAMAGED: list[tuple[str, Any, str]] = [
+    ("tokens", [7, 7, 39], "token 7 is named twice"),
+    ("tokens", [7, 3, 40], "token 40 is outside its vocabulary of 40"),
+    ("tokens", [7, 3, -1], "it takes token ids"),
+    ("tokens", [7, 3, 3.5], "it takes token ids"),
+    ("tokens", [], "no token is named"),
+    ("tokens", "7", "it takes token ids"),
+    ("added", ["a", "b", "c", "d"], "has texts for 4 added tokens, and 3 tokens"),
+    ("added", [7], "it takes texts"),
+    ("rank", 3, "TokenRows has no field `rank`"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), DAMAGED, ids=str)
+def test_damaged_records_are_refused(key: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    lorary.save(attached(), tmp_path)
+    record = json.loads((tmp_path / "lorary.json").read_text())
+    record["method"]["join"][key] = value
+    (tmp_path / "lorary.json").write_text(json.dumps(record))
+    model = llama()
+    with pytest.raises(FileError) as caught:
+        lorary.load(model, tmp_path)
+    assert sentence in str(caught.value)
+    assert not adapted_layers(model)

@@ -13,6 +13,7 @@ than the weight's precision count; PEFT rounds the rows to it first.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
@@ -70,12 +71,12 @@ class TokenRows(Join):
         if layer.site.kind == "embedding":
             return self._looked_up(layer, y, x, R)
         change = (R - self._rows_of_base(layer)).to(y.dtype)
-        return y.index_add(-1, self._ids(y), F.linear(x.to(y.dtype), change))
+        return y.index_add_(-1, self._ids(y), F.linear(x.to(y.dtype), change))  # a copy of all logits would be large
 
     def _looked_up(self, layer: Layer, y: Tensor, x: Tensor, R: Tensor) -> Tensor:
         """The output of an embedding, with R's rows at the chosen tokens."""
         ids, order = self._ids(y).sort()
-        at = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        at = torch.searchsorted(ids, x.to(ids.dtype)).clamp(max=len(ids) - 1)
         padding = getattr(layer.base, "padding_idx", None)
         pad = self.tokens.index(padding) if padding in self.tokens else None
         rows = F.embedding(order[at], R, pad).to(y.dtype)  # as in nn.Embedding, the padding row gets no gradient
@@ -91,7 +92,8 @@ class TokenRows(Join):
     ) -> tuple[Factors, Tensor | None, Tensor | None]:
         weight = W()
         dim = int("columns" in params)
-        selected = F.one_hot(self._ids(weight), weight.shape[dim]).to(weight.dtype)  # [n, vocabulary]
+        selected = weight.new_zeros(len(self.tokens), weight.shape[dim])  # [n, vocabulary]
+        selected.scatter_(1, self._ids(weight)[:, None], 1.0)
         rows = params["columns"] if dim else params["R"]
         change = rows.to(weight) - weight.index_select(dim, self._ids(weight))
         return ((change, selected) if dim else (selected.T, change)), None, None
@@ -102,9 +104,10 @@ class TokenRows(Join):
         if not self.tokens:
             return ["no token is named: tokens=[...]"]
         size = site.in_features if site.kind == "embedding" else site.out_features
-        twice = sorted({t for t in self.tokens if self.tokens.count(t) > 1})
+        if len(self.added) > len(self.tokens):
+            return [f"has texts for {len(self.added)} added tokens, and {len(self.tokens)} tokens"]
         outside = [t for t in self.tokens if t >= size]
-        return [f"token {t} is named twice" for t in twice[:1]] + [
+        return [f"token {t} is named twice" for t in _twice(self.tokens)[:1]] + [
             f"token {t} is outside its vocabulary of {size:,}: resize the model to at least {max(outside) + 1:,}"
             for t in outside[:1]
         ]
@@ -118,6 +121,11 @@ class TokenRows(Join):
         W = layer.matrix.detach()
         rows = W.index_select(dim, self._ids(W))
         return (rows.T if dim else rows).to(layer.params["R"].dtype)
+
+
+def _twice(tokens: Sequence[int]) -> list[int]:
+    """The tokens that are there more than once."""
+    return sorted(t for t, count in Counter(tokens).items() if count > 1)
 
 
 def with_new_tokens(method: Method, ids: Sequence[int], added: Sequence[str]) -> Method:
@@ -157,7 +165,7 @@ def rows(tokens: int | Sequence[int] = ()) -> dict[str, Any]:
     if not isinstance(ids, Sequence) or any(type(t) is not int for t in ids):
         raise MethodError("invalid method:", [Diagnostic("tokens", f"is {tokens!r}; it takes ids of tokens")])
     problems = [Diagnostic("tokens", f"token {t} is negative") for t in ids if t < 0][:1]
-    problems += [Diagnostic("tokens", f"token {t} is named twice") for t in ids if list(ids).count(t) > 1][:1]
+    problems += [Diagnostic("tokens", f"token {t} is named twice") for t in _twice(ids)[:1]]
     if problems:
         raise MethodError("invalid method:", problems)
     return {"delta": NoUpdate(), "init": NoInit(), "scale": ConstantScale(1.0), "join": TokenRows(tuple(ids))}
