@@ -489,10 +489,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "trained tokens",
         say(trainable_token_indices=[1, 2]),
-        (
-            "  - adapter_config.json: trainable_token_indices: is [1, 2]: rows of an embedding trained apart "
-            "are not supported"
-        ),
+        "  - model.embed_tokens.token_adapter.trainable_tokens_delta: is missing",
     ),
     (
         "layer_replication of 200,000",

@@ -78,12 +78,15 @@ class ModulesToSave:
             if not differ.any():
                 continue
             changed = int(differ.nonzero()[0])
-            if differ[:changed].any() or not differ[changed:].all() or not changed:
+            if 2 * changed > len(differ):  # the rows of a resized vocabulary, and not another table
+                findings.notes.append(f"{name} replaces the base's table: it has other rows from {changed:,} on")
+                self.parameters[name] = first[id(own)]
+            elif _BASE in name:
                 what = "is a copy of the base's own table, and this model's is another"
                 findings.tolerable.append(Diagnostic(name, what, "load the base that it was trained on"))
             else:
-                findings.notes.append(f"{name} replaces the base's table: it has other rows from {changed:,} on")
-            self.parameters[name] = first[id(own)]
+                what = "would overwrite a weight of the base, and `modules_to_save` does not list it"
+                findings.tolerable.append(Diagnostic(name, what))
 
 
 def modules_to_save(
@@ -100,7 +103,8 @@ def modules_to_save(
     """
     tensors, first = (None, {}) if base is None else (base.tensors, base.first_names)
     saved = ModulesToSave(base=tensors)
-    tables = [f"{path}.weight" for path in vocabulary_paths(base.model)] if base is not None else []
+    paths = vocabulary_paths(base.model) if base is not None else []
+    tables = {name: tuple(t.shape) for path in paths if (t := (tensors or {}).get(name := f"{path}.weight")) is not None}
     for name, entry in found.items():
         kept = next((part for part in _KEPT if part in name), "")
         if kept and name.replace(kept, ".") in found:
@@ -111,7 +115,7 @@ def modules_to_save(
         if inside and site in sites and leaf == "weight":
             if tensors is None or (parameter in tensors and tensors[parameter].shape == entry.shape):
                 saved.copies[name] = parameter
-        elif name in tables and not _asked_for(config, parameter, False, first):
+        elif name in tables and tables[name] == entry.shape and not _asked_for(config, parameter, False, first):
             saved.copies[name] = parameter
         elif _asked_for(config, parameter, site in sites, first) and (tensors is None or parameter in tensors):
             saved.parameters[name] = first.get(parameter, parameter)
