@@ -104,7 +104,8 @@ def modules_to_save(
     tensors, first = (None, {}) if base is None else (base.tensors, base.first_names)
     saved = ModulesToSave(base=tensors)
     paths = vocabulary_paths(base.model) if base is not None else []
-    tables = {name: tuple(t.shape) for path in paths if (t := (tensors or {}).get(name := f"{path}.weight")) is not None}
+    own = tensors or {}
+    tables = {name: tuple(own[name].shape) for name in (f"{path}.weight" for path in paths) if name in own}
     for name, entry in found.items():
         kept = next((part for part in _KEPT if part in name), "")
         if kept and name.replace(kept, ".") in found:
