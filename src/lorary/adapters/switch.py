@@ -212,7 +212,7 @@ def check_base(base: Base, adapter: Adapter, where: str, *, force: bool, fix: st
         FileError: every reason; `where` is its folder, and `fix` the hint if the base is another one.
     """
     problems = base_mismatches(base, adapter) + _meta_problems(base, adapter)
-    if problems and (other := why_other_vocabulary(base.model, _vocabularies(adapter))):
+    if problems and (other := why_other_vocabulary(base, _vocabularies(adapter))):
         raise FileError(f"{where} does not fit this model:", other)
     if not force:
         here = base.fingerprint.without(base.model, {*adapter.full, *replaced_tables(adapter.sites)})

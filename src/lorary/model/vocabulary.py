@@ -15,6 +15,7 @@ from lorary.errors import Diagnostic, PlanError, StateError
 from lorary.layers.quantized_weight import is_quantized
 from lorary.methods.token_rows import TokenRows
 from lorary.model.ambient import mode_independent
+from lorary.model.base import Base, vocabulary_layers
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.merge import untie_parameters
@@ -102,7 +103,7 @@ def _unusable(tokenizer: Any, tokens: Any) -> list[Diagnostic]:
 
 def vocabulary_of(model: Any) -> int:
     """The number of rows of a model's input embedding."""
-    return int(_tables(model)[0].weight.shape[0])
+    return int(vocabulary_layers(model)[0].weight.shape[0])
 
 
 @mode_independent
@@ -184,54 +185,38 @@ def with_mean_rows(table: Tensor, size: int) -> Tensor:
 
 def _rows(model: Any) -> Iterator[nn.Parameter]:
     """The tables' weights and biases."""
-    for layer in _tables(model):
+    for layer in vocabulary_layers(model):
         yield from layer.parameters(recurse=False)
 
 
 def vocabulary_paths(model: nn.Module) -> list[str]:
     """The paths of the layers with a row for every token, the input embedding first."""
-    layers = [id(layer) for layer in _tables(model)]
+    layers = [id(layer) for layer in vocabulary_layers(model)]
     found = {id(module): path for path, module in model.named_modules()}
     return [found[layer] for layer in layers if layer in found]
 
 
-def why_other_vocabulary(model: nn.Module, sizes: Mapping[str, int]) -> list[Diagnostic]:
-    """The error of an adapter with another number of tokens than a model, and what to do.
+def why_other_vocabulary(base: Base, sizes: Mapping[str, int]) -> list[Diagnostic]:
+    """The error of an adapter with another number of tokens than a base, and what to do.
 
     Args:
-        model: the base, plain or adapted.
+        base: the base.
         sizes: path of a layer -> the tokens that the adapter has for it.
     """
-    paths = vocabulary_paths(model)
-    here = vocabulary_of(model) if paths else 0
-    other = {path: size for path, size in sizes.items() if path in paths and size != here}
+    other = {path: size for path, size in sizes.items() if base.vocabulary.get(path, size) != size}
     if not other:
         return []
-    size = max(other.values())
+    size, here = max(other.values()), next(iter(base.vocabulary.values()))
     what = f"the adapter was trained on a vocabulary of {size:,} tokens, and this model has {here:,}"
     fix = f"resize the base first: lorary.resize_vocabulary(model, {size})"
     return [Diagnostic(", ".join(other), what, fix if size > here else "load the base that it was trained on")]
-
-
-def _tables(model: Any) -> list[Any]:
-    """The layers with a row for every token, the input embedding first; none if the model does not say which."""
-    found = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            layer = getattr(model, get)()
-        except (AttributeError, NotImplementedError):
-            layer = None
-        if layer is not None and getattr(layer, "weight", None) is not None:
-            found.append(layer)
-    plain = getattr(found[0], "base", found[0]) if found else None
-    return found if isinstance(plain, nn.Embedding) else []
 
 
 def _not_resizable(model: Any) -> list[Diagnostic]:
     """Why a model's vocabulary cannot be resized."""
     if state_of(model) is not None:
         return [Diagnostic("model", "has an adapter attached", "resize the base, and attach then")]
-    tables = _tables(model)
+    tables = vocabulary_layers(model)
     if not tables or not hasattr(model, "resize_token_embeddings"):
         what = f"a {type(model).__name__} names no table of token embeddings that can be resized"
         return [Diagnostic("model", what, "use a language model of Transformers")]

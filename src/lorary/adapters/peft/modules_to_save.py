@@ -15,7 +15,6 @@ from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
 from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.model.base import Base
-from lorary.model.vocabulary import vocabulary_paths
 
 _BASE = ".base_layer."
 _KEPT = (".modules_to_save.", ".original_module.")  # parts of PEFT's wrapper of a module in `modules_to_save`
@@ -103,7 +102,7 @@ def modules_to_save(
     """
     tensors, first = (None, {}) if base is None else (base.tensors, base.first_names)
     saved = ModulesToSave(base=tensors)
-    paths = vocabulary_paths(base.model) if base is not None else []
+    paths = base.vocabulary if base is not None else ()
     own = tensors or {}
     tables = {name: tuple(own[name].shape) for name in (f"{path}.weight" for path in paths) if name in own}
     for name, entry in found.items():

@@ -96,7 +96,7 @@ class _Reader:
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
         findings = self.findings
-        if self.base is not None and (other := why_other_vocabulary(self.base.model, self._vocabularies())):
+        if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
             raise FileError("", other)
         sites = self._sites()
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
