@@ -135,7 +135,8 @@ def written_page(name: str) -> str:
 
 def picture(name: str) -> str:
     """A method's picture; where tasks come one after another, that of the third."""
-    method, title = lorary.method(name), lorary.presets()[name].title
+    preset = lorary.presets()[name]
+    method, title = lorary.method(name, **preset.example), preset.title
     if not isinstance(method.delta, Sequential):
         return method_svg(method, title)
     before = (torch.zeros(EXAMPLE.out_features, method.delta.r), torch.zeros(method.delta.r, EXAMPLE.in_features))

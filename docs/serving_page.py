@@ -80,8 +80,10 @@ def _row(name: str) -> str:
 
 def _form(name: str) -> ServingForm:
     """The form of a method's adapter with numbers in every tensor."""
-    known = lorary.presets()[name].parameters
-    method = lorary.method(name, **{k: v for k, v in {"r": 16, "length": 2048}.items() if k in known})
+    preset = lorary.presets()[name]
+    known = preset.parameters
+    sizes = {k: v for k, v in {"r": 16, "length": 2048}.items() if k in known}
+    method = lorary.method(name, **sizes, **preset.example)
     base = _base()
     lorary.attach(base, lorary.plan(base, method))
     adapter = lorary.Adapter.of(base)

@@ -53,6 +53,7 @@ _HOMES = {
     "WeightSearch": "adapters.compose.lorahub",
     "Verdict": "adapters.readers.reader",
     "Verification": "analysis.verify.verify",
+    "add_tokens": "model.vocabulary",
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
@@ -84,6 +85,7 @@ _HOMES = {
     "presets": "spec.presets",
     "quantize": "model.quantize",
     "ranks_from_gradients": "analysis.gradient_ranks",
+    "resize_vocabulary": "model.vocabulary",
     "rules": "model.optim.rules",
     "save": "adapters.switch",
     "save_adapter": "adapters.save_load",
@@ -92,6 +94,7 @@ _HOMES = {
     "search_supernet": "analysis.supernet_search",
     "switch": "adapters.switch",
     "unmerge": "model.merge",
+    "untie_embeddings": "model.vocabulary",
     "verify": "analysis.verify.verify",
     "with_prompt_text": "methods.prompt_tuning",
 }
@@ -171,6 +174,9 @@ if TYPE_CHECKING:
     from lorary.model.quantize import quantize as quantize
     from lorary.model.state import Attachment as Attachment
     from lorary.model.state import attached as attached
+    from lorary.model.vocabulary import add_tokens as add_tokens
+    from lorary.model.vocabulary import resize_vocabulary as resize_vocabulary
+    from lorary.model.vocabulary import untie_embeddings as untie_embeddings
     from lorary.spec.method import Method as Method
     from lorary.spec.placement import AdaptedSite as AdaptedSite
     from lorary.spec.presets import Preset as Preset

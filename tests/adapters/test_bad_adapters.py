@@ -384,7 +384,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         without("peft_type"),
         (
             "  - adapter_config.json: has no `peft_type`\n"
-            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, TRAINABLE_TOKENS, PREFIX_TUNING, "
+            "PROMPT_TUNING adapters"
         ),
     ),
     (
@@ -392,7 +393,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         say(peft_type="EVIL"),
         (
             "  - adapter_config.json: is of type 'EVIL'\n"
-            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, PREFIX_TUNING, PROMPT_TUNING adapters"
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, TRAINABLE_TOKENS, PREFIX_TUNING, "
+            "PROMPT_TUNING adapters"
         ),
     ),
     ("a field twice", raw("r", "8"), "  - adapter_config.json: the key 'r' appears twice"),
@@ -489,10 +491,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "trained tokens",
         say(trainable_token_indices=[1, 2]),
-        (
-            "  - adapter_config.json: trainable_token_indices: is [1, 2]: rows of an embedding trained apart "
-            "are not supported"
-        ),
+        "  - model.embed_tokens.token_adapter.trainable_tokens_delta: is missing",
     ),
     (
         "layer_replication of 200,000",

@@ -36,6 +36,9 @@ FILES = {
     "ia3-0.6.0/adapter_config.json": "4999394e719ef22b2a31de3d867fe6017c426c2ac869efbbbce9e30733c9d179",
     "ia3-0.6.0/adapter_model.safetensors": "6e5052b6ae147a51b4d0abfcac6f4179b779abb2a585f1a65dca1af6990339d3",
     "ia3-0.6.0/lorary.json": "eb05e6684dfffa6f2b9811dab9918f6e992f4a9a0c202dda5461e1f27c0ef192",
+    "rows-0.6.0/adapter_config.json": "7832f88b30d1dbae1b020d8f94299cb787d934a83fa654e996042088af71fd2c",
+    "rows-0.6.0/adapter_model.safetensors": "16ee06f6159e7fec27994ceb0d1d75288c99f8ad5b4c66988bb086b9354a119e",
+    "rows-0.6.0/lorary.json": "d3a9b5cdd1c8b95769c2a9e54df447dacdaa685a9677f50e1ff92c323f408de4",
     "prefix-tuning-0.6.0/adapter_config.json": "6bfe559f62dc19270d9dd1ec7ad1053a23c8006ac1eb5d120d146e9407e9f05d",
     "prefix-tuning-0.6.0/adapter_model.safetensors": "7a6d6684dc34f5956885bfd39e7de86d0f21e8da78cb7b766f9f97029e5aa8ca",
     "prefix-tuning-0.6.0/lorary.json": "bf74f0020123c5de0c7d94c717aa08d8a10f7afd52a57163da5d8ac8f7506a3d",
@@ -370,9 +373,11 @@ def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
 QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
+HEAD = Site("head", "linear", 9, 6, bias=False)
 ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
     "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
+    "rows-0.6.0": alone(TOKENS, HEAD, name="rows", tokens=(3, 5)),
     "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
     "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),
     "prompt-tuning-0.6.0": alone(TOKENS, name="prompt-tuning", tokens=2),

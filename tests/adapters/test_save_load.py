@@ -290,7 +290,7 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"cannot load the adapter {str(tmp_path)!r}\n"
         "  - transformer.wte.weight: is tied to lm_head.weight in this model, and PEFT trained a separate copy\n"
-        "      hint: untie the base's weights before loading"
+        "      hint: untie the base's weights before loading: lorary.untie_embeddings(model)"
     )
 
 

@@ -206,6 +206,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     }
     alone: dict[str, Callable[[Any], int]] = {  # joins that train without a delta
         "Rescaling": lambda join: kind.inp if join.feed_forward else B,
+        "TokenRows": lambda join: len(join.tokens) * (kind.out if kind.name.startswith("embedding") else kind.inp),
         "Bottleneck": lambda join: 2 * join.m * kind.out + join.m + kind.out,
     }
     if not delta.roles:
@@ -232,6 +233,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "orthogonality": 0.001},
     "delta-lora": {"start": 1},
     "houlsby": {"m": 3, "norms": False},  # a layer alone has no norms
+    "rows": {"tokens": (5, 1, 4)},
 }
 
 

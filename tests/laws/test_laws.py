@@ -19,6 +19,7 @@ from lorary.methods.glora import GLoRAJoin
 from lorary.methods.houlsby import Bottleneck
 from lorary.methods.lora import Kaiming
 from lorary.methods.melora import BlockDiagonal
+from lorary.methods.token_rows import TokenRows
 
 from . import laws
 from .cases import KINDS, Case, methods, possible
@@ -96,6 +97,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
         if isinstance(method.join, Bottleneck) or name == "ia3 of inputs":  # outputs, or inputs, of linear layers
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name.startswith(("conv", "embedding"))}
+        if isinstance(method.join, TokenRows):  # embeddings and heads have rows of tokens
+            expected |= {(name, k.name) for k in KINDS if k.name.startswith(("GPT-2", "fused", "conv"))}
         if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected

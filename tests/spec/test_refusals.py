@@ -254,6 +254,11 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
 
 PAIRS |= alone("houlsby", "Bottleneck", "{W1, W2, b1, b2}") | alone("ia3", "Rescaling", "{l, l_ff}")
 PAIRS |= alone("prefix-tuning", "Prefix", "{P_k, P_v}") | alone("prompt-tuning", "Prompt", "{P}")
+PAIRS |= alone("rows", "TokenRows", "{R}")
+JOINS = {"houlsby": "Bottleneck", "ia3": "Rescaling", "prefix-tuning": "Prefix", "prompt-tuning": "Prompt"}
+for other, join in JOINS.items():
+    PAIRS[("rows", other)] = told(INVALID, two("join", "rows sets TokenRows", f"{other} sets {join}"))
+PAIRS[("rows", "full")] = told(INVALID, everything_trains("TokenRows"))
 STAND = "prefix-tuning sets Prefix", "prompt-tuning sets Prompt"
 for before, context in zip(STAND, ("PrefixContext", "PromptContext"), strict=True):
     preset = before.partition(" ")[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +70,70 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     from lorary.adapters.readers.folder import base_of
     from lorary.adapters.save_load import load_adapter
 
-    name = base or (base_of(adapter) if needs_base(adapter) else load_adapter(adapter).base.name)
+    value = None if needs_base(adapter) else load_adapter(adapter)
+    name = base or (value.base.name if value else base_of(adapter))
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
         raise FileError(f"cannot find the base of {adapter}:", [Diagnostic("", what, "give --base MODEL")])
-    return ModelSection.of(name, dtype=dtype)
+    section = ModelSection.of(name, dtype=dtype)
+    return with_tokens(section, value) if value else section
+
+
+def with_tokens(section: ModelSection, adapter: Adapter) -> ModelSection:
+    """The base with the tokens that were added to it for an adapter.
+
+    Raises:
+        PlanError: its tokenizer gives them other ids, or has one of them already.
+    """
+    from lorary.model.loading.from_pretrained import load_tokenizer
+    from lorary.model.vocabulary import added_tokens, check_tokens
+
+    added = tuple(added_tokens(adapter.sites))
+    if not added:
+        return section
+    section = section.model_copy(update={"tokens": added})
+    check_tokens(load_tokenizer(section), adapter.sites)
+    return section
+
+
+def with_tokens_of(section: ModelSection, adapters: Mapping[str, str | PathLike[str]]) -> ModelSection:
+    """The base with the tokens that were added to it for these adapters, which are served together.
+
+    Args:
+        section: the base.
+        adapters: name -> folder; one that cannot be read is left to its loading.
+
+    Raises:
+        FileError: two of them have trained the row of one token for different texts.
+    """
+    from lorary.adapters.save_load import load_adapter
+    from lorary.errors import LoraryError
+    from lorary.model.vocabulary import added_tokens
+
+    texts: dict[int, tuple[str, str]] = {}  # id -> its text, and the first adapter that says so
+    problems = []
+    for name, folder in adapters.items():
+        try:
+            found = adapter_folder(Path(folder)) or Path(folder)
+            added = added_tokens(load_adapter(found).sites) if _adds_tokens(found) else {}
+        except LoraryError:
+            continue
+        for text, i in added.items():
+            other, first = texts.setdefault(i, (text, name))
+            if other != text:
+                what = f"has trained the row of token {i} for {text!r}, and {first} for {other!r}"
+                problems.append(Diagnostic(name, what, "serve them on two bases, or merge one of them"))
+    if problems:
+        raise FileError("these adapters cannot be served together:", problems)
+    return section.model_copy(update={"tokens": tuple(texts[i][0] for i in sorted(texts))}) if texts else section
+
+
+def _adds_tokens(folder: Path) -> bool:
+    """Whether a folder's record tells of added tokens; most do not, and reading their tensors takes time."""
+    from lorary.adapters.native import NAME
+
+    record = folder / NAME
+    return record.is_file() and '"added"' in record.read_text(encoding="utf-8", errors="replace")
 
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:

@@ -29,6 +29,8 @@ from lorary.model.quantize import already_quantized, quantizable_layers, warn_of
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.model.undo import Undo, all_or_nothing
+from lorary.model.vocabulary import why_other_vocabulary
+from lorary.spec.placement import replaced_tables
 from lorary.spec.context import reverted
 
 _OTHER_BASE = "load the base that it was trained on, or pass force=True"
@@ -210,11 +212,21 @@ def check_base(base: Base, adapter: Adapter, where: str, *, force: bool, fix: st
         FileError: every reason; `where` is its folder, and `fix` the hint if the base is another one.
     """
     problems = base_mismatches(base, adapter) + _meta_problems(base, adapter)
+    if problems and (other := why_other_vocabulary(base, _vocabularies(adapter))):
+        raise FileError(f"{where} does not fit this model:", other)
     if not force:
-        here = base.fingerprint.without(base.model, adapter.full)
+        here = base.fingerprint.without(base.model, {*adapter.full, *replaced_tables(adapter.sites)})
         problems += [Diagnostic(p.where, p.what, fix) for p in adapter.base.disagreements(here)]
     if problems:
         raise FileError(f"{where} does not fit this model:", problems)
+
+
+def _vocabularies(adapter: Adapter) -> dict[str, int]:
+    """Path -> the number of tokens for which an adapter has rows there, whatever the layer is."""
+    sites = (a.site for a in adapter.sites)
+    rows = {s.name: s.in_features if s.kind == "embedding" else s.out_features for s in sites}
+    tables = {name.removesuffix(".weight"): t.shape[0] for name, t in adapter.full.items() if t.dim() == 2}
+    return rows | tables
 
 
 def base_mismatches(base: Base, adapter: Adapter) -> list[Diagnostic]:

@@ -28,6 +28,7 @@ LLAMA = dict.fromkeys([f"self_attn.{projection}_proj" for projection in "qkvo"],
 LLAMA |= {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
 LLAMA_BLOCKS = 32
 LLAMA_EMBEDDING = Site("embed_tokens", "embedding", 4096, 32000, bias=False)
+LLAMA_HEAD = Site("lm_head", "linear", 32000, 4096, bias=False)
 
 
 def method_page(name: str, picture: str = "") -> str:
@@ -110,7 +111,7 @@ def _rate(lr: float) -> str:
 
 
 def _tensors(preset: Preset) -> str:
-    method = lorary.method(preset.name)
+    method = lorary.method(preset.name, **preset.example)
     if method.delta is None:
         return "## What trains\n\nBase parameters: " + ", ".join(f"`{p}`" for p in method.full) + "\n"
     site = AdaptedSite(example_site(method), method)
@@ -124,11 +125,13 @@ def _tensors(preset: Preset) -> str:
         for path, sizes in LLAMA.items()
         if any(TARGETS[target](path) for target in targets if target in TARGETS)
     )
-    llama += AdaptedSite(LLAMA_EMBEDDING, method).trainable if "embedding" in targets else 0
+    ends = {"embedding": (LLAMA_EMBEDDING,), "vocabulary": (LLAMA_EMBEDDING, LLAMA_HEAD)}
+    llama += sum(AdaptedSite(end, method).trainable for target in targets for end in ends.get(target, ()))
     where = " and ".join(f"`{target}`" for target in site.join.targets) or "all linear layers but the head"
     table = "| tensor | shape | parameters | |\n|---|---|---|---|\n" + "\n".join(rows)
+    said = ", ".join(f"`{key}: {list(v)}`" for key, v in preset.example.items()) or "the default options"
     return (
-        f"## What trains\n\nOn {_described(site.site)}, with the default options:\n\n{table}\n\n"
+        f"## What trains\n\nOn {_described(site.site)}, with {said}:\n\n{table}\n\n"
         f"{site.trainable:,} parameters train there, and {llama:,} on {where} of LLaMA-2-7B.\n"
     )
 

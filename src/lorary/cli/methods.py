@@ -66,7 +66,7 @@ def table() -> list[dict[str, Any]]:
     presets = [
         _row(preset, preset.changes, preset.name)
         | {"options": preset.parameters, "lr": preset.lr}
-        | _size(lorary.method(preset.name))
+        | _size(lorary.method(preset.name, **preset.example))
         for preset in lorary.presets().values()
     ]
     no_costs: dict[str, Any] = {"options": {}, "lr": None, "numbers": None, "bytes": None}

@@ -153,7 +153,7 @@ def _planned_classifier(config: Config) -> tuple[nn.Module, Plan | None, str]:
     count = int(model.config.num_labels)
     labels = f"{count} label{'s' if count > 1 else ''}"
     guessed = " (data.labels lists them)" if config.task == "classification" and not config.data.labels else ""
-    planned = config.method.plan(model, new=new_modules(config, base, model))
+    planned = config.plan(model, new=new_modules(config, base, model))
     return model, planned, f"{type(model).__name__} with {labels}{guessed}, for task `{config.task}`"
 
 

@@ -134,12 +134,12 @@ class Embedding:
         return v
 
     def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
-        return cast(Tensor, F.embedding(x, M.T) * _embed_scale(layer))
+        return cast(Tensor, F.embedding(x, M.T) * embed_scale(layer))
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
         # as in nn.Embedding, the padding row gets no gradient
         z = F.embedding(x, A.T, layer.padding_idx).to(y.dtype)  # [..., R]
-        return torch.add(y, F.linear(z, B.to(y.dtype)) * _embed_scale(layer), alpha=s)
+        return torch.add(y, F.linear(z, B.to(y.dtype)) * embed_scale(layer), alpha=s)
 
 
 KINDS: dict[str, Kind] = {
@@ -227,7 +227,7 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
     )
 
 
-def _embed_scale(layer: nn.Module) -> Any:
+def embed_scale(layer: nn.Module) -> Any:
     """The factor of a scaled embedding's rows, a number or a tensor; 1 for other layers."""
     if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
         scale = getattr(layer, "embed_scale", 1.0)

@@ -21,7 +21,7 @@ from lorary.model.optim.watch import watch
 from lorary.model.scan import Scan
 from lorary.model.state import AttachedState, set_submodules, state_of
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite, joins_of
+from lorary.spec.placement import AdaptedSite, joins_of, replaced_tables
 
 
 def insert(
@@ -40,7 +40,7 @@ def insert(
     _check_fit(scanned, method, sites, full, quantized)
     sites = tuple(_with_kind(p, scanned.modules[p.site.name].kind) for p in sites)
     paths = {p.site.name: list(scanned.modules[p.site.name].paths) for p in sites}
-    fingerprint = (fingerprint or Fingerprint.of(model)).without(model, full)
+    fingerprint = (fingerprint or Fingerprint.of(model)).without(model, {*full, *replaced_tables(sites)})
     total = scanned.sizes()[0]
     if quantized:
         fingerprint.remember(model)  # quantising changes parameters

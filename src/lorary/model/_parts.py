@@ -89,7 +89,7 @@ def joined(
             if first is not part:
                 twice.setdefault((_named(first), _named(part)), []).append(p.site.name)
     problems = [
-        Diagnostic("method", f"{one} and {other} both adapt {', '.join(abbreviated(names))}", "narrow one of the two")
+        Diagnostic("method", f"{one} and {other} both adapt {abbreviated(names)}", "narrow one of the two")
         for (one, other), names in twice.items()
     ]
     order = {path: i for i, path in enumerate(scanned.modules)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +61,19 @@ def adapted_sites(
         placed.append((part, sites))
         problems += unplaced
     if len(parts) == 1:
-        return placed[0][1], problems, choice.notes
+        return _sharing_ties(scanned, placed[0][1]), problems, choice.notes
     together, overlapping = joined(scanned, placed)
-    return together, [*problems, *overlapping], choice.notes
+    return _sharing_ties(scanned, together), [*problems, *overlapping], choice.notes
+
+
+def _sharing_ties(scanned: Scan, sites: list[AdaptedSite]) -> list[AdaptedSite]:
+    """The sites, those on one weight with one set of tensors if their join keeps ties."""
+    by_weight: dict[tuple[str, Method], list[AdaptedSite]] = {}
+    for p in sites:
+        if p.join.keeps_ties and (weight := scanned.names.get(f"{p.site.name}.weight")):
+            by_weight.setdefault((weight, p.method), []).append(p)
+    shares = {p.site.name: tied[0].site.name for tied in by_weight.values() if len(tied) > 1 for p in tied}
+    return [dataclasses.replace(p, share=shares[p.site.name]) if p.site.name in shares else p for p in sites]
 
 
 def pattern_problems(scanned: Scan, parts: Sequence[Part], wanted: Wanted) -> list[Diagnostic]:

@@ -19,6 +19,7 @@ PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
     **{preset: _linear(named) for preset, named in block_names.TARGETS.items()},
     "embedding": lambda m: m.kind == "embedding",
     "conv": lambda m: (m.kind or "").startswith("conv"),
+    "vocabulary": lambda m: m.kind in ("embedding", "linear"),
 }
 LINEAR_PRESETS = block_names.TARGETS.keys()
 # preset -> the parts of a fused weight that it stands for
@@ -35,7 +36,17 @@ def layers_of_preset(scan: Scan, preset: str) -> list[ScannedModule]:
         named = [m] if wrapper is None else [m, dataclasses.replace(m, path=wrapper)]
         if path and path not in heads and any(fits(name) for name in named):
             chosen.append(m)
+    if preset == "vocabulary":
+        return _vocabulary(scan, chosen)
     return _token_tables(scan.model, chosen) if preset == "embedding" else chosen
+
+
+def _vocabulary(scan: Scan, chosen: list[ScannedModule]) -> list[ScannedModule]:
+    """The layers with a row for each token: the embeddings of token ids and the language model's head."""
+    model: Any = scan.model
+    tables = _token_tables(model, [m for m in chosen if m.kind == "embedding"])
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [m for m in chosen if m in tables or m.module is head]
 
 
 def _token_tables(model: Any, chosen: list[ScannedModule]) -> list[ScannedModule]:

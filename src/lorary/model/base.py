@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorary.layers.adapted import adapted_layers, base_parameters, unwrapped_modules
+from lorary.layers.adapted import Adapted, adapted_layers, base_parameters, unwrapped_modules
 from lorary.layers.kinds import kind_of, site
 from lorary.layers.quantized_weight import compute_dtype, is_quantized, stored_tensors
 from lorary.layers.wrappers import unwrapped
@@ -44,7 +45,7 @@ class Base:
         Sites and dtypes are still added on demand, and an adapter with trained parameters still reads the model.
         """
         _ = self.modules, self.kinds, self.quantized, self.empty, self.residual
-        _ = self.tensors, self.first_names, self.fingerprint
+        _ = self.tensors, self.first_names, self.fingerprint, self.vocabulary
         return self
 
     @cached_property
@@ -73,6 +74,13 @@ class Base:
         return frozenset(path for path, layer in adapted_layers(self.model).items() if layer.start)
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """path -> tokens, of the layers with a row for every token, the input embedding first."""
+        paths = {id(module): path for path, module in self.modules.items()}
+        layers: list[Any] = [m.base if isinstance(m, Adapted) else m for m in vocabulary_layers(self.model)]
+        return {paths[id(layer)]: int(layer.weight.shape[0]) for layer in layers if id(layer) in paths}
+
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """name -> every parameter and persistent buffer; tied ones appear under each of their names."""
         return dict[str, Tensor](base_parameters(self.model)) | persistent_buffers(self.modules)
@@ -99,3 +107,17 @@ class Base:
         if path not in self._sites:
             self._sites[path] = site(path, self.modules[path])
         return self._sites[path]
+
+
+def vocabulary_layers(model: Any) -> list[Any]:
+    """The layers with a row for every token, the input embedding first; none if the model does not say which."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            layer = None
+        if layer is not None and getattr(layer, "weight", None) is not None:
+            found.append(layer)
+    plain = getattr(found[0], "base", found[0]) if found else None
+    return found if isinstance(plain, nn.Embedding) else []

@@ -164,6 +164,17 @@ class Fingerprint:
         object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
 
     @staticmethod
+    def resized(model: nn.Module, tables: Collection[Tensor]) -> None:
+        """Bring a remembered fingerprint up to date after these plain parameters of the model have got more rows."""
+        known: dict[str, Sample] | None = vars(model).get(_SAMPLES_BEFORE)
+        if known is None:
+            return
+        ids = set(map(id, tables))
+        known |= {name: Sample.of(t) for name, t in base_parameters(model) if id(t) in ids}
+        Fingerprint.forget(model)
+        Fingerprint.of(model, known).remember(model, known)
+
+    @staticmethod
     def forget(model: nn.Module) -> None:
         """Undo `remember`: the model's fingerprint is that of its present weights again."""
         vars(model).pop(_PLAIN, None)

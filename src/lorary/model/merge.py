@@ -33,8 +33,9 @@ def merge(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = N
     All or nothing: every merged weight is computed and checked before the first layer changes, and any later exception,
     an interrupt or lack of memory included, leaves the model as it was. So the merged weights need memory beside the
     original ones. If an adapted weight was shared (tied embeddings), every use gets a weight of its own and the model's
-    configuration says that they are no longer tied. A layer without a bias gets one if the method changes it (GLoRA),
-    and the configuration says so if it can; otherwise a warning names the biases that a checkpoint would lose.
+    configuration says that they are no longer tied; unless all uses have the same update (`rows`): those stay tied.
+    A layer without a bias gets one if the method changes it (GLoRA), and the configuration says so if it can;
+    otherwise a warning names the biases that a checkpoint would lose.
 
     Training-only changes are removed (LongLoRA's shifted attention); RoPE scaling stays, in the configuration too.
 
@@ -78,18 +79,23 @@ def fold(model: nn.Module, *, keep: bool = False, dtype: torch.dtype | None = No
     if state.context_patch:
         state.context_patch.make_permanent()
     shared = {id(parameter) for *_, parameter in _tied_parameters(model)}
+    together = _tied_together(model, layers)
+    tables: dict[int, nn.Parameter] = {}  # tied layers' tensors -> their merged weight
     untied, state.merged, created = False, {}, set()
     for name, layer in layers.items():
         merged = _merge_layer(model, layer, dtype)
+        if name in together:
+            merged.plain.weight = tables.setdefault(id(layer.params), cast(nn.Parameter, merged.plain.weight))
         swap_hooks(layer, merged.plain)
         layer.merge_into(merged.plain)  # its own base may have the delta now
         set_submodules(model, state.paths[name], merged.plain)
         if merged.bias is None and getattr(merged.plain, "bias", None) is not None:
             created |= {f"{path}.bias" for path in state.paths[name]}
-        untied |= id(merged.weight) in shared or isinstance(state.replaced_weights.get(name), nn.Parameter)
+        alone = id(merged.weight) in shared and name not in together
+        untied |= alone or isinstance(state.replaced_weights.get(name), nn.Parameter)
         if keep:
             state.merged[name] = merged
-    state.tied = _untie(model, bool(state.untied)) if untied else None
+    state.tied = untie_parameters(model, bool(state.untied)) if untied else None
     state.bias_flags = enable_bias_flags(model, created)
     for problem in deduplicated(unserialisable_biases(model)) if created else ():
         warnings.warn(f"{problem.where}: {problem.what}", BiasWarning, stacklevel=caller_stacklevel())
@@ -207,7 +213,20 @@ def _tied_parameters(model: nn.Module) -> list[TiedParameter]:
     return tied
 
 
-def _untie(model: nn.Module, already: bool) -> tuple[list[TiedParameter], list[Any]] | None:
+def _tied_together(model: nn.Module, layers: Mapping[str, Adapted]) -> set[str]:
+    """The sites whose merged weights are equal, and stay tied: every layer with that weight has the same update."""
+    holders: dict[int, set[int]] = {}  # id of a weight -> the layers that hold it
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    updated: dict[tuple[int, int], dict[int, str]] = {}  # (weight, tensors) -> layers
+    for name, layer in layers.items():
+        if layer.join.keeps_ties and not is_quantized(layer.base):
+            updated.setdefault((id(layer.weight), id(layer.params)), {})[id(layer.base)] = name
+    return {name for (weight, _), own in updated.items() if own.keys() == holders[weight] for name in own.values()}
+
+
+def untie_parameters(model: nn.Module, already: bool) -> tuple[list[TiedParameter], list[Any]] | None:
     """Give every holder of a tied parameter its own copy, and say so in the model's configuration.
 
     A checkpoint of the model is read by its configuration, and BERT's ties its output bias too. With `already` the

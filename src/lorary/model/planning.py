@@ -60,9 +60,9 @@ def plan(
         method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
             storage, context and parameters in full are the model's: one says them, or all say the same.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`,
-            `mlp-output`, `embedding`, `conv`), whole-component names (`q_proj`), globs (`*.layers.1?.*`), projections
-            of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the whole path. None: the method's
-            default, which is `all-linear` for most.
+            `mlp-output`, `embedding`, `vocabulary`, `conv`), whole-component names (`q_proj`), globs
+            (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the
+            whole path. None: the method's default, which is `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.
@@ -253,11 +253,21 @@ def _rank_notes(sites: Sequence[AdaptedSite]) -> list[str]:
 
 def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
     """Adapted weights that other layers hold too: an adapter acts on one use, which gets its own copy when merged."""
+    together: dict[str, list[str]] = {}
+    for p in sites:
+        if p.join.keeps_ties and p.share:
+            together.setdefault(p.share, []).append(p.site.name)
+    tied = {name: names for names in together.values() for name in names}
     return [
-        f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
-        "and merging gives it a weight of its own"
-        for p in sites
-        if not p.join.why_not_merged and (others := scan.modules[p.site.name].tied_to)
+        *(f"{' and '.join(names)} are tied: one set of tensors trains for all uses" for names in together.values()),
+        *(
+            f"{p.site.name} shares its weight with {', '.join(others)}: the adapter acts on {p.site.name} alone, "
+            "and merging gives it a weight of its own"
+            for p in sites
+            if not p.join.why_not_merged
+            and (others := scan.modules[p.site.name].tied_to)
+            and not {other.rpartition(".")[0] for other in others} <= set(tied.get(p.site.name, ()))
+        ),
     ]
 
 

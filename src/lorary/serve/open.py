@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorary.adapters.resolve import with_tokens_of
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError
 from lorary.layers.rope import max_context, text_config
 from lorary.model.loading.from_pretrained import load_model, load_tokenizer
@@ -63,7 +64,7 @@ def open_engine(
         >>> engine = open_engine("builtin:base", {"summaries": "out/"})
         >>> engine.start()
     """
-    section = ModelSection.of(base, dtype=dtype)
+    section = with_tokens_of(ModelSection.of(base, dtype=dtype), adapters or {})
     model = _loaded(section, storage)
     engine = engine_of(model, load_tokenizer(section), name or base, **options)
     problems = list[Diagnostic]()
@@ -143,7 +144,7 @@ def engine_of(
     runner.make_room = pool.make_room
     if policy.budget is None:
         policy = replace(policy, budget=pool.space.capacity)
-    loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda")
+    loader = Loader(model, limits=limits, pin_memory=model.device.type == "cuda", tokenizer=tokenizer)
     return BatchingEngine(
         tokenizer,
         name,

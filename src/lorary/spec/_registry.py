@@ -42,6 +42,7 @@ class Preset:
         restrictions: earlier preset -> the reservation about combining with it. Presets that cannot combine are not
             listed: `method` refuses them.
         answers: answer to `lorary methods --choose`, such as `memory=tight` -> the options to propose.
+        example: options for the example of its page, if its defaults train nothing.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Preset:
     when: str = ""
     restrictions: Mapping[str, Restriction] = field(default_factory=dict, hash=False)
     answers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    example: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def summary(self) -> str:

@@ -55,6 +55,9 @@ TEXT = _validator(lambda value: isinstance(value, str), "a text")
 IDS = _validator(
     lambda value: isinstance(value, tuple) and all(type(i) is int and 0 <= i < 2**63 for i in value), "token ids"
 )
+TEXTS = _validator(
+    lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value), "texts"
+)
 NAMES = _validator(
     lambda value: isinstance(value, tuple) and all(isinstance(name, str) and name for name in value), "names of layers"
 )

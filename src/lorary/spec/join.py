@@ -29,6 +29,8 @@ class Join(Protocol):
         targets: the default target layers; the context axis comes after it.
         why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
         exact_start: whether the layer computes exactly what the base's does at step 0.
+        keeps_ties: whether its tensors mean the same at every use of a weight, so that tied layers share one set of
+            them and are still tied when merged.
     """
 
     roles: frozenset[str] = frozenset()
@@ -39,6 +41,7 @@ class Join(Protocol):
     targets: tuple[str, ...] = ()
     why_not_merged: str = ""
     exact_start: bool = True
+    keeps_ties: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

@@ -165,6 +165,16 @@ def unique_tensor_sets(sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
     return list(first.values())
 
 
+def replaces_rows(adapted: AdaptedSite) -> bool:
+    """Whether a site holds rows of the base's weight, in place of the base's own."""
+    return adapted.join.keeps_ties
+
+
+def replaced_tables(sites: Iterable[AdaptedSite]) -> set[str]:
+    """The weights of which an adapter replaces rows: those of new tokens are drawn again at every load of the base."""
+    return {f"{s.site.name}.weight" for s in sites if replaces_rows(s)}
+
+
 def inconsistent_ties(sites: Iterable[AdaptedSite]) -> list[Diagnostic]:
     """The sites that cannot share the tensors of another site."""
     first: dict[str, AdaptedSite] = {}

@@ -71,6 +71,7 @@ def preset(
     when: str = "",
     restrictions: Mapping[str, Restriction | str] | None = None,
     answers: Mapping[str, Mapping[str, Any]] | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[ComponentsT], ComponentsT]:
     """Register components under a paper's name, for `lorary.method`, the command line, files, docs and the laws.
 
@@ -79,7 +80,8 @@ def preset(
     restricted = {k: Restriction(v) if isinstance(v, str) else v for k, v in (restrictions or {}).items()}
 
     def register(components: ComponentsT) -> ComponentsT:
-        add_preset(Preset(name, components, citation, adapts, lr, when, restricted, answers or {}), aliases)
+        found = Preset(name, components, citation, adapts, lr, when, restricted, answers or {}, example or {})
+        add_preset(found, aliases)
         return components
 
     return register

@@ -118,6 +118,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "melora": (EMBEDDINGS, {"r": 2}),
     "adalora": ("all-linear", {"r": 5, "target": 3}),
     "longlora": (EMBEDDINGS, {"r": 9, "length": 4096}),
+    "rows": (None, {"tokens": (35, 39, 3)}),
     "ia3": (None, {}),
     "houlsby": (None, {"m": 5}),
     "prefix-tuning": (None, {"tokens": 3}),

@@ -36,6 +36,7 @@ NO_DROPOUT = {"pissa", "olora", "glora", "delta-lora"}
 ALONE: dict[str, dict[str, Any]] = {  # their joins train by themselves: without a rank, dropout or targets
     "houlsby": {"m": 8},
     "ia3": {},
+    "rows": {"tokens": (7, 8, 30)},
     "prefix-tuning": {"tokens": 3},
     "prompt-tuning": {"tokens": 3},
 }

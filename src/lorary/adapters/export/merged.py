@@ -34,14 +34,14 @@ from lorary.model.ambient import mode_independent
 from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.loading.base_weights import BaseWeights
-from lorary.model.loading.from_pretrained import empty_model, load_config
+from lorary.model.loading.from_pretrained import empty_model, load_config, load_tokenizer
 from lorary.model.loading.source import ModelClass, ModelSection
 from lorary.model.loading.weight_files import SINGLE, WeightFiles, model_folder, write_index
 from lorary.model.loading.weight_names import Group, as_saved
 from lorary.model.merge import LOSSY
 from lorary.model.quantize import holds_weights, quantizable_layers, with_progress
 from lorary.model.scan import scan
-from lorary.spec.placement import check_mergeable
+from lorary.spec.placement import check_mergeable, replaced_tables
 
 ONTO = ("trained", "original")
 _HEADLINE = "cannot export the merged model:"
@@ -102,12 +102,16 @@ def export_merged(
         weights = BaseWeights(model, files)
         merged = merged_model(adapter, weights)
         quantized = [] if onto == "original" else _layers_to_quantize(model, adapter)
+        replaced = {*adapter.full, *replaced_tables(adapter.sites)}
         values = MergedWeights(adapter, model, weights.read, quantized, target)
         with atomic_directory(folder, needed=files.size * target.itemsize // saved.itemsize) as written:
             _write_weights(merged, weights, values, written)
-            _refuse(section, _other_base(adapter, weights.fingerprint(adapter.full), force))  # all has been read now
+            _refuse(section, _other_base(adapter, weights.fingerprint(replaced), force))  # all has been read now
             _write_config(merged.model, target, written)
+            if section.tokens:  # the base's own tokenizer lacks them
+                load_tokenizer(section).save_pretrained(written)
             if chat_template is not None:
+                (written / CHAT_TEMPLATE).unlink(missing_ok=True)
                 template = Path(chat_template)
                 copy_file(template.parent.resolve(), template.name, written / CHAT_TEMPLATE)
             carry_files(files.folder, written)

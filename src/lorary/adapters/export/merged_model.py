@@ -14,6 +14,7 @@ from lorary.model.bias_flags import enable_bias_flags, unserialisable_biases
 from lorary.model.loading.base_weights import BaseWeights
 from lorary.model.scan import scan
 from lorary.model.tied_config import untie_config
+from lorary.spec.placement import replaces_rows
 
 
 class MergedModel(NamedTuple):
@@ -46,7 +47,9 @@ def merged_model(adapter: Adapter, base: BaseWeights) -> MergedModel:
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError("cannot read the base:", [Diagnostic(name, "is in none of its files", fix) for name in missing])
     lacking = [n for n in base.names if n not in base.groups and n not in base.own]
-    untied = any(modules[a.site.name].tied_to for a in adapter.sites)
+    untied = any(
+        modules[a.site.name].tied_to for a in adapter.sites if a.site.name not in _tied_together(adapter, base)
+    )
     if untied:
         untie_config(model)
     added = [name for name in lacking if name in adapter.full or (untied and base.has(name))]
@@ -60,6 +63,20 @@ def merged_model(adapter: Adapter, base: BaseWeights) -> MergedModel:
     if problems := problems + (_still_tied(model) if untied else []):
         raise StateError("cannot save the merged model:", problems)
     return MergedModel(model, untied, (*added, *created, *zero), frozenset(zero))
+
+
+def _tied_together(adapter: Adapter, base: BaseWeights) -> set[str]:
+    """The sites whose merged weights stay tied: all uses of the weight have the same rows."""
+    shares: dict[str, set[str]] = {}
+    for a in adapter.sites:
+        if replaces_rows(a) and a.share:
+            shares.setdefault(a.share, set()).add(f"{a.site.name}.weight")
+    return {
+        name.removesuffix(".weight")
+        for own in shares.values()
+        for name in own
+        if own == set(base.sharing(name)) & base.names.keys()
+    }
 
 
 def _still_tied(model: Any) -> list[Diagnostic]:

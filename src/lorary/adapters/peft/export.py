@@ -16,7 +16,7 @@ from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields
+from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -34,6 +34,7 @@ from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import has_rank
 from lorary.spec.join import not_mergeable
+from lorary.spec.placement import replaces_rows
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine
@@ -100,10 +101,12 @@ def export_peft(
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
     _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
-    _refuse(folder, [*writer.base_incompatibilities(adapter, model, LORA), *_would_lose(folder)])
     shared = collect_shared(adapter)
-    if writer.exact_type(adapter, model, shared) is LORA:
-        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites}
+    exact = writer.exact_type(adapter, model, shared) is LORA
+    written = adapter if exact else with_rows_as_lora(adapter)
+    _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
+    if exact:
+        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not replaces_rows(adapted)}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
         files = _as_lora(adapter, model, folder)
@@ -188,5 +191,5 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         tensors |= encode_factors(adapted.site, A, B, own.get("m"))
         sizes[name] = (A.shape[0], float(A.shape[0]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
-    config = writer.peft_config(adapter, model, LORA, fields)
+    config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))

@@ -122,6 +122,23 @@ def _weights(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
+def token_ids(value: Any, budget: Budget) -> tuple[int, ...]:
+    """A list of token ids, each once."""
+    ids = _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
+    if twice := sorted({i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else ()):
+        raise ValueError(f"names token {twice[0]} twice")
+    if not ids:
+        raise ValueError("names no token")
+    return ids
+
+
+def tokens_by_name(value: Any, budget: Budget) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    """Token ids of the input embedding, or of each layer by its name; None for an empty object, which trains none."""
+    if not isinstance(value, dict):
+        return token_ids(value, budget) if value != [] else None
+    return {name: token_ids(ids, budget) for name, ids in _items(value, "layers and token ids").items()} or None
+
+
 def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     values = [value] if type(value) is int else value
     return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None

@@ -11,6 +11,7 @@ the same update, number for number. O-LoRA's earlier tasks follow as further ran
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -33,9 +34,11 @@ from lorary.adapters.peft.fields import (
     Field,
     by_pattern,
     field,
+    tokens_by_name,
     unsupported,
 )
-from lorary.adapters.peft.types import PeftType, register
+from lorary.adapters.peft.token_rows import indices_field, rows_beside
+from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register, without_rows
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
@@ -46,7 +49,7 @@ from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
 from lorary.spec.fields import FLAG
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -57,10 +60,10 @@ _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "use_bdlora": "block-diagonal factors are not supported",
     "lora_bias": "biases beside B are not supported",
     "target_parameters": "adapters on bare parameters (fused experts) are not supported",
-    "trainable_token_indices": "rows of an embedding trained apart are not supported",
+    ROWS_FIELD: "rows of an embedding trained apart are not supported",
+    "ensure_weight_tying": "adapters tied between two layers are not supported",
     "layer_replication": "a model with repeated layers is not supported",
     "alora_invocation_tokens": "adapters that start at a token (aLoRA) are not supported",
-    "ensure_weight_tying": "adapters tied between two layers are not supported",
     "arrow_config": "routing between adapters (Arrow) is not supported",
     "kasa_config": "KaSA changes the base weight, which is not supported",
     "velora_config": "VeLoRA is not supported",
@@ -91,6 +94,8 @@ class Lora(PeftType):
         **SHARED,
         **UNSUPPORTED,
         "target_parameters": PARAMETERS,
+        ROWS_FIELD: Field(tokens_by_name, nullable=True),
+        "ensure_weight_tying": field(FLAG, False, nullable=True),
         "r": field(RANK, 8),
         "lora_alpha": field(ALPHA, 8.0),
         "lora_dropout": field(PROBABILITY, 0.0),
@@ -125,25 +130,33 @@ class Lora(PeftType):
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
             "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len(
-                {is_dora(adapted) for adapted in adapter.sites}
+                {is_dora(adapted) for adapted in without_rows(adapter)}
             )
             > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
                 adapted.delta.fixed_roles and len({t.dtype for t in adapter.tensors[adapted.site.name].values()}) > 1
-                for adapted in adapter.sites
+                for adapted in without_rows(adapter)
             ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in adapter.sites)
-        sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in adapter.sites}
-        return lora_fields(adapter, sizes, root=root, dora=is_dora(adapter.sites[0]))
+        sites = without_rows(adapter)
+        root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in sites)
+        sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in sites}
+        fields = lora_fields(adapter, sizes, root=root, dora=is_dora(sites[0]))
+        beside = len(sites) < len(adapter.sites)
+        return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
+
+    def targets(self, adapter: Adapter) -> list[str]:
+        return [adapted.site.name for adapted in without_rows(adapter)]
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
 
     def layout(self, adapted: AdaptedSite) -> Layout:
+        if replaces_rows(adapted):
+            return rows_beside(adapted)
         return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
@@ -172,6 +185,8 @@ class Lora(PeftType):
         return shape
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if replaces_rows(adapted):
+            return super().encode(adapted, roles)
         A, B = roles["A"], roles["B"]
         if "A_past" in roles:
             B = torch.cat([adapted.site.place(B), roles["B_past"]], 1)
@@ -179,6 +194,8 @@ class Lora(PeftType):
         return encode_factors(adapted.site, A, B, roles.get("m"))
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if replaces_rows(adapted):
+            return super().decode(adapted, tensors)
         site, rank, (name_A, name_B) = adapted.site, _rank(adapted), factor_names(adapted.site)
         A = tensors[name_A].reshape(rank, site.in_features)
         B = tensors[name_B].reshape(site.out_features, rank)
@@ -200,6 +217,13 @@ class Lora(PeftType):
 def _method(r: int, alpha: float, root: bool, dora: bool, dropout: float) -> Method:
     scale = AlphaOverSqrtRank(alpha) if root else AlphaOverRank(alpha)
     return Method(LowRank(r), Kaiming(), scale, MagnitudeDirection() if dora else Add(), dropout=dropout)
+
+
+def with_rows_as_lora(adapter: Adapter) -> Adapter:
+    """The adapter with every site of a LoRA's type, for the fields that name sites: rows are written as factors too."""
+    plain = _method(1, 1.0, False, False, 0.0)
+    sites = (dataclasses.replace(a, method=plain) if replaces_rows(a) else a for a in adapter.sites)
+    return dataclasses.replace(adapter, sites=tuple(sites))
 
 
 def is_dora(adapted: AdaptedSite) -> bool:

@@ -17,6 +17,8 @@ from lorary.layers.adapted import base_parameters, unwrapped_modules
 from lorary.model.base import Base
 
 _BASE = ".base_layer."
+_KEPT = (".modules_to_save.", ".original_module.")  # parts of PEFT's wrapper of a module in `modules_to_save`
+UNTIE = "untie the base's weights before loading: lorary.untie_embeddings(model)"
 
 
 @dataclass
@@ -26,15 +28,20 @@ class ModulesToSave:
     Args:
         expected: name -> shape of those that replace the base's value.
         parameters: name -> the base parameter's path; for tied parameters the first of their paths.
-        copies: name -> the base parameter's path, for the tables of adapted embeddings that PEFT adds by itself; they
-            must equal the base's, and are then dropped.
+        copies: name -> the base parameter's path, for the tables of embeddings that PEFT adds by itself
+            (`save_embedding_layers`). They are dropped if they equal the base's. The rows of a resized vocabulary are
+            drawn again at every load: a table that differs in these alone replaces the base's, as in PEFT.
+        kept: name -> the name of the trained module, for PEFT's own copies of it and of the module from before.
         base: the model's parameters by path; None without a model.
+        names: base parameter -> the name in the file whose value it has.
     """
 
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
     def values(self, values: Mapping[str, Tensor], findings: Findings) -> dict[str, Tensor]:
         """Base parameter -> its value; two names of one tied parameter must agree."""
@@ -43,19 +50,42 @@ class ModulesToSave:
             if name not in values:
                 continue
             if parameter in full and not torch.equal(full[parameter], values[name]):
-                what = f"differs from {parameter}, to which it is tied in this model"
-                findings.fatal.append(Diagnostic(name, what, "untie the base's weights before loading"))
+                what = f"differs from that of {self.names[parameter]}, to which it is tied in this model"
+                findings.fatal.append(Diagnostic(name, what, UNTIE))
             full.setdefault(parameter, values[name])
+            self.names.setdefault(parameter, name)
         return full
 
     def check_copies(self, values: Mapping[str, Tensor], findings: Findings) -> None:
-        """Compare the copies with the base, which PEFT would overwrite with them."""
+        """Compare the copies with the base, which PEFT overwrites with them; those that differ replace its tables."""
+        if self.kept:
+            findings.notes.append(f"{', '.join(sorted(self.kept))}: left out, PEFT's own copies of a saved module")
+        for name, trained in self.kept.items():
+            if _KEPT[0] in name and not torch.equal(values[name], values[trained]):
+                findings.fatal.append(Diagnostic(name, f"differs from {trained}, of which it is a copy"))
+        first: dict[int, str] = {}
+        for parameter, tensor in (self.base or {}).items():
+            first.setdefault(id(tensor), parameter)
         for name, parameter in self.copies.items():
             if self.base is None:
                 findings.notes.append(f"{name} is a copy of the base's own table; it was left out")
-            elif not torch.equal(self.base[parameter].detach().to("cpu", values[name].dtype), values[name]):
+                continue
+            if name not in values:
+                continue
+            own = self.base[parameter]
+            differ = (own.detach().to("cpu", values[name].dtype) != values[name]).flatten(1).any(1)
+            if not differ.any():
+                continue
+            changed = int(differ.nonzero()[0])
+            if 2 * changed > len(differ):  # the rows of a resized vocabulary, and not another table
+                findings.notes.append(f"{name} replaces the base's table: it has other rows from {changed:,} on")
+                self.parameters[name] = first[id(own)]
+            elif _BASE in name:
                 what = "is a copy of the base's own table, and this model's is another"
                 findings.tolerable.append(Diagnostic(name, what, "load the base that it was trained on"))
+            else:
+                what = "would overwrite a weight of the base, and `modules_to_save` does not list it"
+                findings.tolerable.append(Diagnostic(name, what))
 
 
 def modules_to_save(
@@ -72,13 +102,22 @@ def modules_to_save(
     """
     tensors, first = (None, {}) if base is None else (base.tensors, base.first_names)
     saved = ModulesToSave(base=tensors)
+    paths = base.vocabulary if base is not None else ()
+    own = tensors or {}
+    tables = {name: tuple(own[name].shape) for name in (f"{path}.weight" for path in paths) if name in own}
     for name, entry in found.items():
+        kept = next((part for part in _KEPT if part in name), "")
+        if kept and name.replace(kept, ".") in found:
+            saved.kept[name] = name.replace(kept, ".")
+            continue
         site, inside, leaf = name.rpartition(_BASE)
         parameter = f"{site}.{leaf}" if inside and site in sites else name
         if inside and site in sites and leaf == "weight":
             if tensors is None or (parameter in tensors and tensors[parameter].shape == entry.shape):
                 saved.copies[name] = parameter
-        elif _asked_for(config, parameter, site in sites) and (tensors is None or parameter in tensors):
+        elif name in tables and tables[name] == entry.shape and not _asked_for(config, parameter, False, first):
+            saved.copies[name] = parameter
+        elif _asked_for(config, parameter, site in sites, first) and (tensors is None or parameter in tensors):
             saved.parameters[name] = first.get(parameter, parameter)
             saved.expected[name] = entry.shape if tensors is None else tuple(tensors[parameter].shape)
     for parameter, tensor in (tensors or {}).items():
@@ -89,21 +128,28 @@ def modules_to_save(
     return saved
 
 
-def _asked_for(config: PeftConfig, parameter: str, at_site: bool) -> bool:
-    """Whether the configuration asks for a base parameter."""
+def _asked_for(config: PeftConfig, parameter: str, at_site: bool, first: Mapping[str, str]) -> bool:
+    """Whether the configuration asks for a base parameter, or with `ensure_weight_tying` for one tied to it."""
     is_bias = "bias" in parameter.rpartition(".")[2]
-    return config.saves_module_of(parameter) or (
+    tied = [parameter]
+    if config.values.get("ensure_weight_tying") and config["modules_to_save"]:
+        tied += [name for name, one in first.items() if one == first.get(parameter)]
+        if not first and parameter.endswith(".weight"):
+            return True  # only the base tells which weights are tied
+    return any(map(config.saves_module_of, tied)) or (
         is_bias and (config["bias"] == "all" or (config["bias"].endswith("_only") and at_site))
     )
 
 
 def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, str], findings: Findings) -> None:
-    """PEFT copies `modules_to_save`, so weights tied to the original do not change."""
+    """PEFT copies `modules_to_save`, so weights tied to the original do not change, unless they are kept tied."""
+    if config.values.get("ensure_weight_tying"):
+        return
     for name in sorted(n for n in saved.parameters if config.saves_module_of(n) and n in first):
         others = [n for n, f in first.items() if f == first[name] and n not in saved.parameters]
         if others:
             what = f"is tied to {', '.join(others)} in this model, and PEFT trained a separate copy"
-            findings.fatal.append(Diagnostic(name, what, "untie the base's weights before loading"))
+            findings.fatal.append(Diagnostic(name, what, UNTIE))
 
 
 def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[str], str, list[Diagnostic]]:

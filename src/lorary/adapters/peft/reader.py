@@ -18,10 +18,11 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
+from lorary.adapters.peft.token_rows import row_sites
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.peft.virtual_tokens import FIELDS, read_virtual_tokens
-from lorary.adapters.shared_tensors import regenerate
+from lorary.adapters.shared_tensors import regenerate, rejoined
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
@@ -31,6 +32,7 @@ from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
 from lorary.model.fingerprint import Fingerprint, base_name
 from lorary.model.reach.bypass import Bypass
+from lorary.model.vocabulary import why_other_vocabulary
 from lorary.spec.placement import AdaptedSite, shared_shapes
 from lorary.spec.site import Site
 
@@ -93,25 +95,40 @@ class _Reader:
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
-        findings, sites = self.findings, self._sites()
+        findings = self.findings
+        if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
+            raise FileError("", other)
+        sites = self._sites()
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
         if not sites and not findings.fatal:
             findings.fatal.append(self._no_sites())
-        copies = {name: self.found[name].shape for name in saved.copies}
+        copies = {name: self.found[name].shape for name in [*saved.copies, *saved.kept]}
         base = saved.expected | copies
         values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
         findings.raise_refused()
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
+        tensors, differing = rejoined(sites, tensors)
+        findings.fatal += differing
         full = saved.values(values, findings)
         alert_if_zero(sites, tensors, findings)
         method = self.type.to_method(self.config)
         method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
         fingerprint = Fingerprint(name=base_name(self.config["base_model_name_or_path"]))
         return Adapter(method, sites, tensors, full, fingerprint, findings.conclude())
+
+    def _vocabularies(self) -> dict[str, int]:
+        """Path -> the number of tokens in the file's tensors there: tables, and factors with a row for each token."""
+        dims = {"base_layer.weight": 0, "weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
+        return {
+            name.removesuffix(f".{leaf}"): entry.shape[dim]
+            for leaf, dim in reversed(dims.items())
+            for name, entry in self.found.items()
+            if name.endswith(f".{leaf}") and len(entry.shape) == 2
+        }
 
     def _layout(self, adapted: AdaptedSite) -> Layout:
         """The layout of a site's own tensors, with the file's shapes where they mean the same."""
@@ -136,26 +153,30 @@ class _Reader:
         return regenerate(sites, dict.fromkeys(roles, torch.float32))
 
     def _sites(self) -> tuple[AdaptedSite, ...]:
-        if not self.type.factors and self.base is None:
+        if not self.type.factors and not self.type.rows_alone and self.base is None:
             what = f"the shapes of the layers that PEFT's {self.type.title} adapts are known only to the model"
             self.findings.fatal.append(Diagnostic("", what, "read it onto its base: lorary.load(model, folder)"))
             self.findings.raise_refused()
         try:
             sites = list(self._sites_of_file() if self.base is None else self._sites_of_base(self.base))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
-            adapted = tuple(AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites)
+            adapted = [AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites]
+            adapted += row_sites(self.config, self.base, self.found, self.findings)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
             raise FileError("") from None
         if mismatches:
             self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
             self.findings.raise_refused()
-        return adapted
+        order = {name: i for i, name in enumerate(self.base.kinds if self.base is not None else ())}
+        return tuple(sorted(adapted, key=lambda a: order.get(a.site.name, 0)))
 
     def _sites_of_base(self, base: Base) -> Iterator[Site]:
+        if self.type.rows_alone:
+            return
         in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
-            if not name or name not in in_file or not self.config.targets_module(self._named(name)):
+            if not name or name not in in_file or not self._targeted(self._named(name)):
                 continue
             found = base.site(name)
             if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
@@ -170,6 +191,18 @@ class _Reader:
             else:
                 yield found
 
+    def _targeted(self, name: str) -> bool:
+        """Whether PEFT adapts the module of this name; with `ensure_weight_tying` the tied ones as well."""
+        if self.config.targets_module(name):
+            return True
+        if not self.config.values.get("ensure_weight_tying") or name not in self._sites_in_names():
+            return False
+        first = {} if self.base is None else self.base.first_names
+        weight = first.get(f"{name}.weight")
+        return weight is None or any(
+            self.config.targets_module(tied.removesuffix(".weight")) for tied, one in first.items() if one == weight
+        )
+
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""
         return self.inner.get(site, site)
@@ -180,8 +213,10 @@ class _Reader:
         return dict.fromkeys(name for name in sites if name is not None)
 
     def _sites_of_file(self) -> Iterator[Site]:
+        if self.type.rows_alone:
+            return
         for name in self._sites_in_names():
-            if not name or not self.config.targets_module(name):
+            if not name or not self._targeted(name):
                 continue
             pairs = [[f"{name}.{leaf}" for leaf in leaves] for leaves in self.type.factors]
             pair = next((names for names in pairs if names[0] in self.found), pairs[-1])
@@ -220,7 +255,7 @@ class _Reader:
         if self.base is not None and at not in self.base.modules:
             return "adapts a module that the model does not have"
         try:
-            targeted = self.config.targets_module(self._named(at))
+            targeted = self._targeted(self._named(at))
         except ValueError as error:  # the patterns' budget
             return str(error)
         if not targeted:

@@ -80,7 +80,7 @@ def misread_sites(
         peft_type: the PEFT type to write.
         fields: the fields of the configuration that select sites.
     """
-    sites = [adapted.site.name for adapted in adapter.sites]
+    sites = peft_type.targets(adapter)
     modules = [path for path in unwrapped_modules(model) if path] if model is not None else sites
     lora = peft_type.name == "LORA"  # the only type whose targets are converted
     experts = taken_for_experts(modules, adapter.base.architecture, model) if lora else []

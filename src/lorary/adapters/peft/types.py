@@ -21,7 +21,7 @@ from lorary.kernels.torch_internals import padding_of
 from lorary.layers.kinds import kind_of
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoUpdate
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
 
@@ -39,6 +39,7 @@ class PeftType(Protocol):
         factors: pairs of leaves whose shapes determine the layer's; without any, only the model knows it.
         kinds: the kinds of layers that it adapts; all if empty.
         dilates: whether it dilates its own filters with a dilated convolution.
+        rows_alone: whether its sites are rows of tokens, which PEFT finds by rules of their own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PeftType(Protocol):
     factors: Collection[tuple[str, str]] = ()
     kinds: Collection[str] = ()
     dilates: bool = False
+    rows_alone: bool = False
 
     # --- the method ---
 
@@ -69,6 +71,10 @@ class PeftType(Protocol):
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
         """The type-specific fields of an adapter's configuration."""
         ...
+
+    def targets(self, adapter: Adapter) -> list[str]:
+        """The sites that `target_modules` names."""
+        return [adapted.site.name for adapted in adapter.sites]
 
     # --- the layers ---
 
@@ -132,6 +138,7 @@ class PeftType(Protocol):
 
 
 PEFT_TYPES: dict[str, PeftType] = {}
+ROWS_FIELD = "trainable_token_indices"
 
 
 def register(peft_type: PeftType) -> None:
@@ -146,6 +153,11 @@ def register(peft_type: PeftType) -> None:
     PEFT_TYPES[peft_type.name] = peft_type
 
 
+def without_rows(adapter: Adapter) -> list[AdaptedSite]:
+    """The sites with factors: rows of tokens train beside them."""
+    return [adapted for adapted in adapter.sites if not replaces_rows(adapted)]
+
+
 def without_low_rank_form(name: str) -> bool:
     """Whether adapters of the PEFT type of this name have no rank, and so no LoRA to be exported as."""
     methods = PEFT_TYPES[name].methods if name in PEFT_TYPES else ()
@@ -153,7 +165,15 @@ def without_low_rank_form(name: str) -> bool:
 
 
 def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:
-    """The PEFT type with the tensors of all these sites' methods; None if no single one has them."""
+    """The PEFT type with the tensors of all these sites' methods; None if no single one has them.
+
+    Rows of tokens may train beside the sites of a type that has a field for them.
+    """
+    sites = list(sites)
+    others = [adapted for adapted in sites if not replaces_rows(adapted)]
+    if others and len(others) < len(sites):
+        beside = peft_type_of(others)
+        return beside if beside is not None and ROWS_FIELD in beside.fields else None
     found = {
         next((n for n, t in PEFT_TYPES.items() if (type(adapted.delta), type(adapted.method.join)) in t.methods), "")
         for adapted in sites

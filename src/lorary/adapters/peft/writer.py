@@ -19,10 +19,12 @@ from lorary.adapters.peft.lora import is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
+from lorary.adapters.peft.token_rows import row_problems
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
+from lorary.spec.placement import replaces_rows
 
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
 _README_TEXT = """# A PEFT adapter for a base with RoPE scaling
@@ -74,7 +76,10 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
         for key, value in shared.items()
         if key not in peft_type.fields and value not in (None, False, "none")
     ]
-    return problems + unsaved + lacking + misread(adapter, model, peft_type)
+    problems += unsaved + lacking
+    if any(map(replaces_rows, adapter.sites)):
+        problems += row_problems(adapter, model)
+    return problems + misread(adapter, model, peft_type)
 
 
 def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> list[Diagnostic]:
@@ -137,7 +142,7 @@ def _fields_by_parameter(own: Mapping[str, Any], parameters: list[str]) -> dict[
 
 def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> dict[str, Any]:
     modules, bias, _ = modules_and_biases(adapter, model)
-    sites = [adapted.site.name for adapted in adapter.sites]
+    sites = peft_type.targets(adapter)
     lora = peft_type.name == "LORA"  # the only type whose configuration PEFT converts
     by_parameter = taken_for_experts(sites, adapter.base.architecture, model) if lora else []
     return {

@@ -13,6 +13,7 @@ from lorary.model.fingerprint import Fingerprint, Sample
 from lorary.model.loading.weight_files import WeightFiles
 from lorary.model.loading.weight_names import Group, groups, values
 from lorary.model.scan import scan
+from lorary.model.vocabulary import vocabulary_of, vocabulary_paths, with_mean_rows
 
 
 class BaseWeights:
@@ -43,6 +44,8 @@ class BaseWeights:
         self._sharing: dict[str, list[str]] = {}
         for name, first in self.names.items():
             self._sharing.setdefault(first, []).append(name)
+        tables = vocabulary_paths(model)
+        self._rows = {f"{path}.{last}": vocabulary_of(model) for path in tables for last in ("weight", "bias")}
         self._loaded: tuple[Group, dict[str, Tensor]] | None = None
         self._samples: dict[str, Sample] = {}
 
@@ -78,7 +81,8 @@ class BaseWeights:
         if self._loaded is None or self._loaded[0] is not group:
             self._loaded = None
             found = values(self.model, group, {key: self.files.tensor(key) for key in group.keys})
-            self._loaded = group, {name: t.to(loaded_dtype(self.model, name)) for name, t in found.items()}
+            loaded = {name: t.to(loaded_dtype(self.model, name)) for name, t in found.items()}
+            self._loaded = group, {name: with_mean_rows(t, self._rows.get(name, 0)) for name, t in loaded.items()}
             for name, tensor in self._loaded[1].items():
                 if name in self.names and tensor.is_floating_point():
                     self._samples |= dict.fromkeys(self.sharing(name), Sample.of(tensor))

@@ -56,6 +56,7 @@ def load_model(
     from lorary.model.loading.checkpoint_kind import reader
     from lorary.model.loading.model_kind import why_not_causal
     from lorary.model.scan import scan
+    from lorary.model.vocabulary import resized_for
 
     config = load_config(section) if model_class is None else model_class.config
     if kind is None and model_class is None and (why := why_not_causal(config)):
@@ -87,7 +88,7 @@ def load_model(
         what = f"no weights of the right shape for {', '.join(sorted(missing)[:5])}{more}"
         fix = "the folder is incomplete, or its config.json is another model's"
         raise FileError(f"cannot load the model {section.id}:", [Diagnostic(section.id, what, fix)])
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = resized_for(model.eval(), section.tokens, lambda: load_tokenizer(section))
     return loaded
 
 
@@ -152,10 +153,11 @@ def load_quantized(
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; pads with EOS if it has no padding token.
+    """The model's tokenizer with the tokens that the section adds; pads with EOS if it has no padding token.
 
     Raises:
         FileError: the model has no fast tokenizer.
+        PlanError: one of the tokens cannot be added.
     """
     from transformers import AutoTokenizer
 
@@ -169,6 +171,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise FileError(headline, [Diagnostic(section.id, what)])
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    if section.tokens:
+        from lorary.model.vocabulary import add_to_tokenizer
+
+        add_to_tokenizer(tokenizer, section.tokens)
     return tokenizer
 
 
@@ -182,7 +188,7 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
 
     check_folder(section)
     file = Path(location(section)) / "config.json"
-    if file.is_file():
+    if file.is_file() and not section.tokens:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and "auto_map" not in settings and _is_causal(settings):
             settings["dtype"] = _saved_dtype(settings)
@@ -232,6 +238,8 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
     """
     import torch
 
+    from lorary.model.vocabulary import resized_for
+
     config, cls = model_class.config, model_class.cls
     dtype, before = load_dtype(section, config), torch.get_default_dtype()
     model: PreTrainedModel
@@ -246,7 +254,7 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
         raise _refused(section, "model", error) from None
     finally:
         torch.set_default_dtype(before)
-    return model
+    return resized_for(model, section.tokens, lambda: load_tokenizer(section))
 
 
 def load_config(section: ModelSection) -> PretrainedConfig:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean, suggested_path
 from lorary.files.home import expanded
 
 BUILTIN = ("builtin:base",)
+
+
+def _split(value: Any) -> Any:
+    """The items of comma-separated text."""
+    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+
+_Texts = tuple[str, ...]
+Texts = Annotated[_Texts, BeforeValidator(_split, json_schema_input_type=str | _Texts)]
 
 
 class Section(BaseModel):
@@ -34,6 +43,9 @@ class ModelSection(Section):
         default=None, description="attention kernel; empty: what Transformers chooses"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    tokens: Texts = Field(
+        default=(), description='texts to add to the tokenizer, such as ["<a>", "<b>"]; their rows train'
+    )
 
     @classmethod
     def of(cls, source: str, **options: Any) -> ModelSection:

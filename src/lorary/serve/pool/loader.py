@@ -21,6 +21,7 @@ from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import open_inside, read_bytes
 from lorary.files.strict_json import show
 from lorary.model.base import Base
+from lorary.model.vocabulary import check_tokens
 from lorary.serve.forms.flat import Flat, flatten
 from lorary.serve.forms.form import serving_form
 from lorary.serve.interface import BusyError
@@ -63,11 +64,19 @@ class Loader:
         limits: on an adapter.
         threads: how many are read at a time.
         pin_memory: whether their buffers are page-locked, for fast copies to a GPU.
+        tokenizer: of the base; adapters whose added tokens are others there are refused. None: it is not checked.
     """
 
     def __init__(
-        self, base: nn.Module, *, limits: Limits | None = None, threads: int = 2, pin_memory: bool = False
+        self,
+        base: nn.Module,
+        *,
+        limits: Limits | None = None,
+        threads: int = 2,
+        pin_memory: bool = False,
+        tokenizer: Any = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self.base, self.limits, self.pin_memory = Base(base).walk(), limits or Limits(), pin_memory
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter")
         self._hashing = ThreadPoolExecutor(threads, thread_name_prefix="hash")
@@ -131,6 +140,8 @@ class Loader:
         digest = self._hashing.submit(folder_digest, folder)  # hashing takes longer than reading
         try:
             adapter = load_adapter(folder, model=self.base)
+            if self.tokenizer is not None:
+                check_tokens(self.tokenizer, adapter.sites)
             form = serving_form(adapter, self.base, uid=digest.result())
         finally:
             digest.cancel()  # of an adapter that is refused, unless it has begun

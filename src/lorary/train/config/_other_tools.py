@@ -160,7 +160,7 @@ HINTS = {  # key that cannot be translated -> what to write
     "fan_in_fan_out": f"{_NOT_NEEDED}the layer's kind is read from the model",
     "lora_bias": "adapters have no bias of their own",
     "target_parameters": "fused experts' weights are not adapted",
-    "trainable_token_indices": "single rows of an embedding do not train; target `embedding` adapts all of them",
+    "trainable_token_indices": "write method.also: [{name: rows, targets: vocabulary, options: {tokens: [17]}}]",
     "layer_replication": "the base keeps its layers",
     **dict.fromkeys(
         ("init_lora_weights", "peft_init_lora_weights"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
+from lorary.methods.token_rows import TokenRows, with_new_tokens
 from lorary.model.loading import source
 from lorary.model.loading.source import Section
 from lorary.model.planning import default_targets
@@ -66,6 +67,25 @@ def build_method(section: OneMethod) -> Method:
     """
     options = {key: value for key in _LORA_OPTIONS if (value := getattr(section, key)) is not None}
     return method(*section.name, **options, **section.options)
+
+
+def token_ids(section: source.ModelSection) -> dict[str, int]:
+    """Text -> id of the tokens that a section adds to its model's tokenizer."""
+    from lorary.model.loading.from_pretrained import load_tokenizer
+
+    ids = load_tokenizer(section).convert_tokens_to_ids(list(section.tokens))
+    return dict(zip(section.tokens, map(int, ids), strict=True))
+
+
+def methods_with_rows(methods: Mapping[Any, Method], tokens: Mapping[str, int]) -> dict[Any, Method]:
+    """targets -> method, with the rows of new tokens in the method that trains rows, or in one of their own."""
+    found = {
+        targets: with_new_tokens(one, list(tokens.values()), list(tokens)) if isinstance(one.join, TokenRows) else one
+        for targets, one in methods.items()
+    }
+    if found == dict(methods):
+        found[TokenRows.targets] = with_new_tokens(method("rows"), list(tokens.values()), list(tokens))
+    return found
 
 
 def method_defaults(section: OneMethod) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -27,7 +27,14 @@ from lorary.spec.presets import resolve_presets
 from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPattern, Size, SomeNames, Task
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
-from lorary.train.config._sections import AlsoSection, ModelSection, build_method, method_defaults
+from lorary.train.config._sections import (
+    AlsoSection,
+    ModelSection,
+    build_method,
+    method_defaults,
+    methods_with_rows,
+    token_ids,
+)
 from lorary.train.config.compare_section import CompareSection
 from lorary.train.config.data_section import DataSection
 from lorary.train.config.drop import DropSection
@@ -97,19 +104,30 @@ class MethodSection(Section):
         """The presets of this method and of those beside it."""
         return tuple(dict.fromkeys([*self.name, *(name for part in self.also for name in part.name)]))
 
-    def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None, new: Sequence[str] = ()) -> Plan:
+    def plan(
+        self,
+        model: nn.Module,
+        past: Sequence[Adapter] | None = None,
+        new: Sequence[str] = (),
+        tokens: Mapping[str, int] | None = None,
+    ) -> Plan:
         """The plan of this method for a model, which stays unchanged. Raises what `build` and `lorary.plan` raise.
 
         Args:
             model: the base; it may be on the meta device.
             past: the adapters of `after` if they are loaded already.
             new: parameters besides the head that no checkpoint holds: they train in full.
+            tokens: text -> id of the tokens that were added to the tokenizer: their rows train as well.
         """
         past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
         options |= {"layers": self.layers, "full": (*self.train_in_full, *new), "head": self.head}
         several = {self.targets or (): self.build()} | {part.targets: part.build() for part in self.also}
-        planned = plan(model, *((several,) if self.also else (self.build(), self.targets)), **options, after=past)
+        if tokens:
+            several = methods_with_rows(several, tokens)
+        alone = len(several) == 1
+        ((targets, one),) = several.items() if alone else [((), None)]
+        planned = plan(model, *((one, targets or None) if alone else (several,)), **options, after=past)
         if self.drop is None:
             return planned
         return dataclasses.replace(planned, notes=(*planned.notes, probe_note(self.drop.threshold, self.drop.sample)))
@@ -156,7 +174,7 @@ class Config(Section):
     def plan(self, model: nn.Module, past: Sequence[Adapter] | None = None, new: Sequence[str] = ()) -> Plan:
         """`MethodSection.plan`, whose errors name the key of the configuration, or the flag of a command."""
         try:
-            return self.method.plan(model, past, new)
+            return self.method.plan(model, past, new, token_ids(self.model) if self.model.tokens else None)
         except PlanError as error:
             raise located(error, self._places) from error.__cause__
 

@@ -16,6 +16,7 @@ from lorary.files.home import expanded
 from lorary.model.planning import plan_of_adapter
 from lorary.model.scan import scan
 from lorary.model.targets import resolve
+from lorary.model.vocabulary import added_tokens
 from lorary.spec.method import AXES
 from lorary.spec.placement import by_method
 from lorary.spec.presets import method as method_of
@@ -70,6 +71,7 @@ def plan_to_go_on(config: Config, model: nn.Module, start: Adapter, drawn: Seque
         PlanError: the adapter does not fit the model.
     """
     problems = [*_differences(config.method, start), *_other_targets(config.method, model, start)]
+    problems += _other_tokens(config, start)
     if missing := [name for name in drawn if name not in start.full]:
         what = (
             f"task `{config.task}` draws {missing[0]} at random, and the adapter does not hold it: it would not train"
@@ -140,6 +142,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple | frozenset) or value is None:
         return ", ".join(sorted(map(str, value or ()))) or "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _other_tokens(config: Config, start: Adapter) -> Iterator[Diagnostic]:
+    """Tokens to add, if they are others than those of the adapter: their rows would not train."""
+    said, theirs = config.model.tokens, tuple(added_tokens(start.sites))
+    if said and said != theirs:
+        what = f"adds {', '.join(said)}, and the adapter has {', '.join(theirs) or 'no rows for new tokens'}"
+        yield Diagnostic("model.tokens", what, _FIX)
 
 
 def _other_targets(section: MethodSection, model: nn.Module, start: Adapter) -> Iterator[Diagnostic]:

@@ -19,6 +19,7 @@ from lorary.model.loading.from_pretrained import load_config, load_tokenizer, sk
 from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
+from lorary.model.vocabulary import added_tokens
 from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
@@ -178,7 +179,9 @@ def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Con
     if start is not None:
         names = ", ".join(presets_of(start.adapter.method))
         note = f"training goes on from the adapter in {path_of(start.name)}: {names}"
-        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": start.name})})
+        tokens = config.model.tokens or tuple(added_tokens(start.adapter.sites))
+        model = config.model.model_copy(update={"adapter": start.name, "tokens": tokens})
+        config = config.model_copy(update={"model": model})
         return config.with_notes(note, *start.adapter.notes)
     method = config.method.model_copy(update={"after": with_digests(config.method.after, past)})
     return config.model_copy(update={"method": method})
