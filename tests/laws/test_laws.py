@@ -18,7 +18,9 @@ from lorary.methods.adalora import SVDDelta
 from lorary.methods.glora import GLoRAJoin
 from lorary.methods.houlsby import Bottleneck
 from lorary.methods.lora import Kaiming
+from lorary.methods.lora_ga import GradientInit
 from lorary.methods.melora import BlockDiagonal
+from lorary.spec.calibration import CalibratedInit
 
 from . import laws
 from .cases import KINDS, Case, methods, possible
@@ -96,6 +98,10 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
         if isinstance(method.join, Bottleneck) or name == "ia3 of inputs":  # outputs, or inputs, of linear layers
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name.startswith(("conv", "embedding"))}
+        if isinstance(method.init, CalibratedInit) and method.init.reads == "inputs":  # of linear layers
+            expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
+        if isinstance(method.init, GradientInit):  # 2 r directions
+            expected |= {(name, k.name) for k in KINDS if min(k.inp, *(k.adapted or (k.out,))) < 6}
         if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lorary.layers.shared_projections import SharedProjections
 from lorary.model._insert import insert
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
+from lorary.model.calibration import Loss, calibrate, not_calibrated
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.in_transformers import release
@@ -41,7 +42,15 @@ TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @mode_independent
-def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
     All or nothing: after any exception the model is as it was before. If the method quantises the base, the dense
@@ -52,6 +61,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         plan: from `lorary.plan`.
         seed: for the adapters' initialisation; each site draws from the seed and its own name.
         dtype: of the adapters' tensors.
+        data: batches of the training data, for a method whose start reads them (`lorary.calibrate`).
+        loss: (the model's output, the batch) -> the loss; by default the output's own `loss`.
 
     Returns:
         The same model.
@@ -60,7 +71,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already, by lorary or by PEFT; or the model is wrapped by DDP or sharded by
             FSDP, which would not see the new parameters: attach first.
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
-            trainable dtype.
+            trainable dtype. Or its start reads data: there is none, or it does not determine a start.
 
     Warns:
         ReachWarning: in the first training forward, about adapters that did not run there, among those that no dry
@@ -71,6 +82,10 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         raise PlanError("cannot attach:", [Diagnostic("seed", f"is {seed!r}, not a whole number")])
     scanned = scan(inner)
     quantized = _layers_to_quantize(scanned, plan, dtype)
+    if data is not None:
+        plan = calibrate(inner, plan, data, loss=loss, seed=int(seed))
+    elif problems := not_calibrated(inner, plan):
+        raise PlanError("cannot attach:", problems)
     full = {f.name: f.shape for f in plan.full}
     with all_or_nothing(inner) as undo:
         insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
@@ -122,8 +137,7 @@ def _start(
         quantizes = layer.site.name in quantized
         first = id(layer.params) not in initialised
         if first:
-            initialise_layer(layer, seed, quantizes=quantizes)
-            layer.load(fixed.get(layer.site.name, {}))
+            initialise_layer(layer, seed, fixed.get(layer.site.name, {}), quantizes=quantizes)
         finalise_start(model, layer, undo, quantizes=quantizes)
         if first:
             with torch.no_grad():

@@ -180,6 +180,10 @@ def _storage_problems(
     """Why the base cannot be stored as the method says, or an init cannot decompose its weights."""
     late = [p for p in sites if p.init.residual_init and scanned.is_quantised(p.site.name)]
     problems = deduplicated(already_quantized(p.site.name, p.init) for p in late)
+    for p in sites:
+        if p.init.starts_at_error and p not in late and p.site.name not in quantized:
+            what = f"stays as it is, and {type(p.init).__name__} starts at the quantisation error"
+            problems.append(Diagnostic(p.site.name, what, "exclude it: linear layers that are not tied are quantised"))
     if not storage.writable and not quantized and not any(m.quantised for m in scanned.modules.values()):
         what = f"{type(storage).__name__} finds no plain linear layer to quantise besides the output head"
         problems.append(Diagnostic("storage", what))

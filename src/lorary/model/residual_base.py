@@ -20,23 +20,39 @@ from lorary.errors import Diagnostic, PlanError, StateError
 from lorary.kernels.torch_internals import buffers_of, parameters_of
 from lorary.layers.adapted import Adapted
 from lorary.layers.dtensor import is_sharded
-from lorary.layers.kinds import kind_of
+from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized, weight
 from lorary.layers.wrappers import submodule
 from lorary.model.quantize import already_quantized, dequantized_layer
 from lorary.model.state import AttachedState, base_parameter, state_of
 from lorary.model.tied_config import untie_config
 from lorary.model.undo import Undo
+from lorary.spec.calibration import CalibratedInit
+from lorary.spec.placement import start_name
 
 
-def initialise_layer(layer: Adapted, seed: int, *, quantizes: bool) -> None:
-    """Fill a layer's tensors; iterate with quantisation if the base is to be quantised and the init asks for it."""
-    layer.initialise(seed)
-    if quantizes and layer.start:
+def initialise_layer(layer: Adapted, seed: int, fixed: Mapping[str, Tensor], *, quantizes: bool) -> None:
+    """Fill a layer's tensors; iterate with quantisation if the base is to be quantised and the init asks for it.
+
+    Args:
+        layer: with its plain base.
+        seed: of the random draw.
+        fixed: role -> values that the plan has, such as those of earlier tasks, or a start measured on data.
+        quantizes: whether attaching quantises the base.
+    """
+    init = layer.init
+    if not init.starts_at_error:
+        layer.initialise(seed)
+    if quantizes and init.residual_init and not layer.weight.is_meta:
         W = _exact_matrix(layer)
-        for _ in range(layer.init.rounds - 1):
-            residual = layer.kind.matrix(layer.method.storage.quantize(layer.base, _residual(layer)))
-            layer.initialise(seed, W - residual.to(W.dtype))
+        rest = W if init.starts_at_error else _residual(layer)
+        for _ in range(init.rounds if init.starts_at_error else init.rounds - 1):
+            stored = layer.method.storage.quantize(layer.base, rest)  # of a transposed layer a linear one
+            layer.initialise(seed, W - KINDS[cast(str, kind_of(stored))].matrix(stored).to(W.dtype))
+            rest = _residual(layer)
+    layer.load(fixed)
+    if layer.start and isinstance(layer.init, CalibratedInit) and not layer.start.keys() & fixed.keys():
+        layer.load({start_name(role): layer.params[role] for role in layer.delta.roles})
 
 
 def finalise_start(model: nn.Module, layer: Adapted, undo: Undo, *, quantizes: bool) -> None:

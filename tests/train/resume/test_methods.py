@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 8,
 }
-NO_DROPOUT = {"pissa", "olora", "glora", "delta-lora"}
+NO_DROPOUT = {"pissa", "olora", "loftq", "lora-ga", "corda", "glora", "delta-lora"}
 ALONE: dict[str, dict[str, Any]] = {  # their joins train by themselves: without a rank, dropout or targets
     "houlsby": {"m": 8},
     "ia3": {},

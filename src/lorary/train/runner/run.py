@@ -25,6 +25,7 @@ from lorary.train.runner.extend import check_longer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
 from lorary.train.runner.model_card import CardData, model_card
+from lorary.train.runner.calibration_rows import with_sites
 from lorary.train.runner.prepare import RunPlan, prepare
 from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
 from lorary.train.runner.result import Run, step_memory
@@ -152,6 +153,7 @@ def _run(
     process_memory.reset_peak()
     before = process_memory.current_bytes()
     model = build_model(prepared, resumed)
+    prepared = with_sites(prepared, model)
     bar, recorder = ProgressLines(), Recorder(folder)
     if resumed is not None:  # once the checkpoint is known to be of this run
         recorder.start = lambda: _write_start(prepared, folder, resumed, skipped)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorary.errors import Diagnostic, StateError, TrainingError
 from lorary.layers.wrappers import submodule
+from lorary.model.calibration import not_calibrated
 from lorary.model.checks import changeable, model_mismatches
 from lorary.model.plan import Plan
 from lorary.model.scan import Scan, scan
@@ -47,6 +48,7 @@ def check(model: Any, plans: Any, seeds: Any) -> None:
             problems += _mismatches(scanned, name, plan) or [
                 Diagnostic(name, *why) for why in _plan_problems(scanned, plan)
             ]
+            problems += [Diagnostic(name, p.what, p.fix) for p in not_calibrated(scanned.model, plan)]
     if problems:
         raise TrainingError(HEADLINE, problems)
 
