@@ -35,7 +35,12 @@ TABLE: dict[str, dict[str, str]] = {
     "adalora": {"P": "zero", "E": "some", "Q": "zero"},
     "glora": {"Ad": "some", "Au": "zero", "Bd": "some", "Bu": "zero", "Cd": "some", "Cu": "zero", "E": "some"},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "longlora": {"length": 64}, "vera": {"r": 8}, "eva": {"rho": 1.0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"target": 2},
+    "longlora": {"length": 64},
+    "vera": {"r": 8},
+    "eva": {"rho": 1.0},  # every layer keeps its rank
+}
 
 
 def attached(name: str, targets: Any = "all-linear") -> Any:

@@ -98,7 +98,7 @@ def test_a_base_that_is_not_quantised_is_refused() -> None:
     tied = tiny.llama(tie_word_embeddings=True)
     with pytest.raises(PlanError, match="lm_head: stays as it is, and QuantizationErrorInit starts at the quant"):
         lorary.plan(tied, lorary.method("loftq", r=2), ["q_proj", "lm_head"])
-    with pytest.raises(PlanError, match="attach to the plain base|quantised already"):
+    with pytest.raises(PlanError, match="is quantised already"):
         lorary.plan(lorary.quantize(tiny.llama(), lorary.NF4()), lorary.method("loftq", r=2))
     assert QuantizationErrorInit().problems(Site("x", "linear", 4, 6, False), 5)
 

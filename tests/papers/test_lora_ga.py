@@ -48,7 +48,8 @@ def test_the_first_step_is_the_best_of_rank_2r() -> None:
     layer, _, G = start(nn.Linear(12, 10), x := torch.randn(7, 12).double(), r=2)
     loss_of(layer(x)).backward()
     B, A = (layer.params[role] for role in "BA")
-    assert A.grad is not None and B.grad is not None
+    assert A.grad is not None
+    assert B.grad is not None
     step = layer.scale * (B.grad @ A + B @ A.grad).detach()
     U, S, Vh = torch.linalg.svd(G)
     best = U[:, :4] * S[:4] @ Vh[:4]

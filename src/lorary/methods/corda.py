@@ -1,14 +1,15 @@
-"""CorDA: y = (W - s B0 A0) x + b + s B A x, where s B0 A0 = U_r S_r V_r^T C^-1 of W C = U S V^T, C = X^T X of the inputs.
+"""CorDA: y = (W - s B0 A0) x + b + s B A x, where s B0 A0 = U_r S_r V_r^T C^-1 of W C = U S V^T, and C = X^T X.
 
-The decomposition is weighted by what the layer reads. In the knowledge-preserved mode the adapter is given the r
+The decomposition is weighted by what the layer reads, X. In the knowledge-preserved mode the adapter is given the r
 smallest directions, so that what matters for the data stays frozen; sample the knowledge to keep. In the
 instruction-previewed mode it is given the r largest; sample the task.
 
 Yang et al. 2024, arXiv:2406.05223, equations 2 to 5. The damping of C before it is inverted, 256 rows and the roots of
-the singular values in both factors are those of the authors' code; the division by s, which allows any alpha, is PEFT's.
+the singular values in both factors are those of the authors' code; the division by s, for any alpha, is PEFT's.
 
-As in their code, C is the mean of X^T X over the rows of the data, each row's X divided by its largest number: the paper
-has X^T X, whose size would decide how much of the singular values goes to B and how much to A. Padding does not count.
+As in their code, C is the mean of X^T X over the rows of the data, each row's X divided by its largest number: the
+paper has X^T X, whose size would decide how much of the singular values goes to B, and how much to A. Padding does not
+count.
 """
 
 from __future__ import annotations

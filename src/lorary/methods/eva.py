@@ -62,7 +62,9 @@ class InputDirectionsInit(CalibratedInit):
         assert isinstance(statistic, Moments)
         most = min(round(r * self.rho), site.in_features)
         if statistic.count <= most:
-            what = f"{statistic.count} tokens have no {most} principal directions, as r = {r} and rho = {self.rho:g} need"
+            what = (
+                f"{statistic.count} tokens have no {most} principal directions, as r = {r} and rho = {self.rho:g} need"
+            )
             raise ValueError(what)
         scatter, directions = torch.linalg.eigh(statistic.centred)
         scatter, V = scatter.flip(0).clamp(min=0)[:most], directions.T.flip(0)[:most]

@@ -98,8 +98,8 @@ def factors_by_parts(W: Tensor, site: Site, start: Callable[[Tensor], Factors]) 
 def too_small(site: Site, r: int, what: str, each: int = 1) -> list[str]:
     """The error of a start in r directions, or `each` times as many, of a W that has fewer."""
     most = min(*site.rows, site.in_features)
-    taken = "" if each == 1 else f" and {each} r of them are taken"
-    return [f"its matrix has no more than {most} {what},{taken} and r is {r}"] if each * r > most else []
+    taken = f"r is {r}" if each == 1 else f"{each} r are taken, r = {r}"
+    return [f"its matrix has no more than {most} {what}, and {taken}"] if each * r > most else []
 
 
 @preset(

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,9 @@ def _loss(output: Any, batch: Any, loss: Loss | None) -> Tensor:
     """
     value = getattr(output, "loss", None) if loss is None else loss(output, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        what = "the model's output has no loss" if loss is None else f"`loss` returned {type(value).__name__}, no number"
+        what = (
+            "the model's output has no loss" if loss is None else f"`loss` returned {type(value).__name__}, no number"
+        )
         fix = "put `labels` into the batches, or pass loss=(output, batch) -> number"
         raise PlanError(HEADLINE, [Diagnostic("data", what, fix)])
     if not value.requires_grad:
@@ -163,7 +165,7 @@ def _gradients(layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
 
     try:
         for name, (layer, _) in layers.items():
-            own = nn.Parameter(layer.weight.detach())
+            own = nn.Parameter(cast(nn.Parameter, weights[name]).detach())
             own.register_post_accumulate_grad_hook(lambda parameter, name=name: added(name, parameter))
             parameters_of(layer)["weight"] = own
         yield

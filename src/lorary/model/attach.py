@@ -14,9 +14,10 @@ from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
 from lorary.layers.quantized_weight import swap_hooks
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model._insert import insert
+from lorary.model._statistics import Loss
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
-from lorary.model.calibration import Loss, calibrate, not_calibrated
+from lorary.model.calibration import calibrate, not_calibrated
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.in_transformers import release

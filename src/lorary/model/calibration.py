@@ -80,7 +80,9 @@ def not_calibrated(model: nn.Module, plan: Plan) -> list[Diagnostic]:
     if not waiting:
         return []
     name = type(waiting[0].init).__name__
-    return [Diagnostic("data", f"{name} starts {len(waiting)} layers from training data, and there is none", _PASS_DATA)]
+    return [
+        Diagnostic("data", f"{name} starts {len(waiting)} layers from training data, and there is none", _PASS_DATA)
+    ]
 
 
 def _calibrated(init: object) -> CalibratedInit:
@@ -95,7 +97,9 @@ def _problems(model: nn.Module, sites: Sequence[AdaptedSite]) -> list[Diagnostic
     for p in sites:
         layer = submodule(model, p.site.name)
         if any(t.is_meta for t in layer.parameters()):
-            problems.append(Diagnostic(p.site.name, "is on the meta device and has no values", "load its weights first"))
+            problems.append(
+                Diagnostic(p.site.name, "is on the meta device and has no values", "load its weights first")
+            )
         elif _calibrated(p.init).reads == "gradient" and is_quantized(layer):
             what = f"its weight is quantised, and {type(p.init).__name__} reads its gradient"
             problems.append(Diagnostic(p.site.name, what, "attach to the plain base: `qlora` quantises it afterwards"))

@@ -45,6 +45,7 @@ def _batch(row: Row) -> dict[str, Tensor]:
 
 def with_sites(prepared: RunPlan, model: Any) -> RunPlan:
     """The run with the layers and ranks that its model has, which an init may have moved (EVA)."""
-    if not any(isinstance(site.init, CalibratedInit) for site in prepared.plan.sites):
+    now = attached(model)
+    if now is None or not any(isinstance(site.init, CalibratedInit) for site in prepared.plan.sites):
         return prepared
-    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, sites=attached(model).sites))
+    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, sites=now.sites))

@@ -21,11 +21,11 @@ from lorary.model.rank_pruning import directions_of
 from lorary.train.config.config import Config
 from lorary.train.data.lint import text
 from lorary.train.runner.build import build_model, build_trainer
+from lorary.train.runner.calibration_rows import with_sites
 from lorary.train.runner.extend import check_longer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
 from lorary.train.runner.model_card import CardData, model_card
-from lorary.train.runner.calibration_rows import with_sites
 from lorary.train.runner.prepare import RunPlan, prepare
 from lorary.train.runner.recorder import EvaluateAtEnd, Recorder
 from lorary.train.runner.result import Run, step_memory
