@@ -60,11 +60,8 @@ def build(names: tuple[str, ...]) -> nn.Module:
         lorary.attach(model, lorary.plan(model, lorary.method(*names, tokens=3)))
     else:
         model = nn.Sequential(Block())
-        fewer = {name: ["linear"] for name in ("corda", "eva", "loftq")} | {
-            "lora-fa": ["linear", "conv"],
-            "glora": ["linear", "conv"],
-            "houlsby": ["linear"],
-        }
+        fewer = dict.fromkeys(("houlsby", "loftq", "corda", "eva"), ["linear"])
+        fewer |= dict.fromkeys(("lora-fa", "glora"), ["linear", "conv"])
         targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
         plan = lorary.plan(model, method, targets=targets)

@@ -3,8 +3,8 @@
 The directions of all layers compete for the ranks: those that explain the largest shares of their layer's variance
 win, at most rho r in a layer, so that the sum of the ranks stays what it was. A layer that wins none gets no adapter.
 
-Paischer et al. 2024, arXiv:2410.07170, section 3 and algorithm 1. rho 2, inputs at labelled tokens alone and the centred
-inputs are those of the authors' code, and of PEFT; alpha follows the rank there, so that s stays as it was.
+Paischer et al. 2024, arXiv:2410.07170, section 3 and algorithm 1. rho 2, the centred inputs and labelled tokens alone
+are those of the authors' code and PEFT's; alpha follows the rank, as in PEFT, so that s stays as it was.
 
 Differs from the authors' code: the directions are the exact ones of all rows that are read, not the outcome of an
 incremental decomposition that stops when it has converged.

@@ -148,12 +148,12 @@ def _start(model: nn.Module, p: AdaptedSite, statistic: Statistic | None, seed: 
     if not values.any():
         raise ValueError(f"{what} is zero on this data" if init.reads == "gradient" else f"{what} are all zero")
 
-    def W() -> Tensor:
+    def weight() -> Tensor:
         M = KINDS[p.site.kind].matrix(layer).detach()
         return M.to(torch.promote_types(M.dtype, torch.float32))
 
     with torch.no_grad():
-        tensors = init.measured(statistic, W, p.site, p.r, p.scale, p.site.generator(seed))
+        tensors = init.measured(statistic, weight, p.site, p.r, p.scale, p.site.generator(seed))
     return {role: tensor.cpu() for role, tensor in tensors.items()}
 
 

@@ -17,7 +17,7 @@ from lorary.train import run
 from lorary.train.config.load import from_dict
 from tests.train.runs import base_folder, changed, configuration
 
-OPTIONS: dict[str, dict[str, Any]] = {"lora-ga": {"gamma": 256.0}, "corda": {}, "eva": {"samples": 8}}
+OPTIONS: dict[str, dict[str, Any]] = {"lora-ga": {"gamma": 256.0}, "corda": {}, "eva": {"samples": 8, "rho": 3.0}}
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def with_method(words: dict[str, Any], *names: str) -> dict[str, Any]:
     options = {k: v for name in names for k, v in OPTIONS[name].items()}
-    return words | {"method": {"name": list(names), "r": 2, "options": options}}
+    return words | {"method": {"name": list(names), "r": 3, "options": options}}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -43,11 +43,11 @@ def test_trained_and_resumed(words: dict[str, Any], name: str, tmp_path: Path) -
     assert {path.name: path.read_bytes() for path in adapter.glob("*.safetensors")} == files
     saved = lorary.load_adapter(adapter)
     ranks = {p.r for p in saved.sites}
-    assert (ranks == {2}) == (name != "eva")
-    assert sum(p.r for p in saved.sites) == 28
+    assert (ranks == {3}) == (name != "eva")
+    assert sum(p.r for p in saved.sites) == 42
     assert f"{sum(p.trainable for p in saved.sites):,}" in (tmp_path / "out" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = lorary.load(base, saved)
+    model = lorary.load(base, adapter)
     ids = torch.randint(5, 200, (1, 9))
     live = model(ids).logits.detach().float()
     merged = lorary.merge(model)(ids).logits.detach().float()
@@ -57,7 +57,7 @@ def test_trained_and_resumed(words: dict[str, Any], name: str, tmp_path: Path) -
 def test_the_seed_draws_the_rows(words: dict[str, Any], tmp_path: Path) -> None:
     starts = {}
     for label, seed, output in (("one", 1, "a"), ("same", 1, "b"), ("other", 2, "c")):
-        tree = changed(with_method(words, "lora-ga") | {"output": output}, "training", seed=seed, max_steps=1)
+        tree = changed(with_method(words, "lora-ga") | {"output": output}, "training", seed=seed, max_steps=2)
         tree = changed(tree, "training", save_steps=None, eval_steps=None)
         run(from_dict(tree), quiet=True)
         adapter = lorary.load_adapter(tmp_path / output / "adapter")
