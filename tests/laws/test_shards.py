@@ -60,8 +60,8 @@ def build(names: tuple[str, ...]) -> nn.Module:
         lorary.attach(model, lorary.plan(model, lorary.method(*names, tokens=3)))
     else:
         model = nn.Sequential(Block())
-        fewer = dict.fromkeys(("houlsby", "loftq", "corda", "eva"), ["linear"])
-        fewer |= dict.fromkeys(("lora-fa", "glora"), ["linear", "conv"])
+        fewer = {name: ["linear"] for name in ("houlsby", "loftq", "corda", "eva")}
+        fewer |= {name: ["linear", "conv"] for name in ("lora-fa", "glora")}
         targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
         plan = lorary.plan(model, method, targets=targets)
