@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapters import export_peft
-from lorary.errors import MethodError, PlanError, StateError
+from lorary.errors import MethodError, PlanError, StateError, TrainingError
 from lorary.layers.adapted import adapted_layers
 from lorary.spec.calibration import CalibratedInit
+from lorary.train.shared_base.shared_base import SharedBase
 from tests import tiny
 
 READING = [n for n in lorary.presets() if isinstance(lorary.method(n).init, CalibratedInit)]
@@ -250,6 +251,20 @@ def test_a_layer_that_never_runs_is_named() -> None:
         plan = lorary.plan(model, lorary.method(name, r=1, alpha=1), ["runs", "idle"])
         with pytest.raises(PlanError, match="idle: it did not run on this data"):
             lorary.calibrate(model, plan, [torch.randn(4, 8)], loss=lambda y, _: y.sum())
+
+
+def test_a_plan_for_another_model() -> None:
+    plan = planned(llama(), "corda")
+    with pytest.raises(PlanError, match="cannot calibrate"):
+        lorary.calibrate(llama(hidden_size=32), plan, data())
+    with pytest.raises(PlanError):
+        lorary.attach(nn.Sequential(nn.Linear(3, 3)), plan)
+
+
+def test_training_together_says_what_is_missing() -> None:
+    model = llama()
+    with pytest.raises(TrainingError, match="one: InputDirectionsInit starts 14 layers from training data"):
+        SharedBase(model, {"one": planned(model, "eva")})
 
 
 def test_something_is_attached_already() -> None:

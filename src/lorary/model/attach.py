@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
-from lorary.layers.quantized_weight import swap_hooks
+from lorary.layers.quantized_weight import stored_tensors, swap_hooks
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model._insert import insert
 from lorary.model._statistics import Loss
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
-from lorary.model.calibration import calibrate, not_calibrated
+from lorary.model.calibration import calibrate
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.in_transformers import release
@@ -29,6 +29,7 @@ from lorary.model.residual_base import (
     cannot_learn,
     finalise_start,
     initialise_layer,
+    not_calibrated,
     restore_weight,
     unwrapped_base,
 )
@@ -85,7 +86,7 @@ def attach(
     quantized = _layers_to_quantize(scanned, plan, dtype)
     if data is not None:
         plan = calibrate(inner, plan, data, loss=loss, seed=int(seed))
-    elif problems := not_calibrated(inner, plan):
+    elif problems := not_calibrated(_with_values(scanned, plan.sites), plan.fixed_tensors):
         raise PlanError("cannot attach:", problems)
     full = {f.name: f.shape for f in plan.full}
     with all_or_nothing(inner) as undo:
@@ -94,6 +95,12 @@ def attach(
         _quantize_others(inner, quantized)
         require_attached(inner, "attach").first_forward = FirstForward(inner, plan.unproved)
     return model
+
+
+def _with_values(scanned: Scan, sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
+    """The sites whose layers are not on the meta device, where nothing starts."""
+    found = [(p, scanned.modules[p.site.name].module) for p in sites if p.site.name in scanned.modules]
+    return [p for p, layer in found if not stored_tensors(layer)[0].is_meta]
 
 
 def _layers_to_quantize(scanned: Scan, plan: Plan, dtype: torch.dtype) -> list[str]:

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError, StateError
 from lorary.layers.kinds import KINDS
-from lorary.layers.quantized_weight import is_quantized, stored_tensors
+from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
 from lorary.model._statistics import HEADLINE, Loss, first_rows, measure, resting
 from lorary.model.ambient import mode_independent
-from lorary.model.checks import changeable
+from lorary.model.checks import changeable, model_mismatches
 from lorary.model.plan import Plan
 from lorary.model.quantize import with_progress
+from lorary.model.scan import scan
 from lorary.model.state import state_of
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
 from lorary.spec.placement import AdaptedSite, with_rank
 
 HELD_BYTES = 4 * 2**30  # of the statistics of one group of layers
-_PASS_DATA = "pass data: lorary.attach(model, plan, data=batches), or plan = lorary.calibrate(model, plan, batches)"
 
 
 @mode_independent
@@ -60,7 +60,8 @@ def calibrate(
         what = "something is attached already"
         raise StateError(HEADLINE, [Diagnostic("model", what, "detach it first: a start is that of the plain model")])
     sites = [p for p in plan.sites if isinstance(p.init, CalibratedInit)]
-    if problems := [*_problems(inner, sites), *_data_problems(data)]:
+    mismatches = model_mismatches(scan(inner), plan.sites, {f.name: f.shape for f in plan.full}, plan.quantized)
+    if problems := mismatches or [*_problems(inner, sites), *_data_problems(data)]:
         raise PlanError(HEADLINE, problems)
     found: dict[str, dict[str, Tensor]] = {}
     inits = dict.fromkeys(p.init for p in sites)
@@ -70,19 +71,6 @@ def calibrate(
             mine = [p for p in sites if p.init == init]
             found |= _starts(inner, mine, first_rows(batches, _calibrated(init).samples), loss, seed, held_bytes)
     return _with_starts(plan, found)
-
-
-def not_calibrated(model: nn.Module, plan: Plan) -> list[Diagnostic]:
-    """Why the sites of a plan cannot start yet: their init reads data, and has seen none."""
-    fixed = plan.fixed_tensors
-    waiting = [p for p in plan.sites if isinstance(p.init, CalibratedInit) and not fixed.get(p.site.name)]
-    waiting = [p for p in waiting if not stored_tensors(submodule(model, p.site.name))[0].is_meta]
-    if not waiting:
-        return []
-    name = type(waiting[0].init).__name__
-    return [
-        Diagnostic("data", f"{name} starts {len(waiting)} layers from training data, and there is none", _PASS_DATA)
-    ]
 
 
 def _calibrated(init: object) -> CalibratedInit:

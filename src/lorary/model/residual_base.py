@@ -10,7 +10,7 @@ quantisation error.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -28,7 +28,7 @@ from lorary.model.state import AttachedState, base_parameter, state_of
 from lorary.model.tied_config import untie_config
 from lorary.model.undo import Undo
 from lorary.spec.calibration import CalibratedInit
-from lorary.spec.placement import start_name
+from lorary.spec.placement import AdaptedSite, start_name
 
 
 def initialise_layer(layer: Adapted, seed: int, fixed: Mapping[str, Tensor], *, quantizes: bool) -> None:
@@ -121,6 +121,16 @@ def bad_weight(layer: Adapted) -> list[Diagnostic]:
         what = f"{what}; {type(init).__name__} starts at its directions"
         return [Diagnostic(layer.site.name, what, "repair the base, or exclude the layer")]
     return []
+
+
+def not_calibrated(sites: Iterable[AdaptedSite], fixed: Mapping[str, Mapping[str, Tensor]]) -> list[Diagnostic]:
+    """Why sites cannot start yet: their init reads data, and the plan has no values that were measured on some."""
+    waiting = [p for p in sites if isinstance(p.init, CalibratedInit) and not fixed.get(p.site.name)]
+    if not waiting:
+        return []
+    what = f"{type(waiting[0].init).__name__} starts {len(waiting)} layers from training data, and there is none"
+    fix = "pass data: lorary.attach(model, plan, data=batches), or plan = lorary.calibrate(model, plan, batches)"
+    return [Diagnostic("data", what, fix)]
 
 
 def cannot_learn(layer: Adapted) -> list[Diagnostic]:

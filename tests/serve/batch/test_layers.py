@@ -115,7 +115,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "glora": ("all-linear", {"r": 3}),
     "pissa": ("attention", {"r": 5}),
     "olora": ("attention", {"r": 3}),
-    "lora-ga": (["q_proj", "o_proj", "c_attn"], {"r": 3}),
+    "lora-ga": ("attention", {"r": 2}),
     "corda": ("attention", {"r": 3}),
     "eva": ("all-linear", {"r": 3}),
     "vera": (EMBEDDINGS, {"r": 24}),

@@ -44,7 +44,8 @@ TARGETS = ["all-linear", "lm_head"]
 
 def _model(*presets: str, **options: Any) -> Any:
     dropout = {} if NO_DROPOUT & set(presets) else {"dropout": 0.2}
-    return adapted(*presets, attention_dropout=0.2, targets=TARGETS, **dropout, **options)
+    targets = "all-linear" if "loftq" in presets else TARGETS  # the head is not quantised
+    return adapted(*presets, attention_dropout=0.2, targets=targets, **dropout, **options)
 
 
 def _alone(name: str, **options: Any) -> Any:
