@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
-from lorary.kernels.torch_internals import parameters_of
+from lorary.kernels.torch_internals import parameters_of, version_of
 from lorary.layers.kinds import KINDS
 from lorary.layers.wrappers import submodule
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
@@ -193,8 +193,8 @@ class _LastMoments:
     moments: Moments | None = None
 
     def of(self, x: Tensor) -> Moments | None:
-        if self.x is not x or self.version != x._version:
-            self.x, self.version, self.moments = x, x._version, self._of_rows(x.detach())
+        if self.x is not x or self.version != version_of(x):
+            self.x, self.version, self.moments = x, version_of(x), self._of_rows(x.detach())
         return self.moments
 
     def _of_rows(self, x: Tensor) -> Moments | None:
