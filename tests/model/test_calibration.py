@@ -103,6 +103,7 @@ def test_no_more_gradients_are_held_than_those_of_a_group() -> None:
 
 
 def test_only_as_many_rows_are_read_as_the_init_says() -> None:
+    assert any("GradientInit reads the gradient of 8 rows" in note for note in planned(llama(), "lora-ga").notes)
     model, calls = llama(), []
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
 

@@ -29,6 +29,7 @@ from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import abbreviated, as_list, target_notes
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
@@ -206,6 +207,7 @@ def _notes(
     """The notes of a plan, except for the weights that its targets cannot reach (`_unreached_notes`)."""
     return [
         *_rank_notes(sites),
+        *_calibration_notes(sites),
         *_tie_notes(scan, sites),
         *_head_notes(scan, method, full),
         *_precision_notes(full),
@@ -248,6 +250,15 @@ def _rank_notes(sites: Sequence[AdaptedSite]) -> list[str]:
         if p.r * (p.site.out_features + p.site.in_features) > p.site.out_features * p.site.in_features
     ]
     return _note("the factors are larger than the weight itself at {}: a lower rank loses nothing", wasteful)
+
+
+def _calibration_notes(sites: Sequence[AdaptedSite]) -> list[str]:
+    """The inits that read training data before the first step."""
+    inits = dict.fromkeys(p.init for p in sites if isinstance(p.init, CalibratedInit))
+    return [
+        f"{type(init).__name__} reads the {init.reads} of {init.samples} rows of training data before the first step"
+        for init in inits
+    ]
 
 
 def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:
