@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import lorary
 from lorary.errors import ConfigError
 from lorary.train import run
 from lorary.train.config.load import from_dict
+from lorary.train.config.yaml_source import dump
 from tests.train.runs import base_folder, changed, configuration
 
 OPTIONS: dict[str, dict[str, Any]] = {"lora-ga": {"gamma": 256.0}, "corda": {}, "eva": {"samples": 8, "rho": 3.0}}
@@ -90,3 +93,19 @@ def test_lora_drop_is_refused(words: dict[str, Any]) -> None:
     tree["method"] |= {"drop": {"threshold": 0.9}}
     with pytest.raises(ConfigError, match="InputDirectionsInit starts each layer from its own inputs"):
         run(from_dict(tree), quiet=True)
+
+
+@pytest.mark.slow
+def test_two_processes_start_as_one_does(words: dict[str, Any], tmp_path: Path) -> None:
+    tree = changed(with_method(words, "lora-ga"), "training", max_steps=2, save_steps=None, eval_steps=None)
+    run(from_dict(tree | {"output": str(tmp_path / "one")}), quiet=True)
+    (tmp_path / "my.yaml").write_text(dump(changed(tree | {"output": str(tmp_path / "two")}, "training", batch_size=2)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "lorary", "train", str(tmp_path / "my.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (lorary.load_adapter(tmp_path / name / "adapter").tensors for name in ("one", "two"))
+    assert len(one) == 14
+    for name in one:
+        starts = [roles["B0"] @ roles["A0"] for roles in (one[name], two[name])]
+        torch.testing.assert_close(*starts, rtol=1e-3, atol=1e-5)

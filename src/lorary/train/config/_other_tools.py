@@ -73,10 +73,13 @@ PRESET_OF = {
     "load_in_4bit": "qlora",
     "pissa_init": "pissa",
 }
+# PEFT's names of starts
+_STARTS: dict[Any, str] = {True: "", **{name: name for name in ("pissa", "olora", "loftq", "eva", "corda")}}
+_STARTS["lora_ga"] = "lora-ga"
 # Keys with a value for which a preset is added, or nothing where it is empty.
 PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
-    "init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
-    "peft_init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "init_lora_weights": _STARTS,
+    "peft_init_lora_weights": _STARTS,
     "adapter": {"lora": "", "qlora": "qlora"},
     "finetuning_type": {"lora": ""},
     "quantization_bit": {4: "qlora"},
