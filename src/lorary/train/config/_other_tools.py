@@ -167,7 +167,8 @@ HINTS = {  # key that cannot be translated -> what to write
     "layer_replication": "the base keeps its layers",
     **dict.fromkeys(
         ("init_lora_weights", "peft_init_lora_weights"),
-        "a start is a method: pissa (with niter: 16 for a fast decomposition) or olora; the default is LoRA's own",
+        "a start is a method: pissa (with niter: 16 for a fast decomposition), olora, loftq, lora-ga, eva or corda; "
+        "the default is LoRA's own",
     ),
     "peft_type": "`lorary methods` lists the methods; write method.name",
     "adapter": "write method.name: lora, qlora or another of `lorary methods`",
