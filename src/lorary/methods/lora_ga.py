@@ -3,7 +3,7 @@
 U_2 and V_1 are singular directions r + 1 to 2 r and 1 to r, and c = out^(1/4) / gamma^(1/2). The first step then moves
 s B A along G's first 2 r directions, as near to full fine-tuning as rank 2 r allows: r by B and r by A.
 
-s B A along G's first 2 r directions, as near to full fine-tuning as rank 2 r allows: r by B and r by A.
+Wang et al. 2024, arXiv:2407.05000, theorems 3.1 and 3.2, algorithm 1. The defaults are those of their code: gamma 16,
 8 rows, a randomised decomposition with 4 power iterations. They train with alpha 16 and rsLoRA's scale, which the
 theorem of the factor c assumes; add `rslora`.
 

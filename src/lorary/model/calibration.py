@@ -32,9 +32,14 @@ HELD_BYTES = 4 * 2**30  # of the statistics of one group of layers
 
 @mode_independent
 def calibrate(
-    model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss | None = None, seed: int = 0,
+    model: nn.Module,
+    plan: Plan,
+    data: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    seed: int = 0,
     held_bytes: int = HELD_BYTES,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan with the start that its inits read from training data; the model is left as it was.
 
     `lorary.attach(model, plan, data=...)` does this by itself.
@@ -42,8 +47,8 @@ def calibrate(
     Args:
         model: the plain model that was planned.
         plan: from `lorary.plan`, of a method such as `lora-ga`, `eva` or `corda`.
-        data: batches. A mapping is passed by name, a list or tuple by position. The first rows are read, as many as
-            the init says. The order matters to nothing else.
+        data: batches; a mapping is passed by name, a list or tuple by position. The first of them are read, until there
+            are as many rows as the init says.
         loss: (the model's output, the batch) -> the loss; by default the output's own `loss`.
         seed: for decompositions that draw.
         held_bytes: the statistics held at a time; with fewer, the model runs over the data more often.
@@ -85,9 +90,8 @@ def _problems(model: nn.Module, sites: Sequence[AdaptedSite]) -> list[Diagnostic
     for p in sites:
         layer = submodule(model, p.site.name)
         if any(t.is_meta for t in layer.parameters()):
-            problems.append(
-                Diagnostic(p.site.name, "is on the meta device and has no values", "load its weights first")
-            )
+            what = "is on the meta device and has no values"
+            problems.append(Diagnostic(p.site.name, what, "load its weights first"))
         elif _calibrated(p.init).reads == "gradient" and is_quantized(layer):
             what = f"its weight is quantised, and {type(p.init).__name__} reads its gradient"
             problems.append(Diagnostic(p.site.name, what, "attach to the plain base: `qlora` quantises it afterwards"))
@@ -109,12 +113,12 @@ def _starts(
     found: dict[str, tuple[int, dict[str, Tensor]]] = {}
     problems: list[Diagnostic] = []
     for group in with_progress(_groups(sites, held), "calibrating"):
-        for name, statistic in measure(model, init, group, batches, loss).items():
-            p = next(p for p in group if p.site.name == name)
+        statistics = measure(model, init, group, batches, loss)
+        for p in group:
             try:
-                found[name] = p.r, _start(model, p, statistic, seed)
+                found[p.site.name] = p.r, _start(model, p, statistics.pop(p.site.name), seed)
             except ValueError as error:
-                problems.append(Diagnostic(name, str(error), "pass other data, or exclude the layer"))
+                problems.append(Diagnostic(p.site.name, str(error), "pass other data, or exclude the layer"))
     if problems:
         raise PlanError(HEADLINE, problems)
     return init.distributed(found)

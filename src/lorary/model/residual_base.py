@@ -45,11 +45,10 @@ def initialise_layer(layer: Adapted, seed: int, fixed: Mapping[str, Tensor], *, 
         layer.initialise(seed)
     if quantizes and init.residual_init and not layer.weight.is_meta:
         W = _exact_matrix(layer)
-        rest = W if init.starts_at_error else _residual(layer)
-        for _ in range(init.rounds if init.starts_at_error else init.rounds - 1):
+        for i in range(0 if init.starts_at_error else 1, init.rounds):
+            rest = _residual(layer) if i else W
             stored = layer.method.storage.quantize(layer.base, rest)  # of a transposed layer a linear one
             layer.initialise(seed, W - KINDS[cast(str, kind_of(stored))].matrix(stored).to(W.dtype))
-            rest = _residual(layer)
     layer.load(fixed)
     if layer.start and isinstance(layer.init, CalibratedInit) and not layer.start.keys() & fixed.keys():
         layer.load({start_name(role): layer.params[role] for role in layer.delta.roles})

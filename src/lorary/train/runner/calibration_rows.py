@@ -15,7 +15,7 @@ from lorary.model.state import attached
 from lorary.spec.calibration import CalibratedInit
 from lorary.train.data.tokenize import Row
 from lorary.train.runner.prepare import RunPlan
-from lorary.train.trainer.distributed import on_main_process
+from lorary.train.trainer.distributed import on_main_process, this_process
 
 
 def calibrated(base: Any, plan: Plan, prepared: RunPlan) -> Plan:
@@ -32,7 +32,14 @@ def calibrated(base: Any, plan: Plan, prepared: RunPlan) -> Plan:
     rows, seed = prepared.train.rows, prepared.config.training.seed
     drawn = random.Random(seed).sample(range(len(rows)), min(max(samples), len(rows)))
     batches = [_batch(rows[i]) for i in drawn]
-    return on_main_process(lambda: calibrate(base, plan, batches, seed=seed))
+
+    def measure() -> Plan:
+        try:  # the base was loaded on the CPU, and training moves it to the accelerator only later
+            return calibrate(base.to(this_process().device), plan, batches, seed=seed)
+        finally:
+            base.to("cpu")
+
+    return on_main_process(measure)
 
 
 def _batch(row: Row) -> dict[str, Tensor]:
