@@ -45,7 +45,15 @@ def test_the_file_works_as_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [interfaces.Delta, interfaces.Join, interfaces.Init, CalibratedInit, interfaces.Rule, interfaces.Storage, interfaces.Scale],
+    [
+        interfaces.Delta,
+        interfaces.Join,
+        interfaces.Init,
+        CalibratedInit,
+        interfaces.Rule,
+        interfaces.Storage,
+        interfaces.Scale,
+    ],
 )
 def test_the_table_lists_all_members_of_each_protocol(protocol: type) -> None:
     """And nothing else."""
