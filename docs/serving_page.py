@@ -12,6 +12,7 @@ from lorary.cli.method_page import stem
 from lorary.errors import MethodError
 from lorary.serve.forms.form import serving_form
 from lorary.serve.forms.serving_form import ServingForm
+from lorary.spec.calibration import CalibratedInit
 
 HEAD = """# What a server computes
 
@@ -82,10 +83,13 @@ def _form(name: str) -> ServingForm:
     """The form of a method's adapter with numbers in every tensor."""
     preset = lorary.presets()[name]
     known = preset.parameters
-    sizes = {k: v for k, v in {"r": 16, "length": 2048}.items() if k in known}
+    sizes = {k: v for k, v in {"r": 16, "length": 2048, "rho": 1.0}.items() if k in known}
     method = lorary.method(name, **sizes, **preset.example)
     base = _base()
-    lorary.attach(base, lorary.plan(base, method))
+    plan = lorary.plan(base, method)
+    ids = torch.arange(3 * 64).reshape(3, 64) % 61
+    batches = [{"input_ids": ids, "labels": ids}] if isinstance(method.init, CalibratedInit) else None
+    lorary.attach(base, plan, data=batches)
     adapter = lorary.Adapter.of(base)
     ones = {site: {role: torch.ones_like(t) for role, t in roles.items()} for site, roles in adapter.tensors.items()}
     return serving_form(dataclasses.replace(adapter, tensors=ones), _base())

@@ -9,6 +9,7 @@ import pytest
 from scripts import import_graph
 
 from lorary.spec import interfaces
+from lorary.spec.calibration import CalibratedInit
 from tests import fresh, pages
 
 pytestmark = pytest.mark.xdist_group(fresh.GROUP)
@@ -44,18 +45,27 @@ def test_the_file_works_as_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "protocol",
-    [interfaces.Delta, interfaces.Join, interfaces.Init, interfaces.Rule, interfaces.Storage, interfaces.Scale],
+    [
+        interfaces.Delta,
+        interfaces.Join,
+        interfaces.Init,
+        CalibratedInit,
+        interfaces.Rule,
+        interfaces.Storage,
+        interfaces.Scale,
+    ],
 )
 def test_the_table_lists_all_members_of_each_protocol(protocol: type) -> None:
     """And nothing else."""
     members = {name for name in {*vars(protocol), *protocol.__annotations__} if not name.startswith("_")}
     shown = {interfaces.Delta: "what is trained", interfaces.Join: "how it joins", interfaces.Init: "where it starts"}
+    shown |= {CalibratedInit: "a start that reads data"}
     shown |= {interfaces.Rule: "what happens", interfaces.Storage: "how the weight", interfaces.Scale: "its size"}
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {shown[protocol]}")]
     must, may = row.split("|")[3:5]
     named = set(re.findall(r"`(\w+)", must + may))
-    assert named - {"add", "Fused"} == members
+    assert named - {"add", "Fused", "Init"} == members
 
 
 def test_every_question_leads_to_a_file_in_its_room() -> None:

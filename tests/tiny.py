@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorary
+from lorary.spec.calibration import CalibratedInit
 
 _SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = _SMALL | {"intermediate_size": 24, "num_key_value_heads": 2}
@@ -162,9 +163,18 @@ def shaken(model: nn.Module, size: float = 0.3, seed: int = 3) -> nn.Module:
 LORA = lorary.method("lora", r=2, alpha=8.0)
 
 
+def data_for(plan: lorary.Plan, ids: Tensor | None = None) -> list[dict[str, Tensor]] | None:
+    """Training data for a plan whose start reads some, from a seed; None for others."""
+    if not any(isinstance(site.init, CalibratedInit) for site in plan.sites):
+        return None
+    ids = torch.randint(3, 38, (4, 12), generator=torch.Generator().manual_seed(7)) if ids is None else ids
+    return [{"input_ids": ids, "labels": ids}]
+
+
 def trained(model: Any, method: lorary.Method = LORA, targets: Any = "all-linear", **options: Any) -> Any:
     """The model as after training with a method."""
-    lorary.attach(model, lorary.plan(model, method, targets), **options)
+    plan = lorary.plan(model, method, targets)
+    lorary.attach(model, plan, **{"data": data_for(plan)} | options)
     return shaken(model)
 
 

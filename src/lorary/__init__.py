@@ -57,6 +57,7 @@ _HOMES = {
     "attach": "model.attach",
     "attached": "model.state",
     "cached": "model.cached",
+    "calibrate": "model.calibration",
     "change_rank": "adapters.change_rank",
     "check": "adapters.readers.check",
     "dequantize": "model.quantize",
@@ -158,6 +159,7 @@ if TYPE_CHECKING:
     from lorary.model.attach import attach as attach
     from lorary.model.attach import detach as detach
     from lorary.model.cached import cached as cached
+    from lorary.model.calibration import calibrate as calibrate
     from lorary.model.disable import disabled as disabled
     from lorary.model.fingerprint import Fingerprint as Fingerprint
     from lorary.model.loading.bitsandbytes_checkpoint import save_quantized as save_quantized

@@ -31,6 +31,15 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
+    "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
+    "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
+    "lora-ga-0.6.0/lorary.json": "8b6b02f563fe2dfc06391dd5c04befbfaa808ddfe63798ac6c3b57cdd4ddc626",
+    "corda-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
+    "corda-0.6.0/lorary.json": "bba7a5cd9ab87a40fba1e76d8d99a2d916ee01a1cd80cb19a7a86d9ff18afac5",
+    "eva-0.6.0/adapter_config.json": "e01ad3e01ed53747ecae859f86b1ad945334f016b8b6a500437d38ec3b497a1e",
+    "eva-0.6.0/adapter_model.safetensors": "48b64dd9f3b19c11020bbf8c278c1efa1e9feef5934809547faebf053af5488c",
+    "eva-0.6.0/lorary.json": "d6704e37d1568e79c6d7eb3e260815c034822a53b7d662ec29a1c9a5d3181124",
     "houlsby-0.6.0/adapter.safetensors": "04188e5db7b8d21cd8cfc9e67d72f64f4326710128116bd0205ad5b00c6c67a6",
     "houlsby-0.6.0/lorary.json": "1a56ba3985b174bc98ca34c8c22e52da509fd7b615c1788899d3ebd958b2605a",
     "ia3-0.6.0/adapter_config.json": "4999394e719ef22b2a31de3d867fe6017c426c2ac869efbbbce9e30733c9d179",
@@ -391,6 +400,7 @@ PRESETS = [
     *("lora", "rslora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "olora", "vera", "melora", "multilora"),
     *("adalora", "delta-lora", "o-lora", "bitfit", "full"),
 ]
+STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva")}
 ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in PRESETS} | {
     "longlora-0.5.0": longlora,
     "qlora-0.4.0": qlora,
@@ -416,6 +426,7 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "shared-own-0.6.0": shared_own,
     "longlora-0.6.0": longlora,
     **ALONE,
+    **STARTS,
 }
 
 
@@ -506,7 +517,7 @@ def in_format_1(value: Any) -> Any:
 
 def test_every_preset_has_a_golden_folder() -> None:
     """In the last release of format 1; a new preset needs a folder of the release that brings it."""
-    newer = {name.rpartition("-")[0] for name in ALONE} - {"prefix-network"}
+    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS]} - {"prefix-network"}
     assert {*PRESETS, "longlora", *newer} == set(lorary.presets())
 
 

@@ -18,6 +18,7 @@ from lorary.errors import MethodError
 from lorary.layers.adapted import adapted_layers
 from lorary.methods.compatibility import verdict
 from lorary.methods.o_lora import SequentialLoRA
+from lorary.spec.calibration import CalibratedInit
 
 
 class Scale(nn.Module):
@@ -159,9 +160,16 @@ class Case:
         return x.to(self.dtype) if x.is_floating_point() else x
 
     @cached_property
+    def planned(self) -> lorary.Plan:
+        """The layer and its tensors; a start that reads data has seen none."""
+        return lorary.plan(self.base(), self.method, targets=[self.kind.target])
+
+    @cached_property
     def plan(self) -> lorary.Plan:
         """What every model of this case is attached by."""
-        return lorary.plan(self.base(), self.method, targets=[self.kind.target])
+        if not isinstance(self.method.init, CalibratedInit):
+            return self.planned
+        return lorary.calibrate(self.base(), self.planned, [self.x()], loss=lambda y, _: (y.float() ** 2).sum())
 
     def attached(self) -> Net:
         """The base with the method attached, at step 0."""
@@ -223,7 +231,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
 def possible(case: Case) -> bool:
     """Whether the method says that it can work here; its refusals are pinned elsewhere."""
     try:
-        return bool(case.plan)
+        return bool(case.planned)
     except lorary.errors.PlanError:
         return False
 

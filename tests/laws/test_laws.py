@@ -18,8 +18,10 @@ from lorary.methods.adalora import SVDDelta
 from lorary.methods.glora import GLoRAJoin
 from lorary.methods.houlsby import Bottleneck
 from lorary.methods.lora import Kaiming
+from lorary.methods.lora_ga import GradientInit
 from lorary.methods.melora import BlockDiagonal
 from lorary.methods.token_rows import TokenRows
+from lorary.spec.calibration import CalibratedInit
 
 from . import laws
 from .cases import KINDS, Case, methods, possible
@@ -99,6 +101,10 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name.startswith(("conv", "embedding"))}
         if isinstance(method.join, TokenRows):  # embeddings and heads have rows of tokens
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("GPT-2", "fused", "conv"))}
+        if isinstance(method.init, CalibratedInit) and method.init.reads == "inputs":  # of linear layers
+            expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
+        if isinstance(method.init, GradientInit):  # 2 r directions
+            expected |= {(name, k.name) for k in KINDS if min(k.inp, *(k.adapted or (k.out,))) < 6}
         if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
     assert missing == expected

@@ -19,6 +19,7 @@ from lorary.layers.adapted import adapted_layers
 from lorary.layers.quantized_weight import is_quantized
 from lorary.methods.lora import Add
 from lorary.spec import interfaces
+from lorary.spec.calibration import CalibratedInit
 from tests import fresh, tiny
 
 from .cases import made_of
@@ -59,11 +60,14 @@ def build(names: tuple[str, ...]) -> nn.Module:
         lorary.attach(model, lorary.plan(model, lorary.method(*names, tokens=3)))
     else:
         model = nn.Sequential(Block())
-        fewer = {"lora-fa": ["linear", "conv"], "glora": ["linear", "conv"], "houlsby": ["linear"]}
+        fewer = {name: ["linear"] for name in ("houlsby", "loftq", "corda", "eva")}
+        fewer |= {name: ["linear", "conv"] for name in ("lora-fa", "glora")}
         targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
-        lorary.attach(model, lorary.plan(model, method, targets=targets))
-        assert is_quantized(getattr(model[0].linear, "base", None)) == ("qlora" in names)
+        plan = lorary.plan(model, method, targets=targets)
+        data = [torch.arange(12).reshape(2, 6)] if isinstance(method.init, CalibratedInit) else None
+        lorary.attach(model, plan, data=data, loss=lambda y, _: (y**2).sum())
+        assert is_quantized(getattr(model[0].linear, "base", None)) == bool({"qlora", "loftq"} & {*names})
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

@@ -26,18 +26,28 @@ TABLE: dict[str, dict[str, str]] = {
     "delta-lora": LORA | {"A_K": "none", "B_K": "none", "lam": "none"},
     "pissa": {"A": "some", "B": "some"},
     "olora": {"A": "some", "B": "some"},
+    "loftq": {"A": "some", "B": "some"},
+    "lora-ga": {"A": "some", "B": "some"},
+    "corda": {"A": "some", "B": "some"},
+    "eva": LORA,
     "vera": {"b": "some", "d": "zero"},
     "multilora": {"A": "zero", "B": "zero", "gamma": "some"},
     "adalora": {"P": "zero", "E": "some", "Q": "zero"},
     "glora": {"Ad": "some", "Au": "zero", "Bd": "some", "Bu": "zero", "Cd": "some", "Cu": "zero", "E": "some"},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "longlora": {"length": 64}, "vera": {"r": 8}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"target": 2},
+    "longlora": {"length": 64},
+    "vera": {"r": 8},
+    "eva": {"rho": 1.0},  # every layer keeps its rank
+}
 
 
 def attached(name: str, targets: Any = "all-linear") -> Any:
     model = tiny.seeded("LlamaForCausalLM")
     method = lorary.method(name, **{"r": 4} | OPTIONS.get(name, {}))
-    return lorary.attach(model, lorary.plan(model, method, targets)).train()
+    plan = lorary.plan(model, method, targets)
+    return lorary.attach(model, plan, data=tiny.data_for(plan)).train()
 
 
 def signatures(model: Any) -> dict[str, dict[str, str]]:

@@ -27,7 +27,7 @@ def words(size: int) -> Any:
 def saved_adapter(base: Any, method: lorary.Method, folder: Path, targets: Any = None, size: float = 0.3) -> str:
     """The folder of an adapter as after training; it uses up the base."""
     plan = lorary.plan(base, method) if targets is None else lorary.plan(base, method, targets)
-    lorary.save(tiny.shaken(lorary.attach(base, plan), size), folder)
+    lorary.save(tiny.shaken(lorary.attach(base, plan, data=tiny.data_for(plan)), size), folder)
     return str(folder)
 
 

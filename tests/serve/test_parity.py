@@ -32,7 +32,7 @@ SIZES = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {"longlora": {"length": 256}}
 NOT_SERVED = ("houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
-NAMES = [name for name in lorary.presets() if name not in ("qlora", "s-lora", *NOT_SERVED)]
+NAMES = [name for name in lorary.presets() if name not in ("qlora", "loftq", "s-lora", *NOT_SERVED)]
 RANKS = (1, 2, 3, 5, 7, 8, 11, 13, 16, 17, 24, 31, 33, 48, 64)
 COMBINED = ("dora bitfit", "vera dora", "pissa dora", "lora bitfit", "longlora dora", "rslora lora+", "dora", "lora")
 ADDED = ("lora", "rslora", "loraplus")  # of these requests have weighted sums

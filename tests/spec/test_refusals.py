@@ -252,6 +252,41 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
     }
 
 
+STARTS = {
+    "pissa": PISSA,
+    "olora": OLORA,
+    "loftq": "loftq sets QuantizationErrorInit",
+    "lora-ga": "lora-ga sets GradientInit",
+    "corda": "corda sets ContextInit",
+    "eva": "eva sets InputDirectionsInit",
+}
+
+
+def a_start(name: str, source: str) -> dict[tuple[str, str], str]:
+    """What refuses a preset that starts B and A in some way, beside presets that do in another or have none."""
+    init = STARTS[name]
+    others = {"glora": "glora sets ZeroDownInit", "vera": PROJECTIONS, "multilora": "multilora sets MultiLoRAInit"}
+    others |= {"adalora": "adalora sets SVDDeltaInit"}
+    others |= {other: STARTS[other] for other in list(STARTS)[: list(STARTS).index(name)]}
+    deltas = {"melora": "BlockDiagonal", "delta-lora": "DeltaLoRADelta", "o-lora": "SequentialLoRA"}
+    sets = f"init: {init.rpartition(' ')[2]} sets B and A to {source}, which the factors of"
+    return {
+        **{(other, name): told(INVALID, two("init", text, init)) for other, text in others.items()},
+        **{(other, name): told(INVALID, f"{sets} {delta} cannot hold") for other, delta in deltas.items()},
+        **{
+            (name, other): told(INVALID, two("init", init, f"{other} sets NoInit"))
+            for other in ("houlsby", "ia3", "prefix-tuning", "prompt-tuning")
+        },
+        (name, "full"): told(INVALID, everything_trains("LowRank")),
+    }
+
+
+PAIRS |= a_start("loftq", "a decomposition of W")
+for preset in ("lora-ga", "corda", "eva"):
+    PAIRS |= a_start(preset, "directions of the training data")
+PAIRS |= {
+    ("loftq", "full"): PAIRS["qlora", "full"],
+}
 PAIRS |= alone("houlsby", "Bottleneck", "{W1, W2, b1, b2}") | alone("ia3", "Rescaling", "{l, l_ff}")
 PAIRS |= alone("prefix-tuning", "Prefix", "{P_k, P_v}") | alone("prompt-tuning", "Prompt", "{P}")
 PAIRS |= alone("rows", "TokenRows", "{R}")

@@ -16,6 +16,7 @@ from trl import DPOConfig, SFTConfig
 import lorary
 from lorary.train.trainer.dpo import DPOTrainer
 from lorary.train.trainer.sft import SFTTrainer
+from tests import tiny
 from tests.train.small import tokenizer
 
 VOCABULARY = 300
@@ -34,7 +35,8 @@ def adapted(*presets: str, targets: Any = "all-linear", seed: int = 0, model: An
     """A Llama with a method attached: LoRA of rank 4 if nothing else is said."""
     model = model if model is not None else llama(attention_dropout=options.pop("attention_dropout", 0.0))
     method = lorary.method(*(presets or ("lora",)), **({"r": 4} | options))
-    return lorary.attach(model, lorary.plan(model, method, targets), seed=seed)
+    plan = lorary.plan(model, method, targets)
+    return lorary.attach(model, plan, seed=seed, data=tiny.data_for(plan))
 
 
 def base_folder(folder: Path) -> Path:

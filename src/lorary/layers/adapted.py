@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -168,9 +167,7 @@ class Adapted(nn.Module):
 
     def generator(self, seed: int) -> torch.Generator:
         """The random numbers of this site: a function of the seed, its name and the task."""
-        task = f"/{self.delta.task_index}" if self.delta.task_index else ""
-        digest = hashlib.sha256(f"{seed}/{self.site.name}{task}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return self.site.generator(seed, self.delta.task_index)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the adapter's tensors by role; shapes must match."""

@@ -27,7 +27,9 @@ from torch import Tensor
 from lorary.errors import Diagnostic, FileError
 from lorary.layers.module_kinds import module_positions
 from lorary.methods.lora import Add
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.method import Method, braces
+from lorary.spec.placement import start_source
 from lorary.spec.presets import PlanFunction, register_plan_function
 
 THRESHOLD = 0.9  # the paper's T
@@ -191,8 +193,9 @@ def measuring_problems(method: Method) -> list[Diagnostic]:
 def sharing_problems(method: Method) -> list[Diagnostic]:
     """The reasons why layers cannot be measured, or cannot share a method's tensors afterwards."""
     problems = measuring_problems(method)
-    if method.init is not None and method.init.residual_init:
-        what = f"{type(method.init).__name__} starts each layer from its own weight, and layers that share start alike"
+    if method.init is not None and (method.init.residual_init or isinstance(method.init, CalibratedInit)):
+        own = f"its own {start_source(method.init)}"
+        what = f"{type(method.init).__name__} starts each layer from {own}, and layers that share start alike"
         problems.append(Diagnostic("init", what, "use another init"))
     return problems
 

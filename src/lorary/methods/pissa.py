@@ -20,6 +20,8 @@ from lorary.spec.interfaces import Factors, Init, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
+SVD = tuple[Tensor, Tensor, Tensor]  # U [out, r], S [r], Vh [r, in]
+
 
 @component
 class SVDInit(Init):
@@ -43,7 +45,7 @@ class SVDInit(Init):
         r = params["B"].shape[1]
 
         def principal(part: Tensor) -> tuple[Tensor, Tensor]:
-            U, S, Vh = _exact(part, r) if self.niter is None else self._randomised(part, r, generator)
+            U, S, Vh = principal_directions(part, r, r + self.oversample, self.niter, generator)
             root = (S / scale).sqrt()
             return U * root, root[:, None] * Vh
 
@@ -52,37 +54,52 @@ class SVDInit(Init):
     def problems(self, site: Site, r: int) -> list[str]:
         return too_small(site, r, "singular directions")
 
-    def _randomised(self, W: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1, on W's shorter side."""
-        if W.shape[0] < W.shape[1]:
-            U, S, Vh = self._randomised(W.T, r, generator)
-            return Vh.T, S, U.T
-        width = min(r + self.oversample, W.shape[1])
-        Q = torch.randn(W.shape[1], width, generator=generator).to(W)
-        Q, _ = torch.linalg.qr(W @ Q)  # [out, width]
-        for _ in range(self.niter or 0):
-            Q, _ = torch.linalg.qr(W.T @ Q)
-            Q, _ = torch.linalg.qr(W @ Q)
-        U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-        return Q @ U[:, :r], S[:r], Vh[:r]
+
+def randomised_svd(W: Tensor, r: int, width: int, niter: int, generator: torch.Generator) -> SVD:
+    """The first r singular triplets (U [out, r], S [r], Vh [r, in]), from `width` random directions.
+
+    Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1, on W's shorter side, with `niter` power iterations.
+    """
+    if W.shape[0] < W.shape[1]:
+        U, S, Vh = randomised_svd(W.T, r, width, niter, generator)
+        return Vh.T, S, U.T
+    Q = torch.randn(W.shape[1], min(width, W.shape[1]), generator=generator).to(W)
+    Q, _ = torch.linalg.qr(W @ Q)  # [out, width]
+    for _ in range(niter):
+        Q, _ = torch.linalg.qr(W.T @ Q)
+        Q, _ = torch.linalg.qr(W @ Q)
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U[:, :r], S[:r], Vh[:r]
 
 
-def _exact(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def exact_svd(W: Tensor, r: int) -> SVD:
+    """The first r singular triplets."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :r], S[:r], Vh[:r]
 
 
+def principal_directions(W: Tensor, r: int, width: int, niter: int | None, generator: torch.Generator) -> SVD:
+    """The first r singular triplets, exact where `niter` is None."""
+    return exact_svd(W, r) if niter is None else randomised_svd(W, r, width, niter, generator)
+
+
 def start_by_parts(params: Tensors, W: Tensor, site: Site, start: Callable[[Tensor], Factors]) -> None:
     """Fill B and A with start(part) = (B_i [rows, r], A_i [r, in]) of every part of W, computed in fp32."""
-    pairs = [start(part) for part in site.split(W.float())]
-    params["B"].copy_(torch.cat([B for B, _ in pairs]))
-    params["A"].copy_(torch.cat([A for _, A in pairs]))
+    for role, value in factors_by_parts(W.float(), site, start).items():
+        params[role].copy_(value)
 
 
-def too_small(site: Site, r: int, what: str) -> list[str]:
-    """The error of a start in r directions of a W that has fewer."""
+def factors_by_parts(W: Tensor, site: Site, start: Callable[[Tensor], Factors]) -> dict[str, Tensor]:
+    """B and A of start(part) = (B_i [rows, r], A_i [r, in]) of every part of W."""
+    pairs = [start(part) for part in site.split(W)]
+    return {"B": torch.cat([B for B, _ in pairs]), "A": torch.cat([A for _, A in pairs])}
+
+
+def too_small(site: Site, r: int, what: str, each: int = 1) -> list[str]:
+    """The error of a start in r directions, or `each` times as many, of a W that has fewer."""
     most = min(*site.rows, site.in_features)
-    return [f"its matrix has no more than {most} {what}, and r is {r}"] if r > most else []
+    taken = f"r is {r}" if each == 1 else f"{each} r are taken, r = {r}"
+    return [f"its matrix has no more than {most} {what}, and {taken}"] if each * r > most else []
 
 
 @preset(

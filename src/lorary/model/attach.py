@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.layers.adapted import Adapted, adapted_layers, base_parameters
-from lorary.layers.quantized_weight import swap_hooks
+from lorary.layers.quantized_weight import stored_tensors, swap_hooks
 from lorary.layers.shared_projections import SharedProjections
 from lorary.model._insert import insert
+from lorary.model._statistics import Loss
 from lorary.model.ambient import mode_independent
 from lorary.model.buffers import changed_buffers
+from lorary.model.calibration import calibrate
 from lorary.model.checks import blocks_gradient, changeable, not_quantizable, unwritable_weights
 from lorary.model.fingerprint import STATE, Fingerprint
 from lorary.model.in_transformers import release
@@ -27,6 +29,7 @@ from lorary.model.residual_base import (
     cannot_learn,
     finalise_start,
     initialise_layer,
+    not_calibrated,
     restore_weight,
     unwrapped_base,
 )
@@ -41,7 +44,15 @@ TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @mode_independent
-def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
     """Attach a plan's adapters in place and freeze everything else; the model's outputs do not change yet.
 
     All or nothing: after any exception the model is as it was before. If the method quantises the base, the dense
@@ -52,6 +63,8 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         plan: from `lorary.plan`.
         seed: for the adapters' initialisation; each site draws from the seed and its own name.
         dtype: of the adapters' tensors.
+        data: batches of the training data, for a method whose start reads them (`lorary.calibrate`).
+        loss: (the model's output, the batch) -> the loss; by default the output's own `loss`.
 
     Returns:
         The same model.
@@ -60,7 +73,7 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         StateError: something is attached already, by lorary or by PEFT; or the model is wrapped by DDP or sharded by
             FSDP, which would not see the new parameters: attach first.
         PlanError: the plan was made for another model; every mismatch. Or `plan` is not a Plan, or `dtype` is not a
-            trainable dtype.
+            trainable dtype. Or its start reads data: there is none, or it does not determine a start.
 
     Warns:
         ReachWarning: in the first training forward, about adapters that did not run there, among those that no dry
@@ -71,6 +84,10 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         raise PlanError("cannot attach:", [Diagnostic("seed", f"is {seed!r}, not a whole number")])
     scanned = scan(inner)
     quantized = _layers_to_quantize(scanned, plan, dtype)
+    if data is not None:
+        plan = calibrate(inner, plan, data, loss=loss, seed=int(seed))
+    elif problems := not_calibrated(_with_values(scanned, plan.sites), plan.fixed_tensors):
+        raise PlanError("cannot attach:", problems)
     full = {f.name: f.shape for f in plan.full}
     with all_or_nothing(inner) as undo:
         insert(scanned, plan.method, plan.sites, full, dtype=dtype, quantized=quantized)
@@ -78,6 +95,12 @@ def attach(model: nn.Module, plan: Plan, *, seed: int = 0, dtype: torch.dtype = 
         _quantize_others(inner, quantized)
         require_attached(inner, "attach").first_forward = FirstForward(inner, plan.unproved)
     return model
+
+
+def _with_values(scanned: Scan, sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
+    """The sites whose layers are not on the meta device, where nothing starts."""
+    found = [(p, scanned.modules[p.site.name].module) for p in sites if p.site.name in scanned.modules]
+    return [p for p, layer in found if not stored_tensors(layer)[0].is_meta]
 
 
 def _layers_to_quantize(scanned: Scan, plan: Plan, dtype: torch.dtype) -> list[str]:
@@ -122,8 +145,7 @@ def _start(
         quantizes = layer.site.name in quantized
         first = id(layer.params) not in initialised
         if first:
-            initialise_layer(layer, seed, quantizes=quantizes)
-            layer.load(fixed.get(layer.site.name, {}))
+            initialise_layer(layer, seed, fixed.get(layer.site.name, {}), quantizes=quantizes)
         finalise_start(model, layer, undo, quantizes=quantizes)
         if first:
             with torch.no_grad():

@@ -29,6 +29,7 @@ from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import abbreviated, as_list, target_notes
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
@@ -185,6 +186,10 @@ def _storage_problems(
     """Why the base cannot be stored as the method says, or an init cannot decompose its weights."""
     late = [p for p in sites if p.init.residual_init and scanned.is_quantised(p.site.name)]
     problems = deduplicated(already_quantized(p.site.name, p.init) for p in late)
+    for p in sites:
+        if p.init.starts_at_error and p not in late and p.site.name not in quantized:
+            what = f"stays as it is, and {type(p.init).__name__} starts at the quantisation error"
+            problems.append(Diagnostic(p.site.name, what, "exclude it: linear layers that are not tied are quantised"))
     if not storage.writable and not quantized and not any(m.quantised for m in scanned.modules.values()):
         what = f"{type(storage).__name__} finds no plain linear layer to quantise besides the output head"
         problems.append(Diagnostic("storage", what))
@@ -207,6 +212,7 @@ def _notes(
     """The notes of a plan, except for the weights that its targets cannot reach (`_unreached_notes`)."""
     return [
         *_rank_notes(sites),
+        *_calibration_notes(sites),
         *_tie_notes(scan, sites),
         *_head_notes(scan, method, full),
         *_precision_notes(full),
@@ -249,6 +255,15 @@ def _rank_notes(sites: Sequence[AdaptedSite]) -> list[str]:
         if p.r * (p.site.out_features + p.site.in_features) > p.site.out_features * p.site.in_features
     ]
     return _note("the factors are larger than the weight itself at {}: a lower rank loses nothing", wasteful)
+
+
+def _calibration_notes(sites: Sequence[AdaptedSite]) -> list[str]:
+    """The inits that read training data before the first step."""
+    inits = dict.fromkeys(p.init for p in sites if isinstance(p.init, CalibratedInit))
+    return [
+        f"{type(init).__name__} reads the {init.reads} of {init.samples} rows of training data before the first step"
+        for init in inits
+    ]
 
 
 def _tie_notes(scan: Scan, sites: Sequence[AdaptedSite]) -> list[str]:

@@ -10,7 +10,7 @@ quantisation error.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -20,23 +20,38 @@ from lorary.errors import Diagnostic, PlanError, StateError
 from lorary.kernels.torch_internals import buffers_of, parameters_of
 from lorary.layers.adapted import Adapted
 from lorary.layers.dtensor import is_sharded
-from lorary.layers.kinds import kind_of
+from lorary.layers.kinds import KINDS, kind_of
 from lorary.layers.quantized_weight import is_quantized, weight
 from lorary.layers.wrappers import submodule
 from lorary.model.quantize import already_quantized, dequantized_layer
 from lorary.model.state import AttachedState, base_parameter, state_of
 from lorary.model.tied_config import untie_config
 from lorary.model.undo import Undo
+from lorary.spec.calibration import CalibratedInit
+from lorary.spec.placement import AdaptedSite, start_name
 
 
-def initialise_layer(layer: Adapted, seed: int, *, quantizes: bool) -> None:
-    """Fill a layer's tensors; iterate with quantisation if the base is to be quantised and the init asks for it."""
-    layer.initialise(seed)
-    if quantizes and layer.start:
+def initialise_layer(layer: Adapted, seed: int, fixed: Mapping[str, Tensor], *, quantizes: bool) -> None:
+    """Fill a layer's tensors; iterate with quantisation if the base is to be quantised and the init asks for it.
+
+    Args:
+        layer: with its plain base.
+        seed: of the random draw.
+        fixed: role -> values that the plan has, such as those of earlier tasks, or a start measured on data.
+        quantizes: whether attaching quantises the base.
+    """
+    init = layer.init
+    if not init.starts_at_error:
+        layer.initialise(seed)
+    if quantizes and init.residual_init and not layer.weight.is_meta:
         W = _exact_matrix(layer)
-        for _ in range(layer.init.rounds - 1):
-            residual = layer.kind.matrix(layer.method.storage.quantize(layer.base, _residual(layer)))
-            layer.initialise(seed, W - residual.to(W.dtype))
+        for i in range(0 if init.starts_at_error else 1, init.rounds):
+            rest = _residual(layer) if i else W
+            stored = layer.method.storage.quantize(layer.base, rest)  # of a transposed layer a linear one
+            layer.initialise(seed, W - KINDS[cast(str, kind_of(stored))].matrix(stored).to(W.dtype))
+    layer.load(fixed)
+    if layer.start and isinstance(layer.init, CalibratedInit) and not layer.start.keys() & fixed.keys():
+        layer.load({start_name(role): layer.params[role] for role in layer.delta.roles})
 
 
 def finalise_start(model: nn.Module, layer: Adapted, undo: Undo, *, quantizes: bool) -> None:
@@ -105,6 +120,16 @@ def bad_weight(layer: Adapted) -> list[Diagnostic]:
         what = f"{what}; {type(init).__name__} starts at its directions"
         return [Diagnostic(layer.site.name, what, "repair the base, or exclude the layer")]
     return []
+
+
+def not_calibrated(sites: Iterable[AdaptedSite], fixed: Mapping[str, Mapping[str, Tensor]]) -> list[Diagnostic]:
+    """Why sites cannot start yet: their init reads data, and the plan has no values that were measured on some."""
+    waiting = [p for p in sites if isinstance(p.init, CalibratedInit) and not fixed.get(p.site.name)]
+    if not waiting:
+        return []
+    what = f"{type(waiting[0].init).__name__} starts {len(waiting)} layers from training data, and there is none"
+    fix = "pass data: lorary.attach(model, plan, data=batches), or plan = lorary.calibrate(model, plan, batches)"
+    return [Diagnostic("data", what, fix)]
 
 
 def cannot_learn(layer: Adapted) -> list[Diagnostic]:

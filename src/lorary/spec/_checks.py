@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lorary.errors import Diagnostic
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.context import Context
 from lorary.spec.fields import POSITIVE, field_errors
 from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage
@@ -94,8 +95,9 @@ def _init_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnostic
     if init.fills != delta.roles - delta.fixed_roles:
         roles = braces(delta.roles - delta.fixed_roles)
         yield Diagnostic("init", f"{_name(init)} fills {braces(init.fills)}; {name} has {roles}")
-    if init.residual_init and not delta.arbitrary_factors:
-        what = f"{_name(init)} sets B and A to a decomposition of W, which the factors of {name} cannot hold"
+    if (init.residual_init or isinstance(init, CalibratedInit)) and not delta.arbitrary_factors:
+        source = "directions of the training data" if isinstance(init, CalibratedInit) else "a decomposition of W"
+        what = f"{_name(init)} sets B and A to {source}, which the factors of {name} cannot hold"
         yield Diagnostic("init", what)
     if init.residual_init and method.dropout:
         what = f"{_name(init)} moves part of W into B A, and dropout would drop that part of W"
@@ -141,7 +143,10 @@ def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnos
     if delta.needs_dense_weight and not storage.writable:
         what = f"{_name(delta)} multiplies W element by element in every step, and {_name(storage)} keeps no dense W"
         yield Diagnostic("storage", what, "set A to 'vector', 'scalar' or 'none', which act on the output")
-    if init.rounds > 1 and storage.writable:
+    if init.starts_at_error and storage.writable:
+        what = f"{_name(init)} starts at the quantisation error, and {_name(storage)} has none"
+        yield Diagnostic("init", what, "add qlora")
+    elif init.rounds > 1 and storage.writable:
         what = f"{init.rounds} rounds of {_name(init)} correct the quantisation error, and {_name(storage)} has none"
         yield Diagnostic("init", what, "set rounds=1, or add qlora")
     elif init.rounds > 1 and not init.scale_free_start:

@@ -41,6 +41,7 @@ COUNT = _validator(_is_count, "a whole number of at least 1")
 POSITIVE = _validator(_is_positive, "a positive finite number")
 SEED = WHOLE
 FLAG = _validator(lambda x: type(x) is bool, "true or false")
+AT_LEAST_ONE = _validator(lambda x: _is_positive(x) and x >= 1, "a finite number of at least 1")
 AMOUNT = _validator(lambda x: _is_positive(x) or (_is_number(x) and x == 0), "a finite number of at least 0")
 SHARE = _validator(lambda x: _is_positive(x) and x < 1, "a number between 0 and 1")
 PORTION = _validator(lambda x: _is_positive(x) and x <= 1, "a number above 0 and at most 1")

@@ -141,12 +141,14 @@ class Init(Protocol):
         store_shared: whether files hold the shared tensors although they can be regenerated.
         rounds: how often it runs; from the second time on, on the quantisation error W - Dq(Q(W - s B A)).
         scale_free_start: whether the start is independent of s, so that it can be iterated with quantisation.
+        starts_at_error: whether the first run is on the quantisation error W - Dq(Q(W)) already.
     """
 
     residual_init: bool = False
     store_shared: bool = True
     rounds: int = 1
     scale_free_start: bool = True
+    starts_at_error: bool = False
 
     @property
     def fills(self) -> frozenset[str]: ...

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from lorary.errors import Diagnostic, MethodError, StateError
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
@@ -184,8 +185,8 @@ def inconsistent_ties(sites: Iterable[AdaptedSite]) -> list[Diagnostic]:
         if s.shapes != other.shapes or s.method != other.method:
             what = f"shares its tensors with {other.site.name}, which has other shapes or another method"
             problems.append(Diagnostic(s.site.name, what, "give it tensors of its own"))
-        elif s.share and s.init.residual_init:
-            what = f"shares its tensors, and {type(s.init).__name__} starts at the weight of each layer"
+        elif s.share and (s.init.residual_init or isinstance(s.init, CalibratedInit)):
+            what = f"shares its tensors, and {type(s.init).__name__} starts at the {start_source(s.init)} of each layer"
             problems.append(Diagnostic(s.site.name, what, "use another init"))
     return problems
 
@@ -198,6 +199,11 @@ def shared_shapes(sites: Iterable[AdaptedSite]) -> Shapes:
             shape = s.shapes[role]
             sizes[role] = tuple(map(max, shape, sizes.get(role, shape)))
     return sizes
+
+
+def start_source(init: Init) -> str:
+    """What of a layer its start is taken from, where layers that share tensors cannot start alike."""
+    return "weight" if init.residual_init else "inputs"
 
 
 def start_name(role: str) -> str:

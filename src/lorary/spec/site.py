@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,12 @@ class Site:
     def rows(self) -> list[int]:
         """The number of output rows of each part, or of the whole weight."""
         return [part.size * part.count for part in self.parts] or [self.out_features]
+
+    def generator(self, seed: int, task_index: int = 0) -> torch.Generator:
+        """The random numbers of this site: a function of the seed, its name and the task."""
+        task = f"/{task_index}" if task_index else ""
+        digest = hashlib.sha256(f"{seed}/{self.name}{task}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def split(self, W: Tensor) -> list[Tensor]:
         """The rows [., in] of a weight [out, in], by part."""

@@ -18,7 +18,7 @@ from lorary.spec.interfaces import has_rank
 from tests import tiny
 
 OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "longlora": {"length": 64}, "vera": {"r": 8}}
-METHODS = [name for name in lorary.presets() if has_rank(lorary.method(name).delta) and name != "qlora"]
+METHODS = [name for name in lorary.presets() if has_rank(lorary.method(name).delta) and name not in ("qlora", "loftq")]
 
 
 def pair(name: str = "lora", targets: Any = "all-linear", kind: str = "LlamaForCausalLM") -> tuple[Any, Any]:

@@ -58,7 +58,8 @@ def adapter_of(model: Any, base: Any, *names: str, targets: Any = "all-linear", 
     It moves little: from activations a thousand times larger, attention makes rounding a difference that is seen.
     """
     method = lorary.method(*names, **options)
-    lorary.attach(model, lorary.plan(model, method, targets))
+    plan = lorary.plan(model, method, targets)
+    lorary.attach(model, plan, data=tiny.data_for(plan))
     adapter = lorary.Adapter.of(tiny.shaken(model, 0.05, seed))
     return adapter, serving_form(adapter, base)
 
@@ -114,6 +115,9 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "glora": ("all-linear", {"r": 3}),
     "pissa": ("attention", {"r": 5}),
     "olora": ("attention", {"r": 3}),
+    "lora-ga": ("attention", {"r": 2}),
+    "corda": ("attention", {"r": 3}),
+    "eva": ("all-linear", {"r": 3}),
     "vera": (EMBEDDINGS, {"r": 24}),
     "melora": (EMBEDDINGS, {"r": 2}),
     "adalora": ("all-linear", {"r": 5, "target": 3}),
@@ -135,7 +139,7 @@ MODELS = {"LlamaForCausalLM": {"bitfit", *NOT_SERVED}, "GPT2LMHeadModel": {"long
 def of_every_method(name: str) -> dict[str, Made]:
     """preset -> a trained adapter, of all that leave the base as it is."""
     base, made, refused = seeded(name), {}, set()
-    for preset in presets().keys() - {"qlora"}:
+    for preset in presets().keys() - {"qlora", "loftq"}:
         targets, options = SETTINGS.get(preset, (EMBEDDINGS, {"r": 7}))
         try:
             made[preset] = adapter_of(seeded(name), base, preset, targets=targets, seed=len(preset), **options)

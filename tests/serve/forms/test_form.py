@@ -40,7 +40,7 @@ def nf4() -> Any:
 def adapter_of(base: Any, method: lorary.Method, targets: Any = None, size: float = 0.1) -> lorary.Adapter:
     """A trained adapter of a base, which it uses up."""
     plan = lorary.plan(base, method) if targets is None else lorary.plan(base, method, targets)
-    return lorary.Adapter.of(tiny.shaken(lorary.attach(base, plan), size))
+    return lorary.Adapter.of(tiny.shaken(lorary.attach(base, plan, data=tiny.data_for(plan)), size))
 
 
 def off(y: Tensor, z: Tensor) -> float:
@@ -64,7 +64,7 @@ def gap(base: Any, adapter: lorary.Adapter, form: ServingForm) -> float:
 
 OPTIONS: dict[str, dict[str, Any]] = {"longlora": {"length": 100}, "full": {}, "bitfit": {}}
 NOT_SERVED = ("houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
-SINGLE = [name for name in lorary.presets() if name not in ("qlora", *NOT_SERVED)]
+SINGLE = [name for name in lorary.presets() if name not in ("qlora", "loftq", *NOT_SERVED)]
 COMBINED = ["dora+bitfit", "vera+dora", "melora+dora", "pissa+dora", "lora+bitfit", "longlora+dora"]
 
 

@@ -83,6 +83,7 @@ def test_patterns_of_peft_give_the_same_ranks() -> None:
     ("given", "key", "value"),
     [
         ({"init_lora_weights": "pissa"}, "method.name", ("lora", "pissa")),
+        ({"init_lora_weights": "lora_ga"}, "method.name", ("lora", "lora-ga")),
         ({"init_lora_weights": True}, "method.name", ("lora",)),
         ({"method": {"bias": "none", "task_type": "CAUSAL_LM", "peft_type": "LORA"}}, "method.name", ("lora",)),
         ({"adapter": "qlora"}, "method.name", ("lora", "qlora")),
@@ -128,7 +129,7 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"template": "llama3"}, "template: unknown key `template`\n      hint: the tokenizer's own chat template is used; data.chat_template names another one"),
     ({"lora_target_linear": True}, "lora_target_linear: unknown key `lora_target_linear`\n      hint: write method.targets: all-linear"),
     ({"method": {"layers_pattern": "layers"}}, "method.layers_pattern: unknown key `layers_pattern` in `method`\n      hint: name the stack in method.layers, as in {model.layers: 0-3}"),
-    ({"init_lora_weights": "loftq"}, "init_lora_weights: unknown key `init_lora_weights`\n      hint: a start is a method: pissa (with niter: 16 for a fast decomposition) or olora; the default is LoRA's own"),
+    ({"init_lora_weights": "orthogonal"}, "init_lora_weights: unknown key `init_lora_weights`\n      hint: a start is a method: pissa (with niter: 16 for a fast decomposition), olora, loftq, lora-ga, eva or corda; the default is LoRA's own"),
     ({"finetuning_type": "freeze"}, "finetuning_type: unknown key `finetuning_type`\n      hint: write method.name: lora, full or bitfit"),
     ({"flash_attention": True}, "flash_attention: unknown key `flash_attention`\n      hint: write model.attn_implementation: flash_attention_2"),
     ({"training": {"tf32": True}}, "training.tf32: unknown key `tf32` in `training`\n      hint: set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment"),

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 8,
 }
-NO_DROPOUT = {"pissa", "olora", "glora", "delta-lora"}
+NO_DROPOUT = {"pissa", "olora", "loftq", "lora-ga", "corda", "glora", "delta-lora"}
 ALONE: dict[str, dict[str, Any]] = {  # their joins train by themselves: without a rank, dropout or targets
     "houlsby": {"m": 8},
     "ia3": {},
@@ -45,7 +45,8 @@ TARGETS = ["all-linear", "lm_head"]
 
 def _model(*presets: str, **options: Any) -> Any:
     dropout = {} if NO_DROPOUT & set(presets) else {"dropout": 0.2}
-    return adapted(*presets, attention_dropout=0.2, targets=TARGETS, **dropout, **options)
+    targets = "all-linear" if "loftq" in presets else TARGETS  # the head is not quantised
+    return adapted(*presets, attention_dropout=0.2, targets=targets, **dropout, **options)
 
 
 def _alone(name: str, **options: Any) -> Any:

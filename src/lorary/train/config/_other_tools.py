@@ -73,10 +73,13 @@ PRESET_OF = {
     "load_in_4bit": "qlora",
     "pissa_init": "pissa",
 }
+# PEFT's names of starts
+_STARTS: dict[Any, str] = {True: "", **{name: name for name in ("pissa", "olora", "loftq", "eva", "corda")}}
+_STARTS["lora_ga"] = "lora-ga"
 # Keys with a value for which a preset is added, or nothing where it is empty.
 PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
-    "init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
-    "peft_init_lora_weights": {True: "", "pissa": "pissa", "olora": "olora"},
+    "init_lora_weights": _STARTS,
+    "peft_init_lora_weights": _STARTS,
     "adapter": {"lora": "", "qlora": "qlora"},
     "finetuning_type": {"lora": ""},
     "quantization_bit": {4: "qlora"},
@@ -164,7 +167,8 @@ HINTS = {  # key that cannot be translated -> what to write
     "layer_replication": "the base keeps its layers",
     **dict.fromkeys(
         ("init_lora_weights", "peft_init_lora_weights"),
-        "a start is a method: pissa (with niter: 16 for a fast decomposition) or olora; the default is LoRA's own",
+        "a start is a method: pissa (with niter: 16 for a fast decomposition), olora, loftq, lora-ga, eva or corda; "
+        "the default is LoRA's own",
     ),
     "peft_type": "`lorary methods` lists the methods; write method.name",
     "adapter": "write method.name: lora, qlora or another of `lorary methods`",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lorary.errors import Diagnostic, MethodError, deduplicated
 from lorary.files.home import expanded
 from lorary.methods.lora_drop import sharing_problems
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Sequential
+from lorary.spec.method import Method
 from lorary.train.config.config import Config
 from lorary.train.config.optimization_conflicts import optimization_problems
 from lorary.train.config.sources import Source, paths
@@ -180,6 +182,7 @@ def _method(c: Config) -> Iterator[Diagnostic]:
     if c.method.drop is not None:
         for problem in deduplicated(p for one in (method, *others) for p in sharing_problems(one)):
             yield Diagnostic("method.drop", problem.what, problem.fix)
+    yield from _unreadable_rows(c, (method, *others))
     if c.method.after and not any(isinstance(one.delta, Sequential) for one in (method, *others)):
         what = f"`{', '.join(c.method.name)}` cannot continue from earlier tasks"
         yield Diagnostic("method.after", what, "set method.name: o-lora")
@@ -187,6 +190,16 @@ def _method(c: Config) -> Iterator[Diagnostic]:
     if length is not None and c.data.max_length > length:
         what = f"rows of up to {c.data.max_length:,} tokens, but the method extends the context to {length:,}"
         yield Diagnostic("data.max_length", what, f"set method.options: {{length: {c.data.max_length}}}")
+
+
+def _unreadable_rows(c: Config, methods: Iterable[Method]) -> Iterator[Diagnostic]:
+    """Inits that read training data, where no row of it is what the model alone reads."""
+    if c.task in ("sft", "classification"):
+        return
+    for init in dict.fromkeys(method.init for method in methods):
+        if isinstance(init, CalibratedInit):
+            what = f"{type(init).__name__} reads rows that have labels, and {ROWS[c.task]} have none by themselves"
+            yield Diagnostic("method.name", what, "use another start, or train an sft adapter first (model.adapter)")
 
 
 def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:

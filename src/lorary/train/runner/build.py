@@ -18,6 +18,7 @@ from lorary.model.out_of_memory import is_out_of_memory
 from lorary.train.config.previous_tasks import check_base, path_of
 from lorary.train.data.sequence_packing import check_packing
 from lorary.train.data.tokenize import Row
+from lorary.train.runner.calibration_rows import calibrated
 from lorary.train.runner.prepare import RunPlan
 from lorary.train.trainer.arguments import training_arguments
 from lorary.train.trainer.classification import ClassificationTrainer
@@ -53,6 +54,8 @@ def build_model(prepared: RunPlan, resumed: Path | None = None) -> Any:
             put_on(base, prepared.start, folder, trainable=True, fix="set model.id to the base that it was trained on")
             return base
         check_base(prepared.config.method.after, prepared.past, base)
+        if resumed is None:
+            plan = calibrated(base, plan, prepared)
         return lorary.attach(base, plan, seed=prepared.config.training.seed)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -21,6 +21,7 @@ from lorary.model.rank_pruning import directions_of
 from lorary.train.config.config import Config
 from lorary.train.data.lint import text
 from lorary.train.runner.build import build_model, build_trainer
+from lorary.train.runner.calibration_rows import with_sites
 from lorary.train.runner.extend import check_longer
 from lorary.train.runner.folder import ADAPTER, CARD, CHECKPOINTS, CONFIG, ENVIRONMENT, EVENTS, PLOTS, SAMPLE, RunFolder
 from lorary.train.runner.lora_drop import choose_layers
@@ -152,6 +153,7 @@ def _run(
     process_memory.reset_peak()
     before = process_memory.current_bytes()
     model = build_model(prepared, resumed)
+    prepared = with_sites(prepared, model)
     bar, recorder = ProgressLines(), Recorder(folder)
     if resumed is not None:  # once the checkpoint is known to be of this run
         recorder.start = lambda: _write_start(prepared, folder, resumed, skipped)

@@ -12,6 +12,7 @@ from lorary.errors import Diagnostic, StateError, TrainingError
 from lorary.layers.wrappers import submodule
 from lorary.model.checks import changeable, model_mismatches
 from lorary.model.plan import Plan
+from lorary.model.residual_base import not_calibrated
 from lorary.model.scan import Scan, scan
 from lorary.model.state import state_of
 from lorary.spec.placement import rules_of
@@ -47,6 +48,7 @@ def check(model: Any, plans: Any, seeds: Any) -> None:
             problems += _mismatches(scanned, name, plan) or [
                 Diagnostic(name, *why) for why in _plan_problems(scanned, plan)
             ]
+            problems += [Diagnostic(name, p.what, p.fix) for p in not_calibrated(plan.sites, plan.fixed_tensors)]
     if problems:
         raise TrainingError(HEADLINE, problems)
 

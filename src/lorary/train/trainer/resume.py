@@ -23,6 +23,7 @@ from lorary.layers.dtensor import full_cpu_copy
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.plan import Plan
 from lorary.model.rank_pruning import directions_of
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.placement import start_name
 from lorary.train.trainer import checkpoint, optimizer_state, rng, same_run
 from lorary.train.trainer.distributed import on_main_process
@@ -56,14 +57,20 @@ def plan_with_saved_start(plan: Plan, path: Path) -> Plan:
     """The plan with the initial factors of a checkpoint, for inits that subtract them from the base (PiSSA, OLoRA).
 
     Computed again, with other threads or on another machine, they would differ in their last bits; and from a base
-    that is quantised or sharded by then, other factors could not be subtracted.
+    that is quantised or sharded by then, other factors could not be subtracted. An init that reads data has chosen its
+    layers' ranks, too; its tensors are loaded, so that the data is not read again.
     """
-    if not any(site.starts for site in plan.sites):
+    calibrated = any(isinstance(site.init, CalibratedInit) for site in plan.sites)
+    if not (calibrated or any(site.starts for site in plan.sites)):
         return plan
-    tensors = read_adapter(path).tensors
-    fixed = dict(plan.fixed_tensors)
+    saved = read_adapter(path)
+    if calibrated:
+        plan = dataclasses.replace(plan, sites=saved.sites)
+    tensors, fixed = saved.tensors, dict(plan.fixed_tensors)
     for site in plan.sites:
         name, roles = site.site.name, {start_name(role) for role in site.starts}
+        if isinstance(site.init, CalibratedInit):
+            roles |= site.shapes.keys()
         start = {role: t for role, t in tensors.get(name, {}).items() if role in roles}
         fixed[name] = {**plan.fixed_tensors.get(name, {}), **start}
     return dataclasses.replace(plan, fixed_tensors=fixed)
