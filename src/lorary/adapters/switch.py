@@ -30,8 +30,8 @@ from lorary.model.scan import scan
 from lorary.model.state import base_parameter, require_attached, state_of
 from lorary.model.undo import Undo, all_or_nothing
 from lorary.model.vocabulary import why_other_vocabulary
-from lorary.spec.placement import replaced_tables
 from lorary.spec.context import reverted
+from lorary.spec.placement import replaced_tables
 
 _OTHER_BASE = "load the base that it was trained on, or pass force=True"
 
