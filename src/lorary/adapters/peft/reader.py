@@ -196,7 +196,7 @@ class _Reader:
                 what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
                 self.findings.fatal.append(Diagnostic(pair[0], what))
                 continue
-            yield _site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            yield site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""
@@ -228,7 +228,7 @@ class _Reader:
         return "is a factor of another kind of layer than is there"
 
 
-def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
+def site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
     """The site that the shapes of its two factors imply."""
     kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
     kind = "embedding" if embedding else kind
