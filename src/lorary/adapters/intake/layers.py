@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -77,28 +77,6 @@ class Layer:
     method: Method
     stored: Mapping[str, Stored]
     embedding: bool = False
-
-
-class Format(Protocol):
-    """The adapter files of a tool.
-
-    Attributes:
-        title: the tool, in messages.
-    """
-
-    title: str
-
-    def recognises(self, names: Iterable[str]) -> bool:
-        """Whether a file with these tensors is this tool's."""
-        ...
-
-    def read(self, file: TensorSource, base: Base | None, findings: Findings) -> Adapter:
-        """The adapter.
-
-        Raises:
-            FileError: every reason why it cannot be used.
-        """
-        ...
 
 
 def plain_method(rank: int, alpha: float, *, dora: bool = False) -> Method:
@@ -214,6 +192,8 @@ def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Sit
     Raises:
         FileError: there is none.
     """
+    if isinstance(layer.method.join, MagnitudeDirection) and "m" not in layer.stored:
+        raise FileError("", [Diagnostic(named(layer.path), "has no magnitudes, which DoRA needs")])
     shapes = [layer.stored[role].view.shape(file.header.tensors[layer.stored[role].name].shape) for role in ("A", "B")]
     if len(shapes[0]) == 3 or len(shapes[1]) == 3:
         raise FileError("", [Diagnostic(named(path), "adapts fused experts, which is not supported")])
