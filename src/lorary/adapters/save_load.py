@@ -10,9 +10,8 @@ from torch import nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.hub import local_folder
-from lorary.adapters.intake.diffusers import NAME as DIFFUSERS_FILE
-from lorary.adapters.intake.single_file import existing_adapter, read_single_file
+from lorary.adapters.hub import DIFFUSERS, OWN_FILES, RECORDS, local_folder
+from lorary.adapters.intake.single_file import read_single_file
 from lorary.adapters.intake.torchtune import TORCHTUNE
 from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
@@ -25,7 +24,7 @@ from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning, Findings
-from lorary.files.safe_open import checked_path, subject
+from lorary.files.safe_open import checked_path, existing_folder, is_single_file, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.model.ambient import mode_independent
@@ -124,7 +123,7 @@ def load_adapter(
     checked_path(folder, "cannot load an adapter:")
     if problems := not_a(nn.Module | Base | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
-    path = existing_adapter(folder if os.path.lexists(folder) else local_folder(folder))
+    path = _existing(folder if os.path.lexists(folder) else local_folder(folder))
     findings, base = Findings(subject(folder), strict), None if model is None else Base.of(model)
     try:
         return _read(path, base, findings)
@@ -135,6 +134,21 @@ def load_adapter(
         raise FileError(f"cannot load {findings.subject}", findings.refused()) from error.__cause__
 
 
+def _existing(path: str | os.PathLike[str]) -> Path:
+    """The adapter folder or file that `path` names, symbolic links of folders resolved.
+
+    The tensor file of an adapter folder names the folder.
+
+    Raises:
+        FileError: it does not exist, or is neither.
+    """
+    if not is_single_file(path):
+        return existing_folder(path)
+    folder, name = Path(path).parent.resolve(strict=True), Path(path).name
+    recorded = name in OWN_FILES and any(os.path.lexists(folder / record) for record in RECORDS)
+    return folder if recorded else folder / name
+
+
 def _read(path: Path, base: Base | None, findings: Findings) -> Adapter:
     """The adapter in a folder or a file."""
     if path.is_file():
@@ -143,8 +157,8 @@ def _read(path: Path, base: Base | None, findings: Findings) -> Adapter:
         return native.read_native(path, findings)
     if os.path.lexists(path / PEFT_CONFIG):
         return read_mlx(path, base, findings) if is_mlx(path) else read_peft(path, base, findings, [TORCHTUNE])
-    if os.path.lexists(path / DIFFUSERS_FILE):
-        return read_single_file(path / DIFFUSERS_FILE, base, findings)
+    if os.path.lexists(path / DIFFUSERS):
+        return read_single_file(path / DIFFUSERS, base, findings)
     weights_name(path)  # a lone pickle is the better reason
     raise FileError("", [_no_adapter(path)])
 

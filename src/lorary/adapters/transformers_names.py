@@ -68,4 +68,5 @@ class OldNames:
             return path
         from transformers.core_model_loading import rename_source_key
 
-        return rename_source_key(path + _WEIGHT, renamings, [])[0].removesuffix(_WEIGHT)
+        renamed, _ = rename_source_key(path + _WEIGHT, renamings, [])
+        return str(renamed).removesuffix(_WEIGHT)

@@ -74,6 +74,15 @@ class _Bytes:
         return [self.value(of) for _ in range(count)]
 
 
+def missing_package() -> list[Diagnostic]:
+    """Why no GGUF file can be read or written, if the package is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        return [Diagnostic("", "the package `gguf` is not installed", "pip install 'lorary[gguf]'")]
+    return []
+
+
 class GGUFFile:
     """An open GGUF file whose header has been checked. A context manager, and a `TensorSource`.
 
@@ -87,6 +96,8 @@ class GGUFFile:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
+        if problems := missing_package():
+            raise FileError("", problems)
         self._file, size = open_inside(folder, name, _MOST_BYTES)
         try:
             source = _Bytes(self._file, size, name)

@@ -221,7 +221,8 @@ def _length_problem(start: bytes, length: int, size: int) -> str:
 
 def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
     problems: list[Diagnostic] = []
-    if what := _metadata_problem(metadata := written.pop("__metadata__", {})):
+    metadata = written.pop("__metadata__", None)
+    if what := _metadata_problem({} if metadata is None else metadata):  # mlx writes null
         problems.append(Diagnostic("__metadata__", what))
     if len(written) > MOST_TENSORS:
         what = f"{len(written):,} tensors, more than the {MOST_TENSORS:,} that are accepted"
@@ -239,7 +240,7 @@ def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
         problems = [*problems[:_MOST_REPORTED], Diagnostic("", f"and {more:,} more of this sort")]
     if problems:
         raise FileError("", [Diagnostic(f"{where}: {p.where}" if p.where else where, p.what, p.fix) for p in problems])
-    return Header(tensors, data, metadata)
+    return Header(tensors, data, metadata or {})
 
 
 def _metadata_problem(metadata: Any) -> str:

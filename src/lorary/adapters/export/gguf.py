@@ -21,7 +21,6 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import (
     Architecture,
     architecture_of,
-    missing_package,
     reorder_rows,
     tensor_names,
 )
@@ -30,6 +29,7 @@ from lorary.adapters.peft.writer import rope_overrides
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a
 from lorary.files.atomic import atomic_directory
+from lorary.files.gguf_file import missing_package
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules

@@ -93,15 +93,6 @@ def order_of_rows(site: Site, architecture: Architecture, config: Any) -> Tensor
     return None if reordered is rows else reordered.flatten().argsort()
 
 
-def missing_package() -> list[Diagnostic]:
-    """Why no GGUF file can be read or written, if the package is missing."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        return [Diagnostic("", "the package `gguf` is not installed", "pip install 'lorary[gguf]'")]
-    return []
-
-
 def architecture_of(root: Any, headline: str) -> Architecture:
     """The architecture of a model in llama.cpp.
 

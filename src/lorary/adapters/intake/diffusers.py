@@ -25,7 +25,6 @@ from lorary.files.findings import Findings
 from lorary.files.tensor_file import MOST_METADATA, Header, TensorSource
 from lorary.model.base import Base
 
-NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
 _MODELS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _LEAVES = {

@@ -53,9 +53,12 @@ def model_of(parts: Mapping[str, Iterable[str]], base: Base | None, findings: Fi
         return next(iter(sizes))
     listed = ", ".join(sizes)
     if base is None:
-        what, fix = f"the file adapts several models: {listed}", "read it onto one: lorary.load_adapter(file, model=...)"
+        what = f"the file adapts several models: {listed}"
+        fix = "read it onto one of them: lorary.load_adapter(file, model=...)"
         raise FileError("", [Diagnostic("", what, fix)])
     best = max(sizes, key=lambda part: sizes[part])
+    if not sizes[best]:
+        return best  # whose layers are then refused by name
     if sum(1 for size in sizes.values() if size == sizes[best]) > 1:
         what = f"the file adapts several models, {listed}, and its names do not tell which of them this is"
         raise FileError("", [Diagnostic("", what)])

@@ -15,7 +15,6 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.export.gguf_architectures import (
     Architecture,
     architecture_of,
-    missing_package,
     order_of_rows,
     tensor_names,
 )
@@ -52,7 +51,7 @@ def read_gguf(file: GGUFFile, base: Base | None, findings: Findings) -> Adapter:
     Raises:
         FileError: every reason why it cannot be used.
     """
-    findings.fatal += missing_package() + _value_problems(file)
+    findings.fatal += _value_problems(file)
     if base is None:
         what = "has llama.cpp's names: only the model tells which layers they are, and the order of their rows"
         fix = "read it onto its base: lorary.load(model, file), or lorary convert FILE OUT --base MODEL"
@@ -73,7 +72,8 @@ def read_gguf(file: GGUFFile, base: Base | None, findings: Findings) -> Adapter:
         else:
             findings.fatal.append(Diagnostic(named(roles["B"]), "is not a matrix"))
     reduced = sorted({e.dtype for e in file.header.tensors.values()} - {"F32", "F16", "BF16"})
-    findings.notes += [f"its tensors are quantised as {', '.join(reduced)}, and read as llama.cpp computes"] * bool(reduced)
+    if reduced:
+        findings.notes.append(f"its tensors are quantised as {', '.join(reduced)}, and read as llama.cpp computes")
     name = file.values.get("general.base_model.0.name")
     return read_layers(file, layers, base, findings, base_name=name if isinstance(name, str) else "")
 

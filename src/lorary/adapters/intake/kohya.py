@@ -45,7 +45,9 @@ class Kohya:
         refuse_other_methods(names, findings)
         if base is None:
             what = "has `_` for every `.` in the paths of layers, so that only the model tells which they are"
-            fix = 'read it onto its model: lorary.load_adapter(file, model=...), or lorary convert FILE OUT --base MODEL'
+            fix = (
+                "read it onto its model: lorary.load_adapter(file, model=...), or lorary convert FILE OUT --base MODEL"
+            )
             findings.fatal.append(Diagnostic(file.name, what, fix))
             findings.raise_refused()
         assert base is not None
@@ -96,7 +98,9 @@ def _path(layer: str) -> str:
 def _unknown(layer: str) -> Diagnostic:
     what = "adapts a layer that the model does not have"
     if _path(layer).startswith(_SGM):
-        fix = "this is the original name in SDXL's UNet; diffusers' `load_lora_weights` and `save_lora_weights` rename it"
+        fix = (
+            "this is the original name in SDXL's UNet; diffusers' `load_lora_weights` and `save_lora_weights` rename it"
+        )
         return Diagnostic(named(layer), what, fix)
     return Diagnostic(named(layer), what)
 

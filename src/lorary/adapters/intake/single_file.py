@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.hub import OWN_FILES, RECORDS
 from lorary.adapters.intake.diffusers import DIFFUSERS
 from lorary.adapters.intake.format import Format
 from lorary.adapters.intake.gguf import read_gguf
@@ -18,34 +16,12 @@ from lorary.adapters.peft.lora import LORA
 from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
 from lorary.files.gguf_file import GGUFFile
-from lorary.files.safe_open import existing_folder
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import Header, TensorFile
 from lorary.model.base import Base
 
 FORMATS: tuple[Format, ...] = (KOHYA, TORCHTUNE, DIFFUSERS)
-GGUF, SAFETENSORS = ".gguf", ".safetensors"
-
-
-def is_single_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of a file that may be an adapter by itself."""
-    path = Path(path)
-    return path.suffix in (GGUF, SAFETENSORS) and path.is_file()
-
-
-def existing_adapter(path: str | os.PathLike[str]) -> Path:
-    """The adapter folder or file that `path` names, symbolic links of folders resolved.
-
-    The tensor file of an adapter folder names the folder.
-
-    Raises:
-        FileError: it does not exist, or is neither.
-    """
-    if not is_single_file(path):
-        return existing_folder(path)
-    folder, name = Path(path).parent.resolve(strict=True), Path(path).name
-    recorded = name in OWN_FILES and any(os.path.lexists(folder / record) for record in RECORDS)
-    return folder if recorded else folder / name
+GGUF = ".gguf"
 
 
 def read_single_file(path: Path, base: Base | None, findings: Findings) -> Adapter:

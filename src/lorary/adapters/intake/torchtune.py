@@ -52,14 +52,16 @@ class Torchtune:
     def read(self, file: TensorSource, base: Base | None, config: PeftConfig | None, findings: Findings) -> Adapter:
         if config is None:
             what = f"has torchtune's names, and no {NAME} is beside it: the file does not say alpha"
-            fix = f'write {{"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": []}} as {NAME} beside it'
+            said = '{"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": []}'
+            fix = f"write {said} into {NAME} beside it"
             findings.fatal.append(Diagnostic(file.name, what, fix))
         model = getattr(getattr(base and base.model, "config", None), "model_type", None)
         if base is None:
             what = "has torchtune's names: only the model tells its heads, whose rows have another order there"
             findings.fatal.append(Diagnostic(file.name, what, "read it onto its base: lorary.load(model, folder)"))
         elif model not in _REORDERED:
-            what = f"has torchtune's names, which lorary knows of {', '.join(_REORDERED)}; the model is of {show(model)}"
+            known = ", ".join(_REORDERED)
+            what = f"has torchtune's names, which lorary knows of {known}; the model is of {show(model)}"
             findings.fatal.append(Diagnostic(file.name, what))
         findings.raise_refused()
         assert base is not None

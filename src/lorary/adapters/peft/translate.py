@@ -62,10 +62,11 @@ def translate(
         path = site or short.rpartition(".")[0].removesuffix(".base_layer")
         short = paths.here(path, layer=bool(site)) + short.removeprefix(path)
         if short in found.names:
-            found.problems.append(Diagnostic(named(name), f"is there twice, {_why_twice(name, short, found)}"))
+            why = "with and without an adapter's name" if adapters else _why_twice(name, short, found)
+            found.problems.append(Diagnostic(named(name), f"is there twice, {why}"))
         found.names[short] = name
     found.inner, found.ambiguous = paths.written, paths.ambiguous
-    found.problems += paths.problems + _several(adapters)
+    found.problems = (_several(adapters) or found.problems) + paths.problems
     found.notes += [*(f"the adapter's name in those of its tensors, `{a}`, was left out" for a in adapters)]
     found.notes += paths.notes()
     return found
