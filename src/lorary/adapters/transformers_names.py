@@ -9,12 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Container
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightTransform
 
 _WEIGHT = ".weight"
 
@@ -28,16 +25,16 @@ class OldNames:
     """
 
     def __init__(self, model: nn.Module, modules: Container[str]) -> None:
-        self._model, self._modules = model, modules
+        self._model, self._paths = model, modules
 
     @cached_property
-    def _transforms(self) -> tuple[list[WeightTransform], list[WeightTransform]]:
+    def _transforms(self) -> tuple[list[Any], list[Any]]:
         """Transformers' renamings of the model, and its conversions, which also change tensors."""
         if "transformers" not in sys.modules:  # then the model is none of its own
             return [], []
         from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
+
+        from lorary.layers.transformers_internals import WeightRenaming, get_model_conversion_mapping
 
         if not isinstance(self._model, PreTrainedModel):
             return [], []
@@ -50,14 +47,14 @@ class OldNames:
         found = self._renamed(path)
         prefix = f"{getattr(self._model, 'base_model_prefix', '')}."  # of the model in a model with a head
         candidates = (found, prefix + found, found.removeprefix(prefix))
-        return next((name for name in candidates if name in self._modules), path)
+        return next((name for name in candidates if name in self._paths), path)
 
     def whole(self, path: str) -> str:
         """The parameter in which Transformers stores the weight at an old path with others (experts, fused q, k, v)."""
         renamings, conversions = self._transforms
         if not conversions:
             return ""
-        from transformers.core_model_loading import rename_source_key
+        from lorary.layers.transformers_internals import rename_source_key
 
         renamed, pattern = rename_source_key(path + _WEIGHT, renamings, conversions)
         return "" if pattern is None else renamed
@@ -66,7 +63,7 @@ class OldNames:
         renamings, _ = self._transforms
         if not renamings:
             return path
-        from transformers.core_model_loading import rename_source_key
+        from lorary.layers.transformers_internals import rename_source_key
 
         renamed, _ = rename_source_key(path + _WEIGHT, renamings, [])
         return str(renamed).removesuffix(_WEIGHT)
