@@ -366,7 +366,8 @@ _TREE = """this model's layers:
         model.layers.{0-1}.mlp.down_proj  Linear 16x24  x2
         lm_head  Linear 40x16"""
 _KNOWN = (
-    "presets: all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv"
+    "presets: all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv, "
+    "language, vision, audio, projector"
 )
 
 

@@ -31,9 +31,9 @@ def _in_tower(tower: str) -> Callable[[Scan], Fits]:
 
 PRESETS: dict[str, Callable[[Scan], Fits]] = {
     **{preset: _linear(named) for preset, named in block_names.TARGETS.items()},
-    **{tower: _in_tower(tower) for tower in TOWERS},
     "embedding": lambda scan: lambda m: m.kind == "embedding",
     "conv": lambda scan: lambda m: (m.kind or "").startswith("conv"),
+    **{tower: _in_tower(tower) for tower in TOWERS},
 }
 LINEAR_PRESETS = {*block_names.TARGETS, *TOWERS}
 # preset -> the parts of a fused weight that it stands for

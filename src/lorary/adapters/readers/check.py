@@ -65,8 +65,9 @@ def check(
     if problems:
         raise ConfigError("cannot check for these readers:", problems)
     chosen = [READERS[name] for name in dict.fromkeys(readers or READERS)]
-    if not isinstance(adapter, Adapter | bytes) and is_single_file(adapter):
-        adapter = load_adapter(adapter, model=model)
+    if not isinstance(adapter, Adapter):
+        checked_path(adapter, "cannot check an adapter:")
+        adapter = load_adapter(adapter, model=model) if is_single_file(adapter) else adapter
     if not isinstance(adapter, Adapter):
         return _verdicts(_found(adapter), chosen, model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,7 +77,6 @@ def check(
 
 def _found(path: str | os.PathLike[str]) -> Path:
     """The adapter folder at `path`, in the run folder there, or downloaded from the Hub."""
-    checked_path(path, "cannot check an adapter:")
     folder = existing_folder(path if os.path.lexists(path) else local_folder(path))
     return adapter_folder(folder) or folder
 
