@@ -10,7 +10,6 @@ from lorary.layers import block_names
 from lorary.model.scan import Scan, ScannedModule
 from lorary.model.towers import TOWERS, tower_of, tower_roots
 
-
 Fits = Callable[[ScannedModule], bool]
 
 
