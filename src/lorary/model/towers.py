@@ -8,12 +8,12 @@ its successors) hold it inside the vision encoder, as `merger`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorary.model.scan import Scan
-from lorary.spec.placement import AdaptedSite
+from lorary.spec.placement import AdaptedSite, unique_tensor_sets
 
 PROJECTOR = "projector"
 _OF_CONFIG = {"text_config": "language", "vision_config": "vision", "audio_config": "audio"}
@@ -31,7 +31,7 @@ class Tower:
         layers: the number of its linear layers.
         adapted: the number of its adapted sites.
         parameters: the number of its parameters; one that several towers hold counts in the first.
-        trains: the number of its adapters' trained parameters.
+        trains: the number of its adapters' trained parameters; tensors that several layers share count once.
     """
 
     name: str
@@ -65,7 +65,7 @@ def tower_of(path: str, roots: Mapping[str, str], heads: Iterable[str]) -> str:
     return roots[root]
 
 
-def towers(scan: Scan, sites: Iterable[AdaptedSite]) -> tuple[Tower, ...]:
+def towers(scan: Scan, sites: Sequence[AdaptedSite]) -> tuple[Tower, ...]:
     """The towers of a model under a plan; none for a model of one part."""
     roots = tower_roots(scan)
     if not roots:
@@ -80,6 +80,8 @@ def towers(scan: Scan, sites: Iterable[AdaptedSite]) -> tuple[Tower, ...]:
     for site in sites:
         if tower := tower_of(site.site.name, roots, scan.heads):
             adapted[tower] += 1
+    for site in unique_tensor_sets(sites):
+        if tower := tower_of(site.site.name, roots, scan.heads):
             trains[tower] += site.trainable
     return tuple(
         Tower(name, layers[name], adapted[name], parameters[name], trains[name]) for name in TOWERS if parameters[name]

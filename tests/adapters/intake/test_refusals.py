@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorary
+from lorary.adapters import AdapterWarning
+from lorary.adapters.intake.diffusers import split
 from tests.adapters.intake.test_made import KOHYA, MADE, part, stand_in, updates
 from tests.adapters.models import BASES
 
@@ -74,6 +76,19 @@ def tune(**config: Any) -> Callable[[Path], Path]:
         shutil.copytree(MADE / "torchtune" / "own", path)
         said = json.loads((path / "adapter_config.json").read_text()) | config
         (path / "adapter_config.json").write_text(json.dumps(said))
+        return path
+
+    return make
+
+
+def described(**fields: Any) -> Callable[[Path], Path]:
+    """The made file of diffusers with other fields in its metadata."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "pytorch_lora_weights.safetensors"
+        with safe_open(MADE / "diffusers" / path.name, "pt") as there:
+            said = json.loads(there.metadata()["lora_adapter_metadata"]) | fields
+        save_file(load_file(MADE / "diffusers" / path.name), path, metadata={"lora_adapter_metadata": json.dumps(said)})
         return path
 
     return make
@@ -142,6 +157,22 @@ CASES: dict[str, Case] = {
         changed(*DI, lambda t: t.update({f"{TO_Q}.lora_A.weight": t[f"{TO_Q}.lora_A.weight"].T.contiguous()})),
         unet,
         "it is transposed",
+    ),
+    "diffusers, alphas beside its metadata": (
+        changed(*DI, put(f"{TO_Q}.alpha", torch.tensor(2.0))),
+        unet,
+        "to_q.alpha: is there, and so are a rank and an alpha for each layer in the metadata",
+    ),
+    "diffusers, the rank in its metadata": (described(**{"unet.r": 5}), unet, r"expected \[5, 8\]"),
+    "diffusers, another type in its metadata": (
+        described(**{"unet.peft_type": "LOKR"}),
+        unet,
+        "__metadata__: lora_adapter_metadata: is of type 'LOKR'",
+    ),
+    "diffusers, a feature in its metadata": (
+        described(**{"unet.lora_bias": True}),
+        unet,
+        "__metadata__: lora_adapter_metadata: lora_bias: is true: biases beside B are not supported",
     ),
     # torchtune
     "torchtune without a base": (tune(), None, "has torchtune's names: only the model tells its heads"),
@@ -218,3 +249,26 @@ def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "belongs to LoHa" in text
     assert "is missing, and its partner is useless alone" in text
+
+
+def test_what_is_unknown_is_left_out_if_asked(tmp_path: Path) -> None:
+    path = changed(*DI, put("unet.x", torch.ones(1)))(tmp_path)
+    with pytest.warns(AdapterWarning, match=r"unet\.x: is not a tensor of this adapter"):
+        assert len(lorary.load_adapter(path, model=unet(), strict=False).sites) == 3
+
+
+OLD = {
+    "mid_block.attn1.processor.to_q_lora.down.weight": ("mid_block.attn1.to_q", "A"),
+    "mid_block.attn1.to_out_lora.up.weight": ("mid_block.attn1.to_out.0", "B"),
+    "mid_block.attn1.processor.to_v_lora.alpha": ("mid_block.attn1.to_v", "alpha"),
+    "mid_block.proj_in.lora.up.weight": ("mid_block.proj_in", "B"),
+    "layers.0.self_attn.to_out_lora.down.weight": ("layers.0.self_attn.out_proj", "A"),
+    "layers.0.self_attn.q_proj.lora_linear_layer.down.weight": ("layers.0.self_attn.q_proj", "A"),
+    "layers.0.mlp.fc1.lora_magnitude_vector": ("layers.0.mlp.fc1", "m"),
+    "layers.0.mlp.fc1.weight": ("layers.0.mlp.fc1.weight", ""),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_the_names_of_older_releases_of_diffusers(name: str) -> None:
+    assert split(name) == OLD[name]

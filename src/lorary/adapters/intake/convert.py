@@ -101,13 +101,11 @@ def _compare(adapter: Adapter, again: Adapter, model: nn.Module | None) -> dict[
 
 
 def _differing_tensors(adapter: Adapter, again: Adapter) -> dict[str, float]:
-    return {
-        site: max(
-            (_relative(t, again.tensors[site][role]) if site in again.tensors else float("inf"))
-            for role, t in roles.items()
-        )
-        for site, roles in adapter.tensors.items()
-    }
+    found = {}
+    for site, roles in adapter.tensors.items():
+        other = again.tensors.get(site, {})
+        found[site] = max(_relative(t, other[role]) if role in other else float("inf") for role, t in roles.items())
+    return found
 
 
 def _relative(before: Tensor, after: Tensor) -> float:

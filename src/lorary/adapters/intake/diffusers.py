@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.diffusion import explain, model_of, refuse_other_methods, scaled_layers
 from lorary.adapters.intake.layers import Layer, Stored, complete, read_layers
-from lorary.adapters.peft.config import PeftConfig, read_config
+from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.lora import LORA
 from lorary.errors import Diagnostic, FileError
 from lorary.files import strict_json
 from lorary.files.findings import Findings
+from lorary.files.strict_json import named
 from lorary.files.tensor_file import MOST_METADATA, Header, TensorSource
 from lorary.model.base import Base
 
 _METADATA = "lora_adapter_metadata"
+_WHERE = f"__metadata__: {_METADATA}"
 _MODELS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _LEAVES = {
     **{f".{leaf}": role for leaf, role in LORA.leaves.items() if "embedding" not in leaf},
@@ -66,13 +69,16 @@ class Diffusers:
         part = model_of(fitting, base, findings) if parts else ""
         grouped = dict(complete(parts.get(part, {}), _LEAVES, findings))
         said = _config(file.header.metadata, part, findings)
+        alphas = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
+        if said is not None and alphas:
+            what = "is there, and so are a rank and an alpha for each layer in the metadata: one of them is stale"
+            findings.fatal += [Diagnostic(named(name), what) for name in sorted(alphas)]
         findings.raise_refused()
         layers = (
             scaled_layers(grouped, {path: path for path in grouped}, file, findings)
             if said is None
             else [_layer(path, roles, said) for path, roles in grouped.items()]
         )
-        alphas = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
         others = {n for m, paths in parts.items() if m != part for roles in paths.values() for n in roles.values()}
         return read_layers(file, layers, base, findings, explain, known=alphas | others)
 
@@ -106,14 +112,18 @@ def _config(metadata: Mapping[str, str], model: str, findings: Findings) -> Peft
     try:
         said: Any = strict_json.parse(metadata[_METADATA].encode(), MOST_METADATA)
     except ValueError as error:
-        raise FileError("", [Diagnostic(f"__metadata__: {_METADATA}", str(error))]) from None
+        raise FileError("", [Diagnostic(_WHERE, str(error))]) from None
     if not isinstance(said, dict):
-        raise FileError("", [Diagnostic(f"__metadata__: {_METADATA}", "is not a JSON object")])
+        raise FileError("", [Diagnostic(_WHERE, "is not a JSON object")])
     prefix = f"{model}." if model else ""
     fields = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
     if not fields:
         return None
-    return read_config({"peft_type": LORA.name} | fields, {LORA.name: LORA.fields}, findings)
+    own = Findings(findings.subject, findings.strict)
+    config = read_config({"peft_type": LORA.name} | fields, {LORA.name: LORA.fields}, own)
+    for found, kept in ((own.fatal, findings.fatal), (own.tolerable, findings.tolerable)):
+        kept += [replace(p, where=p.where.replace(NAME, _WHERE)) for p in found]
+    return config
 
 
 def _layer(path: str, roles: Mapping[str, str], config: PeftConfig) -> Layer:

@@ -21,7 +21,7 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
-from lorary.files.tensor_file import TensorSource
+from lorary.files.tensor_file import Entry, TensorSource
 from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.model.base import Base
@@ -135,44 +135,58 @@ def read_layers(
         FileError: every reason why it cannot be used.
     """
     placed = _placed(layers, base, file, findings)
-    if not placed and not findings.fatal:
+    if not placed.layers and not findings.fatal:
         findings.fatal.append(Diagnostic(file.name, "holds no factors of any layer"))
     if findings.fatal:
         findings.raise_refused()
-    sites = tuple(AdaptedSite(site, layer.method) for site, layer in placed.values())
-    entries = file.header.tensors
-
-    def layout(adapted: AdaptedSite) -> Layout:
-        stored = placed[adapted.site.name][1].stored
-        found = {}
-        for role, (_, shape) in LORA.layout(adapted).items():
-            there = stored[role]
-            shape = (adapted.site.out_features,) if role == "m" else shape
-            expected, written = there.view.shape(shape), entries[there.name].shape
-            alike = there.view is PLAIN and _without_ones(written) == _without_ones(expected)
-            found[role] = there.name, written if alike else expected
-        return found
-
-    def decode(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored = placed[adapted.site.name][1].stored
-        return {
-            role: stored[role].view.read(tensors[name]).reshape(adapted.shapes[role])
-            for role, (name, _) in layout(adapted).items()
-        }
-
-    expected, vital = expected_tensors(sites, layout, {})
-    names = {name: name for name in entries if name not in set(known)}
+    sites, used = placed.sites, set(known)
+    expected, vital = expected_tensors(sites, placed.layout, {})
+    names = {name: name for name in file.header.tensors if name not in used}
     values = read_tensors(file, names, expected, findings, explain, vital | set(expected), ())
-    tensors = site_tensors(sites, values, expected, decode, {}, findings)
+    tensors = site_tensors(sites, values, expected, placed.decode, {}, findings)
     alert_if_zero(sites, tensors, findings)
     method = Counter(a.method for a in sites).most_common(1)[0][0]
     return Adapter(method, sites, tensors, {}, Fingerprint(name=base_name), findings.conclude())
 
 
-def _placed(
-    layers: Sequence[Layer], base: Base | None, file: TensorSource, findings: Findings
-) -> dict[str, tuple[Site, Layer]]:
-    """site -> the site and its layer."""
+@dataclass(frozen=True)
+class _Placed:
+    """The layers of a file at the sites of a base.
+
+    Args:
+        layers: site -> the site and its layer.
+        entries: the tensors of the file.
+    """
+
+    layers: Mapping[str, tuple[Site, Layer]]
+    entries: Mapping[str, Entry]
+
+    @property
+    def sites(self) -> tuple[AdaptedSite, ...]:
+        return tuple(AdaptedSite(site, layer.method) for site, layer in self.layers.values())
+
+    def layout(self, adapted: AdaptedSite) -> Layout:
+        """The names and shapes of a site's tensors in the file."""
+        stored, found = self.layers[adapted.site.name][1].stored, {}
+        for role, (_, shape) in LORA.layout(adapted).items():
+            there = stored[role]
+            shape = (adapted.site.out_features,) if role == "m" else shape
+            expected, written = there.view.shape(shape), self.entries[there.name].shape
+            alike = there.view is PLAIN and _without_ones(written) == _without_ones(expected)
+            found[role] = there.name, written if alike else expected
+        return found
+
+    def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """role -> tensor of a site."""
+        stored = self.layers[adapted.site.name][1].stored
+        return {
+            role: stored[role].view.read(tensors[stored[role].name]).reshape(adapted.shapes[role])
+            for role in LORA.layout(adapted)
+        }
+
+
+def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, findings: Findings) -> _Placed:
+    """The layers at their sites; those without one become findings."""
     paths, placed = ModulePaths(base), dict[str, tuple[Site, Layer]]()
     for layer in layers:
         with findings.gathering():
@@ -183,7 +197,7 @@ def _placed(
             placed[path] = site, layer
     findings.fatal += [*paths.problems, *paths.ambiguous.values()]
     findings.notes += paths.notes()
-    return placed
+    return _Placed(placed, file.header.tensors)
 
 
 def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Site:
