@@ -91,8 +91,9 @@ def _layer(path: str, roles: Any, file: GGUFFile, base: Base, architecture: Arch
         "A": Stored(roles["A"], TRANSPOSED) if site.kind == "embedding" else Stored(roles["A"]),
         "B": Stored(roles["B"]) if order is None else Stored(roles["B"], rows_in_order(order)),
     }
+    rank = max(rank, 1)  # one of 0 is refused by its shape
     alpha = float(file.values[_ALPHA]) or float(rank)  # llama.cpp takes 0 as no scale
-    return Layer(path, plain_method(max(rank, 1), alpha), stored)
+    return Layer(path, plain_method(rank, alpha), stored)
 
 
 def _value_problems(file: GGUFFile) -> list[Diagnostic]:
