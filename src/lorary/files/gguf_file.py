@@ -30,6 +30,7 @@ _MOST_TEXT = 2**20
 _ARRAY, _STRING = 9, 8
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _ALIGNMENT = "general.alignment"
+_QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -189,7 +190,7 @@ def _size(shape: tuple[int, ...], kind: int) -> tuple[str, int]:
     except ValueError:
         return "", 0
     block, size = gguf.GGML_QUANT_SIZES[dtype]
-    known = dtype.name in _PLAIN or dtype.name.startswith(("Q4_", "Q5_", "Q8_"))
+    known = dtype.name in _PLAIN or dtype.name in _QUANTISED
     if not known or (shape and shape[-1] % block):
         return "", 0
     return dtype.name, math.prod(shape) // block * size
