@@ -674,13 +674,14 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "  - model.layers.7.self_attn.q_proj.lora_A.weight: adapts a module that the model does not have",
     ),
     (
-        "an adapter's name in a key",
-        lambda s: s.rename(A0, PREFIX + A0.replace(".weight", ".default.weight")),
+        "two adapters' names in keys",
+        lambda s: (
+            s.rename(A0, PREFIX + A0.replace(".weight", ".default.weight")),
+            s.add(PREFIX + A0.replace(".weight", ".other.weight"), 4, 16),
+        ),
         (
-            "  - model.layers.0.self_attn.q_proj.lora_A.weight: is missing\n"
-            "      hint: the file has model.layers.0.self_attn.q_proj.lora_A.default.weight\n"
-            "  - model.layers.0.self_attn.q_proj.lora_A.default.weight: has an adapter's name inside, which "
-            "PEFT's files never have"
+            "  - the file holds several adapters: default, other\n"
+            '      hint: save one of them: model.save_pretrained(folder, selected_adapters=["default"])'
         ),
     ),
     (

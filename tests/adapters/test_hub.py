@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lorary
 from lorary.adapters.hub import is_hub_id
@@ -72,11 +73,15 @@ def test_an_id_is_downloaded_without_pickles_and_refusals_say_why(tmp_path: Path
     base.mkdir()
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"0" * 100)
+    style = tmp_path / "style"
+    style.mkdir()
+    tensors = {"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, style / "pytorch_lora_weights.safetensors")
     size = str(lorary.load_adapter(folder).size)
-    names = ["ann/adapter", "ann/run", "ann/model", "private/one", "gated/one", "missing/one", "ann/..x"]
-    with hub({"ann/adapter": folder, "ann/run": run, "ann/model": base}) as (address, asked):
-        plain, nested, model, private, gated, missing, odd, at = ask(names, tmp_path, HF_ENDPOINT=address)
-    assert (plain, nested) == (size, size)
+    names = ["ann/adapter", "ann/run", "ann/style", "ann/model", "private/one", "gated/one", "missing/one", "ann/..x"]
+    with hub({"ann/adapter": folder, "ann/run": run, "ann/style": style, "ann/model": base}) as (address, asked):
+        plain, nested, single, model, private, gated, missing, odd, at = ask(names, tmp_path, HF_ENDPOINT=address)
+    assert (plain, nested, single) == (size, size, "64")
     assert sorted({*asked}) == [
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
@@ -84,6 +89,7 @@ def test_an_id_is_downloaded_without_pickles_and_refusals_say_why(tmp_path: Path
         "adapter_config.json",
         "adapter_model.safetensors",
         "lorary.json",
+        "pytorch_lora_weights.safetensors",
     ]
     neither = "holds neither lorary.json nor adapter_config.json\n"
     assert model.endswith(f"{neither}      hint: this looks like a whole model: load it as the base")

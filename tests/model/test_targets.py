@@ -367,7 +367,7 @@ _TREE = """this model's layers:
         lm_head  Linear 40x16"""
 _KNOWN = (
     "presets: all-linear, attention, attention-qv, attention-kv, attention-output, mlp, mlp-output, embedding, conv, "
-    "vocabulary"
+    "vocabulary, language, vision, audio, projector"
 )
 
 

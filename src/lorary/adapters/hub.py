@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 
 from lorary.errors import Diagnostic, FileError, suggested_path
+from lorary.files.safe_open import is_single_file
 
 RECORDS = ("lorary.json", "adapter_config.json")
 _TENSORS = ("adapter.safetensors", "adapter_model.safetensors", "adapters.safetensors")
 CHAT_TEMPLATE = "chat_template.jinja"  # as Transformers saves it beside a tokenizer
 OWN_FILES = (*RECORDS, *_TENSORS)
+DIFFUSERS = "pytorch_lora_weights.safetensors"  # an adapter by itself, as diffusers saves it
 _FOLDERS = ("", "adapter/")  # of an adapter folder, and of a whole run folder
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,9 +45,11 @@ def local_folder(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def adapter_folder(path: Path) -> Path | None:
-    """The adapter folder at `path`, or in the run folder `path`; None if there is none."""
+    """The adapter folder at `path`, or in the run folder `path`, or the file there; None if there is none."""
+    if is_single_file(path):
+        return path
     for folder in (path, path / "adapter"):
-        if any((folder / name).is_file() for name in RECORDS):
+        if any((folder / name).is_file() for name in (*RECORDS, DIFFUSERS)):
             return folder
     return None
 
@@ -66,7 +70,7 @@ def download(name: str) -> Path | None:
         RepositoryNotFoundError,
     )
 
-    files = [folder + file for folder in _FOLDERS for file in (*OWN_FILES, CHAT_TEMPLATE)]
+    files = [folder + file for folder in _FOLDERS for file in (*OWN_FILES, DIFFUSERS, CHAT_TEMPLATE)]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:

@@ -14,31 +14,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.intake.layers import PLAIN, TRANSPOSED, Layer, Stored, complete, group, read_layers
 from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.fields import ALPHA, PROBABILITY, RANK
 from lorary.adapters.peft.reader import MOST_JSON
 from lorary.adapters.peft.reader import WEIGHTS as PEFT_WEIGHTS
-from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
-from lorary.errors import Diagnostic, FileError, nearest
+from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
-from lorary.files.strict_json import named, show
+from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
 from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.model.base import Base
-from lorary.model.fingerprint import Fingerprint, base_name
+from lorary.model.fingerprint import base_name
 from lorary.spec.method import Method
-from lorary.spec.placement import AdaptedSite
-from lorary.spec.site import Site
 
 WEIGHTS = "adapters.safetensors"
 _JOINS = {"lora": Add(), "dora": MagnitudeDirection()}
 _RULES = {"rank": RANK, "scale": ALPHA, "dropout": PROBABILITY}
-_LEAVES = {"A": "lora_a", "B": "lora_b", "m": "m"}
+_LEAVES = {".lora_a": "A", ".lora_b": "B", ".m": "m"}
+_VIEWS = {"A": TRANSPOSED, "B": TRANSPOSED, "m": PLAIN}
 
 
 def is_mlx(folder: Path) -> bool:
@@ -61,20 +58,20 @@ def read_mlx(folder: Path, base: Base | None, findings: Findings) -> Adapter:
     if not isinstance(config, dict):
         raise FileError("", [Diagnostic(NAME, "is not a JSON object")])
     method = _method(config)
-    with TensorFile(folder, WEIGHTS) as file:
-        found = {name: entry.shape for name, entry in file.header.tensors.items()}
-        sites = tuple(AdaptedSite(s, method) for s in _sites(found, base, method, findings))
-        findings.raise_refused()
-        expected, vital = expected_tensors(sites, _layout, {})
-        names = {name: name for name in found}
-        explain = "is not a tensor of this adapter"
-        values = read_tensors(file, names, expected, findings, lambda name: explain, vital | set(expected), ())
-    tensors = site_tensors(sites, values, expected, _decode, {}, findings)
-    alert_if_zero(sites, tensors, findings)
-    name = config.get("model")
-    fingerprint = Fingerprint(name=base_name(name) if isinstance(name, str) else "")
+    dora = isinstance(method.join, MagnitudeDirection)
     findings.notes.append("read from mlx-lm's files")
-    return Adapter(method, sites, tensors, {}, fingerprint, findings.conclude())
+    with TensorFile(folder, WEIGHTS) as file:
+        layers = []
+        for path, roles in complete(group(file.header.tensors, _LEAVES), _LEAVES, findings):
+            if dora and base is not None and base.kinds.get(path) == "embedding":
+                findings.fatal.append(Diagnostic(path, "mlx-lm's DoRA of an embedding has a magnitude for each token"))
+            if dora and "m" not in roles:
+                findings.fatal.append(Diagnostic(f"{path}.m", "is missing"))
+                continue
+            needed = {role: name for role, name in roles.items() if dora or role != "m"}
+            layers.append(Layer(path, method, {r: Stored(name, _VIEWS[r]) for r, name in needed.items()}))
+        name = config.get("model")
+        return read_layers(file, layers, base, findings, base_name=base_name(name) if isinstance(name, str) else "")
 
 
 def _method(config: Mapping[str, Any]) -> Method:
@@ -103,36 +100,3 @@ def _method(config: Mapping[str, Any]) -> Method:
         _JOINS[kind],
         dropout=float(values["dropout"]),
     )
-
-
-def _sites(found: Mapping[str, tuple[int, ...]], base: Base | None, method: Method, findings: Findings) -> list[Site]:
-    """The sites in the names of the tensors; every other name becomes a finding later."""
-    sites = []
-    for name in dict.fromkeys(n.rpartition(".")[0] for n in found if n.endswith((".lora_a", ".lora_b"))):
-        a, b = (found.get(f"{name}.{_LEAVES[role]}", ()) for role in ("A", "B"))
-        if len(a) == 3 or len(b) == 3:
-            findings.fatal.append(Diagnostic(name, "adapts fused experts, which is not supported"))
-        elif base is None and len(a) == len(b) == 2:
-            sites.append(Site(name, "linear", b[1], a[0], bias=False))
-        elif base is None:
-            findings.fatal.append(Diagnostic(name, f"has factors of the shapes {list(a)} and {list(b)}"))
-        elif name not in base.kinds:
-            near = nearest(name, base.kinds, most=1)
-            fix = f"it has {named(near[0])}" if near else ""
-            findings.fatal.append(Diagnostic(name, "adapts a layer that the model does not have", fix))
-        elif base.kinds[name] == "embedding" and isinstance(method.join, MagnitudeDirection):
-            findings.fatal.append(Diagnostic(name, "mlx-lm's DoRA of an embedding has a magnitude for each token"))
-        else:
-            sites.append(base.site(name))
-    if not sites and not findings.fatal:
-        findings.fatal.append(Diagnostic(WEIGHTS, "holds no factors of any layer"))
-    return sites
-
-
-def _layout(adapted: AdaptedSite) -> Layout:
-    """role -> (name, shape) of a site's tensors, the factors transposed."""
-    return {role: (f"{adapted.site.name}.{_LEAVES[role]}", shape[::-1]) for role, shape in adapted.shapes.items()}
-
-
-def _decode(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {role: tensors[name].t().contiguous() for role, (name, _) in _layout(adapted).items()}

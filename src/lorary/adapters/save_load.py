@@ -1,4 +1,4 @@
-"""Saving an adapter as a folder, and loading lorary's, PEFT's and mlx-lm's folders."""
+"""Saving an adapter as a folder, and loading lorary's and PEFT's folders and other tools' files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.hub import local_folder
+from lorary.adapters.hub import DIFFUSERS, OWN_FILES, RECORDS, local_folder
+from lorary.adapters.intake.single_file import read_single_file
+from lorary.adapters.intake.torchtune import TORCHTUNE
 from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
@@ -22,7 +24,7 @@ from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, caller_stacklevel, not_a
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning, Findings
-from lorary.files.safe_open import checked_path, existing_folder, subject
+from lorary.files.safe_open import checked_path, existing_folder, is_single_file, subject
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.model.ambient import mode_independent
@@ -101,10 +103,11 @@ def save_adapter(
 def load_adapter(
     folder: str | os.PathLike[str], *, model: nn.Module | Base | None = None, strict: bool = True
 ) -> Adapter:
-    """Read an adapter folder: lorary's, PEFT's or mlx-lm's.
+    """Read an adapter: a folder of lorary, PEFT, mlx-lm or torchtune, or a file of kohya, diffusers or llama.cpp.
 
     Args:
-        folder: the folder, or its Hub id: only the adapter's own files are then downloaded.
+        folder: the folder, or its Hub id: only the adapter's own files are then downloaded; or a single file, such as
+            `pytorch_lora_weights.safetensors`.
         model: the base, if at hand: a PEFT folder must then have tensors for the modules that PEFT would adapt in it. A
             `Base` of the model is walked once for all the adapters that are read with it.
         strict: refuse anything missing, unexpected, malformed or not finite. False tolerates what PEFT tolerates, with
@@ -120,20 +123,44 @@ def load_adapter(
     checked_path(folder, "cannot load an adapter:")
     if problems := not_a(nn.Module | Base | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
-    path = existing_folder(folder if os.path.lexists(folder) else local_folder(folder))
+    path = _existing(folder if os.path.lexists(folder) else local_folder(folder))
     findings, base = Findings(subject(folder), strict), None if model is None else Base.of(model)
     try:
-        if os.path.lexists(path / native.NAME):
-            return native.read_native(path, findings)
-        if os.path.lexists(path / PEFT_CONFIG):
-            return read_mlx(path, base, findings) if is_mlx(path) else read_peft(path, base, findings)
-        weights_name(path)  # a lone pickle is the better reason
-        raise FileError("", [_no_adapter(path)])
+        return _read(path, base, findings)
     except FileError as error:
         if error.headline:
             raise
         findings.fatal += error.problems
         raise FileError(f"cannot load {findings.subject}", findings.refused()) from error.__cause__
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    """The adapter folder or file that `path` names, symbolic links of folders resolved.
+
+    The tensor file of an adapter folder names the folder.
+
+    Raises:
+        FileError: it does not exist, or is neither.
+    """
+    if not is_single_file(path):
+        return existing_folder(path)
+    folder, name = Path(path).parent.resolve(strict=True), Path(path).name
+    recorded = name in OWN_FILES and any(os.path.lexists(folder / record) for record in RECORDS)
+    return folder if recorded else folder / name
+
+
+def _read(path: Path, base: Base | None, findings: Findings) -> Adapter:
+    """The adapter in a folder or a file."""
+    if path.is_file():
+        return read_single_file(path, base, findings)
+    if os.path.lexists(path / native.NAME):
+        return native.read_native(path, findings)
+    if os.path.lexists(path / PEFT_CONFIG):
+        return read_mlx(path, base, findings) if is_mlx(path) else read_peft(path, base, findings, [TORCHTUNE])
+    if os.path.lexists(path / DIFFUSERS):
+        return read_single_file(path / DIFFUSERS, base, findings)
+    weights_name(path)  # a lone pickle is the better reason
+    raise FileError("", [_no_adapter(path)])
 
 
 def _inconsistent(adapter: Adapter, shared: SharedTensors) -> list[Diagnostic]:

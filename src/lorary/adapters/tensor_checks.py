@@ -13,7 +13,7 @@ from lorary.adapters.shared_tensors import leading_slices
 from lorary.errors import Diagnostic, nearest
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
-from lorary.files.tensor_file import DTYPES, Entry, TensorFile, name_problem
+from lorary.files.tensor_file import DTYPES, Entry, TensorSource, name_problem
 from lorary.methods.lora import Add
 from lorary.spec.placement import AdaptedSite, shared_shapes, start_name
 
@@ -46,7 +46,7 @@ def expected_tensors(
 
 
 def read_tensors(
-    file: TensorFile,
+    file: TensorSource,
     names: Mapping[str, str],
     expected: Mapping[str, tuple[int, ...]],
     findings: Findings,

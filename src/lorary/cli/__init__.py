@@ -19,7 +19,7 @@ from lorary.errors import LoraryError
 COMMANDS = (
     *("train", "compare", "plan", "init", "advise", "methods", "search", "merge"),
     *("mix", "lorahub", "diff", "compress", "extract"),
-    *("export", "check", "verify", "push"),
+    *("export", "convert", "check", "verify", "push"),
     *("eval", "chat", "generate", "serve", "inspect", "demo", "doctor"),
 )
 

@@ -19,6 +19,7 @@ from lorary.files.atomic import recover
 from lorary.files.strict_json import show
 from lorary.files.syscalls import reason
 
+_SINGLE_FILES = (".safetensors", ".gguf")
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -65,6 +66,11 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise FileError(headline, [Diagnostic("", "it is a file, and an adapter is a folder", "name its folder")])
     return folder
+
+
+def is_single_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a file that may be an adapter by itself."""
+    return os.fspath(path).endswith(_SINGLE_FILES) and os.path.isfile(path)
 
 
 def subject(path: str | os.PathLike[str]) -> str:

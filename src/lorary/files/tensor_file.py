@@ -14,9 +14,9 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -60,10 +60,28 @@ class Header:
     Args:
         tensors: name -> entry, in the order of the file.
         data: the offset of the tensors' bytes in the file.
+        metadata: the texts that the file's writer left beside the tensors.
     """
 
     tensors: dict[str, Entry]
     data: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class TensorSource(Protocol):
+    """An open file of tensors, of any format.
+
+    Attributes:
+        name: the file's name, in messages.
+        header: its checked header.
+    """
+
+    name: str
+    header: Header
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names, each in its own memory."""
+        ...
 
 
 class TensorFile:
@@ -203,7 +221,8 @@ def _length_problem(start: bytes, length: int, size: int) -> str:
 
 def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
     problems: list[Diagnostic] = []
-    if what := _metadata_problem(written.pop("__metadata__", {})):
+    metadata = written.pop("__metadata__", None)
+    if what := _metadata_problem({} if metadata is None else metadata):  # mlx writes null
         problems.append(Diagnostic("__metadata__", what))
     if len(written) > MOST_TENSORS:
         what = f"{len(written):,} tensors, more than the {MOST_TENSORS:,} that are accepted"
@@ -221,7 +240,7 @@ def _checked(written: Any, data_size: int, data: int, where: str) -> Header:
         problems = [*problems[:_MOST_REPORTED], Diagnostic("", f"and {more:,} more of this sort")]
     if problems:
         raise FileError("", [Diagnostic(f"{where}: {p.where}" if p.where else where, p.what, p.fix) for p in problems])
-    return Header(tensors, data)
+    return Header(tensors, data, metadata or {})
 
 
 def _metadata_problem(metadata: Any) -> str:

@@ -8,20 +8,34 @@ from typing import Any
 
 from lorary.layers import block_names
 from lorary.model.scan import Scan, ScannedModule
+from lorary.model.towers import TOWERS, tower_of, tower_roots
+
+Fits = Callable[[ScannedModule], bool]
 
 
-def _linear(named: Callable[[str], bool]) -> Callable[[ScannedModule], bool]:
+def _linear(named: Callable[[str], bool]) -> Callable[[Scan], Fits]:
     """Whether a module is a linear layer with such a path."""
-    return lambda m: m.kind in ("linear", "transposed") and named(m.path)
+    return lambda scan: lambda m: m.kind in ("linear", "transposed") and named(m.path)
 
 
-PRESETS: dict[str, Callable[[ScannedModule], bool]] = {
+def _in_tower(tower: str) -> Callable[[Scan], Fits]:
+    """Whether a module is a linear layer of a tower."""
+
+    def of(scan: Scan) -> Fits:
+        roots = tower_roots(scan)
+        return _linear(lambda path: tower_of(path, roots, scan.heads) == tower)(scan)
+
+    return of
+
+
+PRESETS: dict[str, Callable[[Scan], Fits]] = {
     **{preset: _linear(named) for preset, named in block_names.TARGETS.items()},
-    "embedding": lambda m: m.kind == "embedding",
-    "conv": lambda m: (m.kind or "").startswith("conv"),
-    "vocabulary": lambda m: m.kind in ("embedding", "linear"),
+    "embedding": lambda scan: lambda m: m.kind == "embedding",
+    "conv": lambda scan: lambda m: (m.kind or "").startswith("conv"),
+    "vocabulary": lambda scan: lambda m: m.kind in ("embedding", "linear"),
+    **{tower: _in_tower(tower) for tower in TOWERS},
 }
-LINEAR_PRESETS = block_names.TARGETS.keys()
+LINEAR_PRESETS = {*block_names.TARGETS, *TOWERS}
 # preset -> the parts of a fused weight that it stands for
 PARTS = {"attention": "qkv", "attention-qv": "qv", "attention-kv": "kv"}
 
@@ -29,7 +43,7 @@ PARTS = {"attention": "qkv", "attention-qv": "qv", "attention-kv": "kv"}
 def layers_of_preset(scan: Scan, preset: str) -> list[ScannedModule]:
     """The layers that a preset stands for, adaptable or not, under their own names or their wrappers'."""
     heads = scan.heads if preset in LINEAR_PRESETS else ()
-    fits = PRESETS[preset]
+    fits = PRESETS[preset](scan)
     chosen = []
     for path, m in scan.modules.items():
         wrapper = scan.wrapper_of(path)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorary._deprecated import RenamedAttribute
 from lorary.model.targets import abbreviate_paths
+from lorary.model.towers import Tower
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, by_method, family, shared_shapes, unique_tensor_sets
 
@@ -54,6 +55,7 @@ class Plan:
         fixed_tensors: site -> role -> the values of earlier tasks (`plan(after=...)`).
         quantized: the paths of the layers that attaching quantises, adapted or not.
         unproved: the sites that no dry forward has shown to run; the first training forward does.
+        towers: the parts of a multimodal model, with their shares.
     """
 
     method: Method
@@ -65,6 +67,7 @@ class Plan:
     fixed_tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     quantized: tuple[str, ...] = ()
     unproved: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    towers: tuple[Tower, ...] = field(default=(), repr=False, compare=False)
 
     placed = RenamedAttribute("sites")
     given = RenamedAttribute("fixed_tensors")
@@ -95,6 +98,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = trained_table(self.method, self.sites, self.full, self.total)
+        lines += [*_tower_table(self.towers), ""] if self.towers else []
         sizes = (self.base_bytes, self.adapter_bytes, self.training_bytes)
         base, adapters, training = (human_bytes(n) for n in sizes)
         memory = f"base {base}, adapters {adapters}, gradients and AdamW {training}"
@@ -138,6 +142,12 @@ def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:
         trains = f"{p.trainable * (1 if p.share else count):,}"
         table.append((text, site.kind, f"{site.out_features}x{site.in_features}", tensors, scale, trains))
     return _aligned(table) if rows else []
+
+
+def _tower_table(towers: Sequence[Tower]) -> list[str]:
+    """The lines of a table of a multimodal model's towers."""
+    rows = [(t.name, f"{t.adapted}", f"{t.layers}", f"{t.parameters:,}", f"{t.trains:,}") for t in towers]
+    return _aligned([("tower", "adapted", "linear layers", "parameters", "trains"), *rows])
 
 
 def _full_table(full: Iterable[FullParameter]) -> list[str]:

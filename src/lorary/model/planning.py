@@ -30,6 +30,7 @@ from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import abbreviated, as_list, target_notes
 from lorary.spec.calibration import CalibratedInit
+from lorary.model.towers import towers
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
@@ -61,9 +62,10 @@ def plan(
         method: from `lorary.method`; or several, each under its targets: `{"attention": lora, "mlp": vera}`. Their
             storage, context and parameters in full are the model's: one says them, or all say the same.
         targets: presets (`all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`,
-            `mlp-output`, `embedding`, `vocabulary`, `conv`), whole-component names (`q_proj`), globs
-            (`*.layers.1?.*`), projections of fused weights (`c_attn[q,v]`), or `re:` and a regular expression for the
-            whole path. None: the method's default, which is `all-linear` for most.
+            `mlp-output`, `embedding`, `vocabulary`, `conv`; of a multimodal model `language`, `vision`, `audio`,
+            `projector`), whole-component names (`q_proj`), globs (`*.layers.1?.*`), projections of fused weights
+            (`c_attn[q,v]`), or `re:` and a regular expression for the whole path. None: the method's default,
+            `all-linear` for most.
         ranks: site pattern -> rank; the first pattern that matches wins.
         alphas: site pattern -> alpha, likewise.
         exclude: layers not to adapt, written like targets.
@@ -114,7 +116,8 @@ def plan(
     if "all-linear" in as_list(targets):
         notes += _unreached_notes(scanned, total)
     unproved = tuple(name for name in names if name not in reach.ran)
-    return Plan(method, tuple(sites), tuple(trained), total, size, tuple(notes), fixed, tuple(quantized), unproved)
+    left = (fixed, tuple(quantized), unproved, towers(scanned, sites))
+    return Plan(method, tuple(sites), tuple(trained), total, size, tuple(notes), *left)
 
 
 @mode_independent

@@ -2,7 +2,7 @@
 
 A target is one of
 - a preset: `all-linear`, `attention`, `attention-qv`, `attention-kv`, `attention-output`, `mlp`, `mlp-output`,
-  `embedding`, `vocabulary`, `conv`;
+  `embedding`, `vocabulary`, `conv`; of a multimodal model `language`, `vision`, `audio`, `projector`;
 - one or more whole components at the end of a module's path: `q_proj`, `self_attn.q_proj`;
 - a glob over the path, `*` and `?` only: `model.layers.1?.mlp.*`;
 - `re:` and a regular expression for the whole path: `re:.*language_model.*q_proj` (`lorary.model.patterns`).

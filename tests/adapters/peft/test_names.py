@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorary
+from tests import architectures, tiny
 from tests.adapters.models import BASES, Base, adapted, by_peft, close, fill, ids, outputs
 
 peft = pytest.importorskip("peft")
@@ -206,3 +207,116 @@ def test_adapters_whose_names_begin_alike(tmp_path: Path) -> None:
         with torch.no_grad():
             theirs = there.eval()(ids()).logits
         close(outputs(lorary.load(LLAMA.model(), tmp_path / name)), theirs)
+
+
+@pytest.mark.parametrize("name", ["default", "fr_v2"])
+def test_an_adapters_name_in_keys_is_left_out(name: str, tmp_path: Path) -> None:
+    """The state dict of PEFT's model, saved as it is, with the copies of modules that are trained in full."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    there = peft.get_peft_model(LLAMA.model(), peft.LoraConfig(**config), adapter_name=name).eval()
+    fill(p for n, p in there.named_parameters() if "lora_" in n or "modules_to_save" in n)
+    there.peft_config[name].save_pretrained(str(tmp_path))
+    state = {n: t.clone() for n, t in there.state_dict().items() if "lora_" in n or "modules_to_save" in n}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    adapter = lorary.load_adapter(tmp_path, model=LLAMA.model())
+    assert f"the adapter's name in those of its tensors, `{name}`, was left out" in adapter.notes
+    close(outputs(lorary.load(LLAMA.model(), tmp_path)), outputs(there))
+
+
+# --- Transformers' names ----------------------------------------------------------------------------------------------
+
+
+def llava() -> nn.Module:
+    """A LLaVA, whose modules had other names in Transformers 4."""
+    return architectures.model("LlavaForConditionalGeneration")  # type: ignore[no-any-return]
+
+
+def test_names_of_transformers_4_are_translated_by_its_own_mapping(tmp_path: Path) -> None:
+    base = Base("llava", llava, (), "", "")
+    model = base.model()
+    targets = ["language_model.layers.0.self_attn.q_proj", "vision_tower.encoder.layers.0.self_attn.k_proj"]
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), targets=[f"model.{t}" for t in targets]))
+    fill(p for n, p in model.named_parameters() if ".params." in n)
+    lorary.save(model, tmp_path)
+    (tmp_path / "lorary.json").unlink()
+    old = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.encoder.": "vision_tower.vision_model.encoder.",
+    }
+
+    def renamed(name: str) -> str:
+        for new, before in old.items():
+            name = name.replace(new, before)
+        return name
+
+    pattern = r"language_model\.model\.layers\.\d+\..*q_proj|vision_tower\.vision_model\..*k_proj"
+    rename(tmp_path, renamed, target_modules=pattern)
+    adapter = lorary.load_adapter(tmp_path, model=base.model())
+    assert [a.site.name for a in adapter.sites] == [f"model.{t}" for t in reversed(targets)]
+    assert (
+        "Transformers has renamed language_model.model.layers.0.self_attn.q_proj to "
+        "model.language_model.layers.0.self_attn.q_proj, and 1 more"
+    ) in adapter.notes
+    want, found = lorary.Adapter.of(model).tensors, adapter.tensors
+    assert all(torch.equal(want[site][role], t) for site, roles in found.items() for role, t in roles.items())
+
+
+def test_an_adapter_of_the_bare_model_fits_the_one_with_a_head(tmp_path: Path) -> None:
+    """Keys without `model.`, as of an adapter that was trained on AutoModel."""
+    there = peft.get_peft_model(LLAMA.model().model, peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    fill(p for n, p in there.named_parameters() if "lora_" in n)
+    there.save_pretrained(str(tmp_path))
+    adapter = lorary.load_adapter(tmp_path, model=LLAMA.model())
+    assert "Transformers has renamed layers.0.self_attn.q_proj to model.layers.0.self_attn.q_proj, and 1 more" in (
+        adapter.notes
+    )
+    with torch.no_grad():
+        hidden = there(ids()).last_hidden_state
+        close(outputs(lorary.load(LLAMA.model(), tmp_path)), LLAMA.model().lm_head(hidden))
+
+
+def test_parts_of_a_fused_weight_are_refused(tmp_path: Path) -> None:
+    """Keys of Transformers 4 for each expert, which are one weight for all of them now."""
+    lorary.save(_q_proj(tiny.seeded("MixtralForCausalLM")), tmp_path)
+    (tmp_path / "lorary.json").unlink()
+    rename(tmp_path, lambda n: n.replace("self_attn.q_proj", "block_sparse_moe.experts.0.w1"), target_modules=["w1"])
+    with pytest.raises(lorary.FileError, match=r"experts\.0\.w1: is a part of .*gate_up_proj here"):
+        lorary.load_adapter(tmp_path, model=tiny.seeded("MixtralForCausalLM"))
+
+
+def _q_proj(model: nn.Module) -> nn.Module:
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), targets=["q_proj"]))
+    return model
+
+
+# --- other programs' habits -------------------------------------------------------------------------------------------
+
+HABITS = {
+    "Unsloth": {
+        "target_modules": (
+            r"(?:.*?(?:vision|image|visual|patch_embed|sam_model|language|text).*?(?:self_attn|attention|attn|mlp|"
+            r"feed_forward|ffn|dense).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|"
+            r"mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|v_proj)))"
+        ),
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+            "unsloth_fixed": True,
+        },
+        "base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit",
+    },
+    "LLaMA-Factory": {
+        "target_modules": r"^(?!.*(?:patchify|vision_tower|multi_modal_projector)).*(?:q_proj|v_proj).*",
+    },
+    "Axolotl": {"target_modules": ["q_proj", "v_proj"], "loftq_config": {}, "inference_mode": True},
+    "torchtune": {"target_modules": ["q_proj", "v_proj"], "peft_type": "LORA"},
+}
+
+
+@pytest.mark.parametrize("tool", HABITS)
+def test_what_other_trainers_write_in_pefts_folder(tool: str, tmp_path: Path) -> None:
+    theirs = saved_by_peft(LLAMA.model(), tmp_path, target_modules=["q_proj", "v_proj"])
+    rename(tmp_path, lambda n: n, **HABITS[tool])
+    for other in ("trainer_state.json", "training_args.bin", "all_results.json", "value_head.safetensors"):
+        (tmp_path / other).write_bytes(b"{}")
+    close(outputs(lorary.load(LLAMA.model(), tmp_path)), theirs)

@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architecture, reorder_rows
+from lorary.adapters.export.gguf_architectures import (
+    Architecture,
+    architecture_of,
+    reorder_rows,
+    tensor_names,
+)
 from lorary.adapters.export.plain_factors import MERGE, plain_factors, site_problems
 from lorary.adapters.peft.writer import rope_overrides
 from lorary.adapters.tensor_checks import unwritable
 from lorary.errors import Diagnostic, FileError, deduplicated, not_a
 from lorary.files.atomic import atomic_directory
+from lorary.files.gguf_file import missing_package
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
@@ -66,10 +72,10 @@ def export_gguf(
     problems = not_a(nn.Module, "a torch.nn.Module", model=model) + not_a(Adapter, "an Adapter", adapter=adapter)
     if dtype not in DTYPES:
         problems.append(Diagnostic("dtype", f"is {show(dtype)}; GGUF's adapters take {', '.join(DTYPES)}"))
-    _refuse(headline, problems or _missing_package())
+    _refuse(headline, problems or missing_package())
     root = unwrapped_modules(model)[""]
-    architecture = _architecture(root, headline)
-    names = _tensor_names(root, architecture, headline)
+    architecture = architecture_of(root, headline)
+    names = tensor_names(root, architecture, headline)
     factors, problems = plain_factors(adapter, model, "llama.cpp")
     problems += site_problems(adapter, model, lambda site, head: _why_not(site, head, architecture, names))
     _refuse(headline, problems + _rope_problems(adapter))
@@ -100,49 +106,12 @@ def _refuse(headline: str, problems: list[Diagnostic]) -> None:
         raise FileError(headline, deduplicated(problems))
 
 
-def _missing_package() -> list[Diagnostic]:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        return [Diagnostic("", "the package `gguf` is not installed", "pip install 'lorary[gguf]'")]
-    return []
-
-
 def _rope_problems(adapter: Adapter) -> list[Diagnostic]:
     rope = rope_overrides(adapter)
     if not rope or rope.get("rope_type") == "linear":
         return []
     what = f"it needs RoPE scaling of type {show(rope.get('rope_type'))}; llama.cpp's is known for `linear` alone"
     return [Diagnostic("context", what, MERGE)]
-
-
-def _architecture(root: Any, headline: str) -> Architecture:
-    """The architecture of a model in llama.cpp.
-
-    Raises:
-        FileError: lorary does not know how its converter changes the weights.
-    """
-    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    if kind not in ARCHITECTURES:
-        what = f"llama.cpp's form of {show(kind)} is not known; lorary knows it of {', '.join(ARCHITECTURES)}"
-        fix = f"{MERGE}, and convert the merged model with llama.cpp's convert_hf_to_gguf.py"
-        _refuse(headline, [Diagnostic("base", what, fix)])
-    return ARCHITECTURES[kind]
-
-
-def _tensor_names(root: Any, architecture: Architecture, headline: str) -> TensorNameMap:
-    """llama.cpp's name of each module.
-
-    Raises:
-        FileError: the installed release of `gguf` is older than the architecture.
-    """
-    import gguf
-
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture.name not in numbers:
-        what = f"the installed package `gguf` does not know llama.cpp's {architecture.name}"
-        _refuse(headline, [Diagnostic("", what, "pip install --upgrade gguf")])
-    return gguf.get_tensor_name_map(numbers[architecture.name], root.config.num_hidden_layers)
 
 
 def _why_not(site: Site, head: bool, architecture: Architecture, names: TensorNameMap) -> str:

@@ -7,11 +7,18 @@ tensor has to be changed alike; for an architecture whose converter is not known
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lorary.adapters.export.plain_factors import MERGE
+from lorary.errors import Diagnostic, FileError
+from lorary.files.strict_json import show
 from lorary.spec.site import Site
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
 
 
 class Architecture(NamedTuple):
@@ -77,3 +84,39 @@ def reorder_rows(B: Tensor, site: Site, architecture: Architecture, config: Any)
     key_value = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     heads = key_value if leaf == "k_proj" else config.num_attention_heads
     return B.reshape(heads, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
+
+
+def order_of_rows(site: Site, architecture: Architecture, config: Any) -> Tensor | None:
+    """For each row of a site's B, its place in llama.cpp's file; None where the order is the same."""
+    rows = torch.arange(site.out_features)[:, None]
+    reordered = reorder_rows(rows, site, architecture, config)
+    return None if reordered is rows else reordered.flatten().argsort()
+
+
+def architecture_of(root: Any, headline: str) -> Architecture:
+    """The architecture of a model in llama.cpp.
+
+    Raises:
+        FileError: lorary does not know how its converter changes the weights.
+    """
+    kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
+    if kind not in ARCHITECTURES:
+        what = f"llama.cpp's form of {show(kind)} is not known; lorary knows it of {', '.join(ARCHITECTURES)}"
+        fix = f"{MERGE}, and convert the merged model with llama.cpp's convert_hf_to_gguf.py"
+        raise FileError(headline, [Diagnostic("base", what, fix)])
+    return ARCHITECTURES[kind]
+
+
+def tensor_names(root: Any, architecture: Architecture, headline: str) -> TensorNameMap:
+    """llama.cpp's name of each module.
+
+    Raises:
+        FileError: the installed release of `gguf` is older than the architecture.
+    """
+    import gguf
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture.name not in numbers:
+        what = f"the installed package `gguf` does not know llama.cpp's {architecture.name}"
+        raise FileError(headline, [Diagnostic("", what, "pip install --upgrade gguf")])
+    return gguf.get_tensor_name_map(numbers[architecture.name], root.config.num_hidden_layers)

@@ -8,13 +8,14 @@ whether a layer has a bias.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.intake.format import Format
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.modules_to_save import modules_to_save
@@ -40,13 +41,14 @@ WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
 
 
-def read_peft(folder: Path, base: Base | None, findings: Findings) -> Adapter:
-    """The adapter that PEFT saved in `folder`.
+def read_peft(folder: Path, base: Base | None, findings: Findings, others: Iterable[Format] = ()) -> Adapter:
+    """The adapter that PEFT saved in `folder`, or a tool that writes PEFT's configuration beside names of its own.
 
     Args:
         folder: a resolved folder.
         base: the base, if at hand.
         findings: collects the problems, and raises them.
+        others: the formats of such tools.
 
     Raises:
         FileError: every reason why it cannot be used.
@@ -60,6 +62,10 @@ def read_peft(folder: Path, base: Base | None, findings: Findings) -> Adapter:
             raise FileError("")
         if config.peft_type in FIELDS:
             return read_virtual_tokens(config, base, findings, file)
+        for other in others:
+            if other.recognises(file.header):
+                findings.notes.append(f"read from the names of {other.title}")
+                return other.read(file, base, config, findings)
         return _Reader(config, base, findings, file).adapter()
 
 
@@ -231,7 +237,7 @@ class _Reader:
                 what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
                 self.findings.fatal.append(Diagnostic(pair[0], what))
                 continue
-            yield _site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            yield site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""
@@ -263,7 +269,7 @@ class _Reader:
         return "is a factor of another kind of layer than is there"
 
 
-def _site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
+def site_of_shapes(name: str, A: tuple[int, ...], B: tuple[int, ...], embedding: bool, transposed: bool) -> Site:
     """The site that the shapes of its two factors imply."""
     kind = f"conv{len(A) - 2}d" if len(A) > 2 else "transposed" if transposed else "linear"
     kind = "embedding" if embedding else kind

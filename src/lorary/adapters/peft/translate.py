@@ -1,22 +1,22 @@
 """The translation of names that other programs wrote into PEFT's files.
 
-- Wrappers' components, such as `_orig_mod` (torch.compile), are left out of a path. `module` (DistributedDataParallel)
-  may be a module of the model itself: it is left out only if the model has the path without it, and not the path as it
-  is.
-- A path that is a wrapper of the model around one adaptable layer (a clipped linear layer) means that layer.
+- The paths of modules become the base's (`adapters/module_paths.py`).
+- An adapter's name inside a tensor's name, as in the state dict of PEFT's model, is left out: `lora_A.default.weight`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from lorary.adapters.module_paths import ModulePaths
 from lorary.adapters.peft import keys
-from lorary.adapters.wrapper_names import DDP, left_out, without_wrappers
+from lorary.adapters.wrapper_names import DDP, without_wrappers
 from lorary.errors import Diagnostic
 from lorary.files.strict_json import named
 from lorary.model.base import Base
+
+_SAVED = "modules_to_save"  # PEFT's own module around the copies that it trains, by the adapter's name
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Translation:
 
     Args:
         names: short name, translated -> the name in the file.
-        inner: site -> the name that the file has for it, for layers inside a wrapper of the model.
+        inner: site -> the name that the file has for it, where another rule than the wrappers' changed it.
         notes: what was translated.
         problems: names that are there twice.
         ambiguous: paths that may mean two modules.
@@ -52,25 +52,50 @@ def translate(
         canonical: PEFT's spelling of a short name.
         base: the base, if at hand.
     """
-    found, leaves, dropped = Translation(), tuple(leaves), list[str]()
+    found, leaves, paths = Translation(), tuple(leaves), ModulePaths(base)
+    adapters: dict[str, None] = {}
     for name in names:
-        plain, components = without_wrappers(name)
-        short = canonical(keys.short(plain))
-        if base is not None:
-            site = keys.site_of(short, leaves)
-            path = site or short.rpartition(".")[0].removesuffix(".base_layer")
-            real = _without_module(path, base, found)
-            components += [DDP] if real != path else []
-            layer = _inside(real, base) if site else real
-            found.inner |= {layer: real} if layer != real else {}
-            short = layer + short.removeprefix(path)
-        dropped += components
+        short, adapter = without_adapter_name(keys.short(paths.without_wrappers(name)), leaves)
+        adapters |= {adapter: None} if adapter else {}
+        short = canonical(short)
+        site = keys.site_of(short, leaves)
+        path = site or short.rpartition(".")[0].removesuffix(".base_layer")
+        short = paths.here(path, layer=bool(site)) + short.removeprefix(path)
         if short in found.names:
-            found.problems.append(Diagnostic(named(name), f"is there twice, {_why_twice(name, short, found)}"))
+            why = "with and without an adapter's name" if adapters else _why_twice(name, short, found)
+            found.problems.append(Diagnostic(named(name), f"is there twice, {why}"))
         found.names[short] = name
-    found.notes += left_out(dropped)
-    found.notes += [f"{outer} is a wrapper here: the adapter is on {inner}" for inner, outer in found.inner.items()]
+    found.inner, found.ambiguous = paths.written, paths.ambiguous
+    found.problems = (_several(adapters) or found.problems) + paths.problems
+    found.notes += [*(f"the adapter's name in those of its tensors, `{a}`, was left out" for a in adapters)]
+    found.notes += paths.notes()
     return found
+
+
+def without_adapter_name(name: str, leaves: Iterable[str]) -> tuple[str, str]:
+    """A short name without the adapter's name that PEFT's own modules have in it, and this name.
+
+    >>> without_adapter_name("q_proj.lora_A.default.weight", ["lora_A.weight"])
+    ('q_proj.lora_A.weight', 'default')
+    """
+    components = name.split(".")
+    for i, component in enumerate(components[1:-1], 1):
+        if component == _SAVED:
+            return ".".join([*components[:i], *components[i + 2 :]]), components[i + 1]
+    for leaf in leaves:
+        first, *rest = leaf.split(".")
+        at = len(components) - 2 - len(rest)
+        if at >= 0 and components[at] == first and components[at + 2 :] == rest and components[at + 1] != "weight":
+            return ".".join([*components[: at + 1], *rest]), components[at + 1]
+    return name, ""
+
+
+def _several(adapters: Iterable[str]) -> list[Diagnostic]:
+    found = sorted(adapters)
+    if len(found) < 2:
+        return []
+    fix = f'save one of them: model.save_pretrained(folder, selected_adapters=["{found[0]}"])'
+    return [Diagnostic("", f"the file holds several adapters: {', '.join(map(named, found))}", fix)]
 
 
 def _why_twice(name: str, short: str, found: Translation) -> str:
@@ -78,27 +103,3 @@ def _why_twice(name: str, short: str, found: Translation) -> str:
     if any(without_wrappers(n)[1] or DDP in n.split(".") for n in (name, first)):
         return f"with and without a wrapper's name: {named(first)} too"
     return f"with and without its {'prefix' if name in (keys.PREFIX + short, short) else 'ending'}"
-
-
-def _without_module(path: str, base: Base, found: Translation) -> str:
-    """A path without those components `module` that the model does not have; unchanged if it has it so, or neither."""
-    parts = path.split(".")
-    at = [i for i, part in enumerate(parts) if part == DDP]
-    if not at or path in base.modules:
-        return path
-    removals = (gone for n in range(1, len(at) + 1) for gone in itertools.combinations(at[:4], n))
-    shorter = [".".join(part for i, part in enumerate(parts) if i not in gone) for gone in removals]
-    fitting = sorted({p for p in shorter if p in base.modules})
-    fitting = [p for p in fitting if p in base.kinds] or fitting  # a layer rather than a container
-    if len(fitting) > 1:
-        what = f"may mean {' or '.join(map(named, fitting))}: `{DDP}` is a wrapper's name, and a module's here"
-        found.ambiguous[path] = Diagnostic(named(path), what, "rename its tensors to the paths of the base")
-    return fitting[0] if fitting else path
-
-
-def _inside(path: str, base: Base) -> str:
-    """The one adaptable layer inside a module that is none itself; the path unchanged otherwise."""
-    if path not in base.modules or path in base.kinds:
-        return path
-    layers = [name for name in base.kinds if name.startswith(f"{path}.")]
-    return layers[0] if len(layers) == 1 else path

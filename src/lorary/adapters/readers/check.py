@@ -18,9 +18,9 @@ from lorary.adapters.readers.reader import Reader, Verdict
 from lorary.adapters.readers.sglang import SGLANG
 from lorary.adapters.readers.transformers import TRANSFORMERS
 from lorary.adapters.readers.vllm import VLLM
-from lorary.adapters.save_load import save_adapter
+from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, did_you_mean, not_a
-from lorary.files.safe_open import checked_path, existing_folder, subject
+from lorary.files.safe_open import checked_path, existing_folder, is_single_file, subject
 from lorary.model.ambient import mode_independent
 
 READERS: dict[str, Reader] = {r.name: r for r in (PEFT, TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX)}
@@ -36,8 +36,8 @@ def check(
     is started and no tensor is read. A verdict names the release whose rules it applies.
 
     Args:
-        adapter: an adapter folder of lorary, PEFT or mlx-lm, a run folder, or a Hub id; or an adapter, as
-            `lorary.save_adapter` would write it.
+        adapter: an adapter folder of lorary, PEFT or mlx-lm, a run folder, or a Hub id; or an adapter, or another
+            tool's file, as `lorary.save_adapter` would write it.
         readers: peft, transformers, vllm, sglang, llama.cpp, mlx; by default all.
         model: the base, if at hand, also on the meta device: only with it are the sites that PEFT and Transformers
             would find compared with the adapter's.
@@ -66,6 +66,9 @@ def check(
         raise ConfigError("cannot check for these readers:", problems)
     chosen = [READERS[name] for name in dict.fromkeys(readers or READERS)]
     if not isinstance(adapter, Adapter):
+        checked_path(adapter, "cannot check an adapter:")
+        adapter = load_adapter(adapter, model=model) if is_single_file(adapter) else adapter
+    if not isinstance(adapter, Adapter):
         return _verdicts(_found(adapter), chosen, model)
     with tempfile.TemporaryDirectory() as temporary:
         save_adapter(adapter, Path(temporary) / "adapter", model=model)
@@ -74,7 +77,6 @@ def check(
 
 def _found(path: str | os.PathLike[str]) -> Path:
     """The adapter folder at `path`, in the run folder there, or downloaded from the Hub."""
-    checked_path(path, "cannot check an adapter:")
     folder = existing_folder(path if os.path.lexists(path) else local_folder(path))
     return adapter_folder(folder) or folder
 

@@ -1,0 +1,80 @@
+"""lorary convert: an adapter of another tool as lorary's or PEFT's folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+_FROM = "Adapter folder, run folder, or Hub id; or a .safetensors or .gguf file."
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FROM", help=_FROM)],
+    output: Annotated[Path, typer.Argument(metavar="TO", help="Folder for the converted adapter; must be empty.")],
+    to: Annotated[str, typer.Option("--to", help="lorary (which PEFT reads too where it can), or peft.")] = "lorary",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Base model. Needed for files whose names only it explains; compares logits."),
+    ] = None,
+) -> None:
+    """Convert an adapter of another tool: PEFT, mlx-lm, torchtune, diffusers, kohya's sd-scripts, llama.cpp.
+
+    Names and layouts are translated, each with a note; what is not known is refused by name. The folder is read back
+    before it takes its place, and every layer's update is compared; with --base, the logits too.
+    """
+    from lorary.adapters.intake.convert import convert as converted
+    from lorary.adapters.resolve import find_adapter
+    from lorary.cli._notes import print_notes, warnings_as_notes
+
+    path = find_adapter(source, "convert")
+    model = None if base is None else _model(base)
+    with warnings_as_notes():
+        done = converted(path, output, to=to, model=model, check=None if model is None else _same_logits(path, model))
+    print_notes(done.adapter.notes)
+    sites = len(done.adapter.sites)
+    print(f"{sites} layers, {done.compared} updates compared: equal to {done.difference:.2g}", file=sys.stderr)
+    print(output)
+
+
+def _model(name: str) -> PreTrainedModel:
+    """The base with its weights, of its own class."""
+    from lorary.model.loading.from_pretrained import load_config, load_model
+    from lorary.model.loading.model_kind import own_class
+    from lorary.model.loading.source import ModelSection
+
+    section = ModelSection.of(name, dtype="float32")
+    return load_model(section, model_class=own_class(load_config(section)))
+
+
+def _same_logits(source: Path, model: PreTrainedModel) -> Callable[[Path], None]:
+    """The comparison of a model's logits with the source and with the written folder, for models of text."""
+
+    def check(written: Path) -> None:
+        import lorary
+        from lorary.analysis.merge_check import logits
+        from lorary.cli._comparison_rows import random_rows
+        from lorary.errors import Diagnostic, FileError
+
+        if not model.can_generate():
+            return
+        (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
+        found = []
+        for folder in (source, written):
+            lorary.load(model, folder)
+            found.append(logits(model, row))
+            lorary.detach(model)
+        difference = (found[0] - found[1]).abs().max().item()
+        if not difference <= 1e-4:
+            what = f"logits with the written folder differ by {difference:.2g} from those with the source"
+            raise FileError(f"cannot convert {source}:", [Diagnostic("", what)])
+        print(f"logits differ by at most {difference:.2g} in fp32", file=sys.stderr)
+
+    return check
