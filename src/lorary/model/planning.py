@@ -29,8 +29,8 @@ from lorary.model.quantize import already_quantized, quantizable_layers
 from lorary.model.reach.proof import Reach, proved
 from lorary.model.scan import Scan, scan
 from lorary.model.targets import abbreviated, as_list, target_notes
-from lorary.spec.calibration import CalibratedInit
 from lorary.model.towers import towers
+from lorary.spec.calibration import CalibratedInit
 from lorary.spec.context import Context
 from lorary.spec.interfaces import Storage
 from lorary.spec.method import Method
