@@ -92,11 +92,11 @@ def form_at(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLaye
 def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(s B [out, R], A [R, in]) of a site in fp32, as an update of the unmodified weight, without its join."""
     exact = {role: t.float() for role, t in tensors.items()}  # products of bf16 tensors (VeRA's b B d) would be rounded
-    B, A = adapted.delta.factors(adapted.site, exact)
+    B, A = adapted.factors(exact)
     if adapted.starts:
         start = {role: exact[start_name(role)] for role in adapted.starts}
-        B0, A0 = adapted.delta.factors(adapted.site, start)
-        B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
+        B0, A0 = adapted.factors(start)
+        B, A = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
     return adapted.scale * B, A
 
 

@@ -138,7 +138,11 @@ def _site(record: Any) -> Site:
     parts = record.get("parts", [])
     if not isinstance(parts, list):
         raise ValueError(f"`parts` is {show(parts)}")
-    return Site(name, kind, rows, columns, bias, tuple(_part(part, rows) for part in parts), groups, kernel_size)
+    experts = record.get("experts", 0)
+    if type(experts) is not int or (experts < 1) == (kind == "experts") or experts > MOST_EXTENT:
+        raise ValueError(f"`experts` is {show(experts)} at a site of kind {kind}")
+    parts = tuple(_part(part, rows) for part in parts)
+    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts)
 
 
 def _part(record: Any, out: int) -> Part:

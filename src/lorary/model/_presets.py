@@ -11,8 +11,8 @@ from lorary.model.scan import Scan, ScannedModule
 
 
 def _linear(named: Callable[[str], bool]) -> Callable[[ScannedModule], bool]:
-    """Whether a module is a linear layer with such a path."""
-    return lambda m: m.kind in ("linear", "transposed") and named(m.path)
+    """Whether a module is a linear layer with such a path, or such a matrix of all experts."""
+    return lambda m: m.kind in ("linear", "transposed", "experts") and named(m.path)
 
 
 PRESETS: dict[str, Callable[[ScannedModule], bool]] = {

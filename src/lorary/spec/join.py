@@ -29,6 +29,7 @@ class Join(Protocol):
         targets: the default target layers; the context axis comes after it.
         why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
         exact_start: whether the layer computes exactly what the base's does at step 0.
+        per_expert: whether `forward` also works on the fused matrices of experts.
     """
 
     roles: frozenset[str] = frozenset()
@@ -39,6 +40,7 @@ class Join(Protocol):
     targets: tuple[str, ...] = ()
     why_not_merged: str = ""
     exact_start: bool = True
+    per_expert: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""
