@@ -141,8 +141,10 @@ def _site(record: Any) -> Site:
     experts = record.get("experts", 0)
     if type(experts) is not int or (experts < 1) == (kind == "experts") or experts > MOST_EXTENT:
         raise ValueError(f"`experts` is {show(experts)} at a site of kind {kind}")
+    if type(swapped := record.get("swapped", False)) is not bool:
+        raise ValueError(f"`swapped` is {show(swapped)}")
     parts = tuple(_part(part, rows) for part in parts)
-    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts)
+    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped)
 
 
 def _part(record: Any, out: int) -> Part:

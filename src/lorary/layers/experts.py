@@ -74,12 +74,14 @@ class ExpertLayer(nn.Module):
 
     Attributes:
         interleaved: whether gate and up alternate row by row.
+        swapped: see `Site`.
         order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
     """
 
     weight: nn.Parameter
     interleaved: bool
     order: tuple[str, ...]
+    swapped: bool
 
     def __setstate__(self, state: Any) -> None:
         register_experts_function(experts_forward)  # a model may be unpickled where none has been adapted
@@ -91,14 +93,15 @@ class ExpertMatrix(ExpertLayer):
 
     Args:
         weight: [E, out, in], or [E, in, out] if transposed; the experts module's own parameter.
-        transposed, interleaved: see `ExpertLayout`.
+        layout: of the experts module's class.
         order: see `ExpertLayer`.
     """
 
-    def __init__(self, weight: nn.Parameter, transposed: bool, interleaved: bool, order: tuple[str, ...] = ()) -> None:
+    def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.weight = weight
-        self.transposed, self.interleaved, self.order = transposed, interleaved, order
+        self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
+        self.swapped = layout.transposed and not layout.interface
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, out] of the rows x [T, in]."""
@@ -116,7 +119,7 @@ def expert_matrices(module: nn.Module) -> dict[str, ExpertMatrix]:
         return {}
     own = parameters_of(module)
     found = {name: p for name in layout.names if (p := own.get(name)) is not None and p.dim() == 3}
-    return {name: ExpertMatrix(p, layout.transposed, layout.interleaved, tuple(own)) for name, p in found.items()}
+    return {name: ExpertMatrix(p, layout, tuple(own)) for name, p in found.items()}
 
 
 def expert_count(layer: nn.Module) -> int:

@@ -260,6 +260,7 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
         groups=conv.groups if conv else 1,
         kernel_size=tuple(conv.kernel_size) if conv else (),
         experts=expert_count(layer),
+        swapped=getattr(layer, "swapped", False),
     )
 
 

@@ -45,6 +45,8 @@ class Site:
         kernel_size: the convolution's kernel size; empty elsewhere.
         experts: E where the weight holds one matrix of each expert of a block; 0 elsewhere. The name is then that of
             the fused parameter, such as `model.layers.0.mlp.experts.down_proj`, and the sizes are of one expert.
+        swapped: whether the class of these experts stores [E, in, out] and does not say so (Llama 4): PEFT takes their
+            inputs for their outputs.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Site:
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
     experts: int = 0
+    swapped: bool = False
 
     out = RenamedAttribute("out_features")
     inp = RenamedAttribute("in_features")
@@ -64,7 +67,7 @@ class Site:
     @cached_property
     def one(self) -> Site:
         """The site as a method's components see it: of a single expert, a linear layer; elsewhere the site itself."""
-        return replace(self, kind="linear", experts=0) if self.experts else self
+        return replace(self, kind="linear", experts=0, swapped=False) if self.experts else self
 
     @property
     def weight_name(self) -> str:

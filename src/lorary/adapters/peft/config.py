@@ -48,17 +48,17 @@ class PeftConfig:
         """
         if _names(self["exclude_modules"], path) or _inside(path, self["modules_to_save"]):
             return False
-        if self.targets_parameter(path):
+        if self.targets_parameter(f"{path}.weight"):
             return True
         if self["target_modules"] is None:
             return True
         layers = self["layers_to_transform"]
         return _names(self["target_modules"], path) and (layers is None or self._layer(path) in layers)
 
-    def targets_parameter(self, path: str) -> bool:
-        """Whether `target_parameters` names the weight of the module at this path."""
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names the parameter of this name: a weight, or the fused one of experts."""
         parameters = self.values.get("target_parameters") or ()
-        return bool(parameters) and _names(parameters, f"{path}.weight")
+        return bool(parameters) and _names(parameters, name)
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""

@@ -115,13 +115,6 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
-def _weights(value: Any, budget: Budget) -> tuple[str, ...]:
-    names = _names(value)
-    if any(not name.endswith(".weight") for name in names):
-        raise ValueError(f"is {show(value)}: adapters on bare parameters (fused experts) are not supported")
-    return names
-
-
 def _layer_numbers(value: Any, budget: Budget) -> tuple[int, ...] | None:
     values = [value] if type(value) is int else value
     return _listed(values, lambda v: type(v) is int and v >= 0, "layer numbers") or None
@@ -193,7 +186,7 @@ SHARED: dict[str, Field] = {
 }
 NAMES_OR_PATTERN = Field(_names_or_pattern)
 EXCLUDE = Field(_names_or_pattern, (), nullable=True)
-PARAMETERS = Field(_weights, (), nullable=True)  # weights of linear layers
+PARAMETERS = Field(lambda value, budget: _names(value), (), nullable=True)  # of linear layers and of fused experts
 
 # Fields that matter only while training, or to other programs.
 BOOK_KEEPING: dict[str, Field] = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
+from lorary.adapters.peft.experts import from_file
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
@@ -88,8 +89,25 @@ class _Reader:
         findings.notes += translation.notes
         if translation.ambiguous:
             raise FileError("", translation.ambiguous.values())
-        self.names, self.inner = translation.names, translation.inner
+        self.names, self.inner = from_file(translation.names, self._experts()), translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
+
+    def _experts(self) -> list[Site]:
+        """The fused experts that `target_parameters` names in the base.
+
+        Raises:
+            FileError: it names some, and the base is not at hand.
+        """
+        named = [name for name in self.config.values.get("target_parameters") or () if not name.endswith(".weight")]
+        if named and self.base is None:
+            what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
+            fix = "read it onto its base: lorary.load(model, folder)"
+            raise FileError("", [Diagnostic(f"{NAME}: target_parameters", what, fix)])
+        return [
+            self.base.site(path)
+            for path, kind in (self.base.kinds.items() if self.base is not None and named else ())
+            if kind == "experts" and self.config.targets_parameter(path)
+        ]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
@@ -155,13 +173,13 @@ class _Reader:
     def _sites_of_base(self, base: Base) -> Iterator[Site]:
         in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
-            if not name or name not in in_file or not self.config.targets_module(self._named(name)):
+            if not name or name not in in_file or not self._targeted(name, base):
                 continue
             found = base.site(name)
             if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
-            elif self.config.targets_parameter(name) and found.kind != "linear":
+            elif self.config.targets_parameter(f"{name}.weight") and found.kind != "linear":
                 what = f"is of kind {found.kind}, and only linear layers are read from `target_parameters`"
                 self.findings.fatal.append(Diagnostic(name, what))
             elif what := self.type.why_not_adaptable(found, base.modules[name]):
@@ -169,6 +187,12 @@ class _Reader:
                 self.findings.fatal.append(Diagnostic(name, what, fix))
             else:
                 yield found
+
+    def _targeted(self, name: str, base: Base) -> bool:
+        """Whether the configuration names a layer of the base."""
+        if base.kinds[name] == "experts":
+            return self.config.targets_parameter(name)
+        return self.config.targets_module(self._named(name))
 
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""

@@ -79,7 +79,7 @@ class PeftType(Protocol):
             site: the site.
             layer: the layer, if at hand: only it has a convolution's dilation and padding.
         """
-        if self.kinds and site.kind not in self.kinds:
+        if (self.kinds and site.kind not in self.kinds) or site.experts:
             return f"is of kind {site.kind}, which PEFT's {self.title} never adapts"
         if site.groups > 1:
             why = f"PEFT's {self.title} of it does not equal a change of its weight"
