@@ -57,6 +57,7 @@ _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "use_qalora": "QA-LoRA pools its input, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
     "lora_bias": "biases beside B are not supported",
+    "target_parameters": "adapters on bare parameters are not supported",
     "trainable_token_indices": "rows of an embedding trained apart are not supported",
     "layer_replication": "a model with repeated layers is not supported",
     "alora_invocation_tokens": "adapters that start at a token (aLoRA) are not supported",

@@ -19,6 +19,8 @@ from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.experts import from_file
 from lorary.adapters.peft.modules_to_save import modules_to_save
+from lorary.adapters.peft.per_expert import PerExpert
+from lorary.adapters.peft.routers import Routers
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
 from lorary.adapters.peft.virtual_tokens import FIELDS, read_virtual_tokens
@@ -112,19 +114,26 @@ class _Reader:
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
         findings, sites = self.findings, self._sites()
+        single = PerExpert(self.config, self.type, self.base, self.found, findings)
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
-        if not sites and not findings.fatal:
+        if not sites and not single.sites and not findings.fatal:
             findings.fatal.append(self._no_sites())
         copies = {name: self.found[name].shape for name in saved.copies}
         base = saved.expected | copies
-        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, base)
+        routers = Routers(self.config, self.type, self.base, self.found)
+        findings.fatal += routers.problems()
+        wanted = expected | single.expected | routers.expected | base
+        values = read_tensors(self.file, self.names, wanted, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
         findings.raise_refused()
+        findings.notes += routers.notes() + single.notes()
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
-        full = saved.values(values, findings)
+        tensors |= single.tensors(values)
+        sites += tuple(single.sites.values())
+        full = saved.values(values, findings) | routers.weights(values)
         alert_if_zero(sites, tensors, findings)
         method = self.type.to_method(self.config)
         method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
