@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import SimpleNamespace
 from typing import NamedTuple, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.kinds import KINDS, kind_of
+from lorary.layers.kinds import as_matrix
 from lorary.model.checks import layer_mismatches
 from lorary.model.residual_base import original_weight
 from lorary.spec.placement import AdaptedSite, start_name
@@ -121,7 +120,7 @@ class BaseLayer:
         base, layer = self._checked
         W = self.values.get("weight")
         W = original_weight(base, self.adapted.site.name) if W is None else W
-        return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).cpu().float()
+        return as_matrix(layer, W).cpu().float()
 
     def bias(self) -> Tensor | None:
         """The bias [out], in fp32 on the CPU."""

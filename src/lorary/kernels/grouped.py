@@ -23,6 +23,7 @@ from lorary.kernels.low_rank import (
     without_autocast,
 )
 from lorary.kernels.once_differentiable import once_differentiable
+from lorary.kernels.torch_internals import FakeTensor
 
 _grouped_mm: Any = getattr(F, "grouped_mm", None)  # torch 2.10
 _ALIGNED = 16  # bytes of a row, of which the kernel wants a multiple
@@ -47,7 +48,9 @@ class Groups:
     @cached_property
     def rows(self) -> list[tuple[int, int, int]]:
         """(expert, first row, end) of the experts that have rows: waits for the device once."""
-        ends = self.ends.tolist()
+        T, E = len(self.ids), self.count
+        unknown = self.ends.is_meta or isinstance(self.ends, FakeTensor)  # shapes alone are asked for
+        ends = [T * (e + 1) // E for e in range(E)] if unknown else self.ends.tolist()
         return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]
 
 

@@ -73,12 +73,14 @@ class ExpertLayer(nn.Module):
     """Base class of layers that hold one matrix of every expert. The rows of their input are sorted by expert.
 
     Attributes:
+        count: E.
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
         order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
     """
 
     weight: nn.Parameter
+    count: int
     interleaved: bool
     order: tuple[str, ...]
     swapped: bool
@@ -100,6 +102,7 @@ class ExpertMatrix(ExpertLayer):
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.weight = weight
+        self.count = weight.shape[0]
         self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
         self.swapped = layout.transposed and not layout.interface
 
@@ -126,8 +129,7 @@ def expert_count(layer: nn.Module) -> int:
     """E of a layer of experts; 0 for any other layer."""
     if not isinstance(layer, ExpertLayer):
         return 0
-    count: int = layer.weight.shape[0] if isinstance(layer, ExpertMatrix) else layer.shape[0]  # type: ignore[index]
-    return count
+    return layer.count
 
 
 def place_expert_layer(owner: nn.Module, name: str, layer: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -262,6 +263,12 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
         experts=expert_count(layer),
         swapped=getattr(layer, "swapped", False),
     )
+
+
+def as_matrix(layer: nn.Module, W: Tensor) -> Tensor:
+    """A weight in the layout of this layer's own, as [out, in]."""
+    held = SimpleNamespace(weight=W, transposed=getattr(layer, "transposed", False))
+    return KINDS[cast(str, kind_of(layer))].matrix(held)
 
 
 def _embed_scale(layer: nn.Module) -> Any:

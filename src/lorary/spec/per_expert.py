@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorary.errors import Diagnostic
 from lorary.spec.interfaces import Delta, Init, Join
 from lorary.spec.layer import Factors, Shapes, Tensors
 from lorary.spec.site import Site
@@ -69,6 +70,12 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
         rules = ", ".join(type(rule).__name__ for rule in method.rules)
         why.append(f"{rules} does not work on fused experts yet")
     return why
+
+
+def no_experts(sites: Iterable[Site], what: str) -> list[Diagnostic]:
+    """The error of a function of adapters that works matrix by matrix; empty without fused experts."""
+    where = [site for site in sites if site.experts]
+    return [Diagnostic(s.name, f"holds the matrices of {s.experts} experts, and {what} takes one") for s in where[:1]]
 
 
 def _each(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[dict[str, Tensor]]:

@@ -19,7 +19,10 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal to 1e-5 of the largest logit."""
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def saved_by_lorary(name: str, folder: Path, **ranks: int) -> Tensor:
@@ -42,9 +45,9 @@ def saved_by_peft(name: str, folder: Path, **fields: Any) -> Tensor:
 def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -> None:
     expected = saved_by_lorary(name, tmp_path / "a")
     assert (tmp_path / "a" / "adapter_config.json").exists()
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")), expected, **CLOSE)
+    close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")), expected)
     (by_transformers := moe(name)).load_adapter(str(tmp_path / "a"))
-    torch.testing.assert_close(logits(by_transformers), expected, **CLOSE)
+    close(logits(by_transformers), expected)
     own = lorary.load(moe(name), tmp_path / "a")
     assert torch.equal(logits(own), expected)
     (tmp_path / "a" / "lorary.json").unlink()
@@ -55,17 +58,17 @@ def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_of_peft_is_read(name: str, parameters: list[str], tmp_path: Path) -> None:
     expected = saved_by_peft(name, tmp_path / "p", target_modules=["q_proj", "o_proj"], target_parameters=parameters)
-    torch.testing.assert_close(logits(lorary.load(moe(name), tmp_path / "p")), expected, **CLOSE)
+    close(logits(lorary.load(moe(name), tmp_path / "p")), expected)
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
 def test_all_linear_of_peft_with_its_routers(name: str, tmp_path: Path) -> None:
     expected = saved_by_peft(name, tmp_path / "p", target_modules="all-linear", use_rslora=True)
     model = lorary.load(moe(name), tmp_path / "p")
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    close(logits(model), expected)
     assert any(key.endswith("gate.weight") for key in lorary.Adapter.of(model).full)
     lorary.merge(model)
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    close(logits(model), expected)
 
 
 def old_file(name: str, folder: Path, leaves: dict[str, str], dora: bool = False, lacks: str = "-") -> dict[str, Tensor]:
@@ -123,14 +126,14 @@ def test_adapters_of_single_experts_change_the_fused_weights_exactly(
                 gate_up = torch.cat([updates[f"{layer}.{half}.{e}"] for half in ("gate", "up")])
                 block.mlp.experts.gate_up_proj[e] += gate_up
                 block.mlp.experts.down_proj[e] += updates[f"{layer}.down.{e}"]
-    torch.testing.assert_close(logits(model), logits(plain), **CLOSE)
+    close(logits(model), logits(plain))
     by_peft = peft.PeftModel.from_pretrained(moe(name), tmp_path / "v4")
-    torch.testing.assert_close(logits(model), logits(by_peft), **CLOSE)
+    close(logits(model), logits(by_peft))
     live = logits(model)
     lorary.save(model, tmp_path / "again")
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "again")), live, **CLOSE)
+    close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "again")), live)
     lorary.merge(model).save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "merged")), live, **CLOSE)
+    close(logits(type(model).from_pretrained(tmp_path / "merged")), live)
 
 
 def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
@@ -150,4 +153,4 @@ def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
                 W.copy_(torch.cat([dora(part, layer, e, half) for part, half in zip(W.chunk(2), ("gate", "up"))]))
                 W = block.mlp.experts.down_proj[e]
                 W.copy_(dora(W, layer, e, "down"))
-    torch.testing.assert_close(logits(model), logits(plain), **CLOSE)
+    close(logits(model), logits(plain))

@@ -115,7 +115,7 @@ class PerExpert:
     @property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Short name -> shape of every tensor in the file."""
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for fused, adapted in self.sites.items():
             for p in self._projections[fused]:
                 found |= dict(self.type.layout(self._of_one(adapted, p)).values())

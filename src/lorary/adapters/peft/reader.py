@@ -105,11 +105,10 @@ class _Reader:
             what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
             fix = "read it onto its base: lorary.load(model, folder)"
             raise FileError("", [Diagnostic(f"{NAME}: target_parameters", what, fix)])
-        return [
-            self.base.site(path)
-            for path, kind in (self.base.kinds.items() if self.base is not None and named else ())
-            if kind == "experts" and self.config.targets_parameter(path)
-        ]
+        if self.base is None:
+            return []
+        fused = [path for path, kind in self.base.kinds.items() if kind == "experts"]
+        return [self.base.site(path) for path in fused if self.config.targets_parameter(path)]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""

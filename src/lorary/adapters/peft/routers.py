@@ -36,12 +36,14 @@ class Routers:
         self.base, self.type = base, peft_type
         self.sites: dict[str, AdaptedSite] = {}
         asked = {path for name in names if (path := keys.site_of(name, peft_type.leaves_of(config)))}
-        for name, W in base.tensors.items() if base is not None and asked else ():
+        if base is None or not asked:
+            return
+        for name, W in base.tensors.items():
             path = name.removesuffix(".weight")
             if path == name or W.dim() != 2 or path in base.kinds:
                 continue
             if config.targets_parameter(name) or (path in asked and config.targets_module(path)):
-                site = Site(path, "linear", *W.shape, bias=False)
+                site = Site(path, "linear", W.shape[0], W.shape[1], bias=False)
                 self.sites[name] = AdaptedSite(site, peft_type.to_method(config, path))
 
     @property
