@@ -37,11 +37,11 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"layers_block_type": ["moe", "attention", "moe"], "num_hidden_layers": 3, "n_routed_experts": 4}
     | {"moe_shared_expert_intermediate_size": 12, "topk_group": 1, "n_group": 1},
     "Qwen3VLMoeForConditionalGeneration": {
-        "text_config": _TEXT | {"num_experts": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}},
+        "text_config": _TEXT
+        | {"num_experts": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}},
         "vision_config": _VISION,
     },
-    "Lfm2MoeForCausalLM": _TEXT
-    | {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1},
+    "Lfm2MoeForCausalLM": _TEXT | {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1},
 }
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6, 5], [35, 8, 9, 7, 9, 3, 23]])
 

@@ -1,4 +1,4 @@
-"""Grouped products: rows sorted by expert, each multiplied by its own expert's matrix; and the low-rank update of these.
+"""Grouped products: rows sorted by expert, each times its own expert's matrix; and the low-rank update of these.
 
 No product forms a matrix [E, out, in] of the update: `z = x A_e^T` [T, R] and `z B_e^T` [T, out] are computed for the
 rows of each expert. An expert without rows costs nothing, and the gradient of its factors is exactly zero.

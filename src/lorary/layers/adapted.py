@@ -158,12 +158,11 @@ class Adapted(nn.Module):
         """
         if self.weight.is_meta:
             return
-        generator = self.generator(seed)
         with torch.no_grad():
             filled = {role: p for role, p in self.params.items() if role in self.delta.roles - self.delta.fixed_roles}
             values = {role: torch.zeros(p.shape, dtype=p.dtype) for role, p in filled.items()}
             W = self.kind.matrix(self.base).detach() if W is None else W
-            fill(self.init, values, W, self.site, self.scale, generator)
+            fill(self.init, values, W, self.site, self.scale, self.generator(seed))
             if self.init.residual_init:
                 values |= {start_name(role): value for role, value in values.items()}
             self.load(values)
@@ -237,8 +236,7 @@ class Adapted(nn.Module):
 
     def _merged_output(self, x: Tensor) -> Tensor:
         """The merged layer's output, for references to this layer that the merge left behind."""
-        (plain,) = self._merged_into
-        return cast(Tensor, plain(x))
+        return cast(Tensor, self._merged_into[0](x))
 
     def base_output(self, x: Tensor) -> Tensor:
         """The output of the original layer; a quantised residual base needs its initial delta added back."""
@@ -326,10 +324,7 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
     if isinstance(model, Adapted):
         yield from base_parameters(model.base, prefix)
         return
-    if isinstance(model, ExpertMatrix):  # the experts module's own parameter
-        yield prefix.removesuffix("."), model.weight
-        return
     for name, parameter in model.named_parameters(recurse=False):
-        yield f"{prefix}{name}", parameter
+        yield prefix[:-1] if isinstance(model, ExpertMatrix) else f"{prefix}{name}", parameter
     for name, child in model.named_children():
         yield from base_parameters(child, f"{prefix}{name}.")

@@ -229,4 +229,3 @@ def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
         gate, up = cast(nn.Module, matrices["gate_up_proj"])(rows).chunk(2, dim=-1)
         y: Tensor = cast(nn.Module, matrices["down_proj"])(up * module.act_fn(gate))
     return y
-

@@ -42,13 +42,13 @@ def merged_at(
         return join.merged(join.whole(site, tensors), W, b, BA)
     B, A = BA
     own = _each(site, {role: t for role, t in tensors.items() if role in join.roles | join.uses})
-    merged = [
-        join.merged(join.whole(site.one, expert), W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)
-    ]
+    merged = [join.merged(join.whole(site.one, expert), W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)]
     return torch.stack(merged), None
 
 
-def fill(init: Init, values: dict[str, Tensor], W: Tensor, site: Site, scale: float, generator: torch.Generator) -> None:
+def fill(
+    init: Init, values: dict[str, Tensor], W: Tensor, site: Site, scale: float, generator: torch.Generator
+) -> None:
     """Fill a site's tensors in place: see `Init`."""
     if not site.experts:
         init(values, W, site, scale, generator)

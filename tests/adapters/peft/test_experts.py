@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorary
-from lorary.errors import FileError
 from tests.experts import MODELS, logits, moe, shake
 
 peft = pytest.importorskip("peft")
@@ -37,6 +36,11 @@ def saved_by_lorary(name: str, folder: Path, **ranks: int) -> Tensor:
 def saved_by_peft(name: str, folder: Path, **fields: Any) -> Tensor:
     """The logits of PEFT's adapter with these fields, saved at `folder`."""
     model = peft.get_peft_model(moe(name), peft.LoraConfig(r=2, init_lora_weights=False, **fields))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if ".lora_" in key:
+                p.normal_(std=0.1)
     model.save_pretrained(folder)
     return logits(model)
 
@@ -54,7 +58,9 @@ def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -
     assert torch.equal(logits(lorary.load(moe(name), tmp_path / "a")), expected)
 
 
-@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"], ["experts.down_proj"]])
+@pytest.mark.parametrize(
+    "parameters", [["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"], ["experts.down_proj"]]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_of_peft_is_read(name: str, parameters: list[str], tmp_path: Path) -> None:
     expected = saved_by_peft(name, tmp_path / "p", target_modules=["q_proj", "o_proj"], target_parameters=parameters)
@@ -71,7 +77,9 @@ def test_all_linear_of_peft_with_its_routers(name: str, tmp_path: Path) -> None:
     close(logits(model), expected)
 
 
-def old_file(name: str, folder: Path, leaves: dict[str, str], dora: bool = False, lacks: str = "-") -> dict[str, Tensor]:
+def old_file(
+    name: str, folder: Path, leaves: dict[str, str], dora: bool = False, lacks: str = "-"
+) -> dict[str, Tensor]:
     """An adapter of Transformers 4 with a LoRA on every projection of every expert, and the update of each.
 
     Args:
@@ -113,7 +121,7 @@ OLD_MIXTRAL = {
 }
 
 
-@pytest.mark.parametrize("name, leaves", [("Qwen3MoeForCausalLM", OLD), ("MixtralForCausalLM", OLD_MIXTRAL)])
+@pytest.mark.parametrize(("name", "leaves"), [("Qwen3MoeForCausalLM", OLD), ("MixtralForCausalLM", OLD_MIXTRAL)])
 def test_adapters_of_single_experts_change_the_fused_weights_exactly(
     name: str, leaves: dict[str, str], tmp_path: Path
 ) -> None:
@@ -150,7 +158,11 @@ def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
         for layer, block in enumerate(plain.model.layers):
             for e in range(4):
                 W = block.mlp.experts.gate_up_proj[e]
-                W.copy_(torch.cat([dora(part, layer, e, half) for part, half in zip(W.chunk(2), ("gate", "up"))]))
+                W.copy_(
+                    torch.cat(
+                        [dora(part, layer, e, half) for part, half in zip(W.chunk(2), ("gate", "up"), strict=True)]
+                    )
+                )
                 W = block.mlp.experts.down_proj[e]
                 W.copy_(dora(W, layer, e, "down"))
     close(logits(model), logits(plain))

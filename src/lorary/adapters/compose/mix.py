@@ -198,7 +198,10 @@ class _Mixture:
         """A weighted sum of products: exact, unless it is to have a lower rank."""
         factors = [(update.B, update.A) for update in several]
         c = merging.coefficients([update.weight for update in several], lambda: factored_gram(factors))
-        B, A = torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], -1), torch.cat([A for _, A in factors], -2)
+        B, A = (
+            torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], -1),
+            torch.cat([A for _, A in factors], -2),
+        )
         self._check_range(name, B)
         (rank, energy), R = self._cut, A.shape[-2]
         if R and (energy is not None or (rank is not None and rank < R)):

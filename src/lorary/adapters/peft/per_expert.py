@@ -1,4 +1,4 @@
-"""Adapters of Transformers 4, which had a layer for every projection of every expert, on the fused experts of Transformers 5.
+"""Adapters of Transformers 4, with a layer for every projection of every expert, on Transformers 5's fused experts.
 
     ...mlp.experts.3.gate_proj.lora_A.weight    Mixtral: ...block_sparse_moe.experts.3.w1.lora_A.weight
 

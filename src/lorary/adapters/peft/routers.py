@@ -30,9 +30,7 @@ class Routers:
         names: the short names of the file's tensors: those of Transformers 4 name a router as a module.
     """
 
-    def __init__(
-        self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Collection[str] = ()
-    ) -> None:
+    def __init__(self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Collection[str] = ()) -> None:
         self.base, self.type = base, peft_type
         self.sites: dict[str, AdaptedSite] = {}
         asked = {path for name in names if (path := keys.site_of(name, peft_type.leaves_of(config)))}
