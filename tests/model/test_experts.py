@@ -418,3 +418,19 @@ def test_the_loss_of_a_merge_in_16_bits_is_measured(name: str) -> None:
     assert first.site == "model.layers.0.mlp.experts.down_proj"
     assert first.change == pytest.approx(float((exact - W).norm()))
     assert first.off == pytest.approx(float((exact.bfloat16().float() - exact).norm()))
+
+
+def test_an_adapter_of_experts_is_not_served() -> None:
+    from lorary.serve.forms.form import serving_form
+
+    model = moe()
+    lorary.attach(model, lorary.plan(model, method("lora"), targets="experts.down_proj"))
+    shake(model)
+    with pytest.raises(lorary.MethodError, match="holds the matrices of 4 experts, and requests share none of them"):
+        serving_form(lorary.Adapter.of(model), moe())
+
+
+def test_experts_that_train_in_full_are_left_out_of_a_preset() -> None:
+    plan = lorary.plan(moe(), method("lora"), full="*experts*")
+    assert not any(p.site.experts for p in plan.sites)
+    assert {f.name.rpartition(".")[2] for f in plan.full} == {"gate_up_proj", "down_proj"}

@@ -83,7 +83,7 @@ def without_full_layers(
 ) -> list[TargetMatch]:
     """The matches without layers that train in full, unless a target names them: that is refused later."""
     trained = set().union(*parameters_by_pattern(scanned, method).values())
-    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
+    inside = [f for f in found if scanned.names.get(f.name, scanned.names.get(f"{f.name}.weight")) in trained]
     if not inside:
         return found
     named = [entry for entry in as_list(targets) if entry not in PRESETS]

@@ -42,7 +42,7 @@ class ScannedModule:
     paths: tuple[str, ...]
     tied_to: tuple[str, ...]
     bypass: Bypass | None = field(default=None, repr=False)
-    owner: str | None = None
+    owner: str | None = field(default=None, repr=False)
 
     @cached_property
     def unrecognised(self) -> bool:
