@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -129,25 +130,31 @@ def measure(hidden: int, tokens: int, rounds: int) -> dict[str, dict[str, float]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "experts.json")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found = measure(arguments.hidden, arguments.tokens, arguments.rounds)
-    table = new_table(
-        f"{EXPERTS} experts, top {TOP}, hidden {arguments.hidden}, {arguments.tokens} tokens, r={RANK}, fp32, 1 thread",
+def table(found: dict[str, dict[str, float]], hidden: int, tokens: int) -> Table:
+    made = new_table(
+        f"{EXPERTS} experts, top {TOP}, hidden {hidden}, {tokens} tokens, r={RANK}, fp32, 1 thread",
         *("step, ms", "over the base", "kept for backward, MiB", "trained"),
     )
     for name, figures in found.items():
         ratio = figures["seconds"] / found["base"]["seconds"]
         cells = f"{figures['seconds'] * 1e3:.0f}", f"{ratio:.2f}", f"{figures['kept_bytes'] / MiB:.0f}"
-        table.add_row(name, *cells, f"{figures['trained']:,}")
-    Console().print(table)
-    result = machine(arguments) | {"load": os.getloadavg()[0], "cases": found}
+        made.add_row(name, *cells, f"{figures['trained']:,}")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "experts.json")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = {}
+    for tokens in arguments.tokens:
+        cases[str(tokens)] = measure(arguments.hidden, tokens, arguments.rounds)
+        Console().print(table(cases[str(tokens)], arguments.hidden, tokens))
+    result = machine(arguments) | {"load": os.getloadavg()[0], "tokens": cases}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -376,7 +376,7 @@ def test_what_no_target_reaches() -> None:
     model = tiny.model("DbrxForCausalLM", "meta")  # flat experts of a class that is not known
     experts = [f"transformer.blocks.{{0-1}}.ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")]
     assert notes(model, "all-linear") == (f"no adapter reaches {', '.join(experts)} (51% of the model)",)
-    assert notes(model, "q_proj") == ()  # nobody asked for all
+    assert notes(model, "Wqkv") == ()  # nobody asked for all
     assert notes(tiny.model("MixtralForCausalLM", "meta"), "all-linear") == ()
     assert notes(tiny.llama(), "all-linear") == ()
 

@@ -69,6 +69,8 @@ def grouped_product(x: Tensor, M: Tensor, groups: Groups) -> Tensor:
 
 def grouped_outer(g: Tensor, x: Tensor, groups: Groups) -> Tensor:
     """[E, m, n] = the sum over each expert's rows of g [T, m] times x [T, n]; without a graph. Zero without rows."""
+    if _is_fast(g, x):
+        return _grouped_mm(g.t(), x, offs=groups.ends)  # type: ignore[no-any-return]
     sums = g.new_zeros(groups.count, g.shape[1], x.shape[1])
     for e, start, end in groups.rows:
         torch.mm(g[start:end].t(), x[start:end], out=sums[e])
@@ -76,13 +78,13 @@ def grouped_outer(g: Tensor, x: Tensor, groups: Groups) -> Tensor:
 
 
 def _is_fast(x: Tensor, M: Tensor) -> bool:
-    """Whether PyTorch has a grouped kernel for these operands."""
+    """Whether PyTorch has a grouped kernel for these operands: rows, and matrices or more rows."""
     if _grouped_mm is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.is_meta:
         return False
     if x.device.type == "cuda" and x.dtype is not torch.bfloat16:
         return False
     sizes = {n * x.element_size() % _ALIGNED for n in (*M.shape[1:], x.shape[1])}
-    return sizes == {0} and x.is_contiguous() and x.data_ptr() % _ALIGNED == 0 and M.data_ptr() % _ALIGNED == 0
+    return sizes == {0} and len(x) > 0 and x.is_contiguous() and (M.dim() == 3 or M.is_contiguous()) and x.data_ptr() % _ALIGNED == 0 and M.data_ptr() % _ALIGNED == 0
 
 
 def add_grouped_low_rank(
