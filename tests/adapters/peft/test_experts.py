@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorary
+from lorary.errors import FileError
 from tests.experts import MODELS, logits, moe, shake
 
 peft = pytest.importorskip("peft")
@@ -166,3 +167,73 @@ def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
                 W = block.mlp.experts.down_proj[e]
                 W.copy_(dora(W, layer, e, "down"))
     close(logits(model), logits(plain))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, name: str | None = "MixtralForCausalLM", **changed: Any) -> str:
+    """The reader's error for a folder, on a base of this class or without one."""
+    with pytest.raises(FileError) as error:
+        lorary.load_adapter(folder, model=None if name is None else moe(name, **changed))
+    return str(error.value)
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """Change the tensors of a file in place."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+START = "base_model.model.model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(f"{START}.lora_A.weight"), "experts.down_proj.lora_A.weight: is missing"),
+        (
+            lambda t: t.update({f"{START}.lora_A.weight": torch.zeros(2, 24)}),
+            "experts.down_proj.lora_A.weight: has the shape [2, 24], expected [8, 24]",
+        ),
+        (
+            lambda t: t.update({f"{START}.lora_B.weight": t[f"{START}.lora_B.weight"].T}),
+            "experts.down_proj.lora_B.weight: has the shape [8, 16], expected [16, 8]",
+        ),
+        (lambda t: t[f"{START}.lora_B.weight"].fill_(float("nan")), "NaN or infinite"),
+        (
+            lambda t: t.update({f"{START}.base_layer.base_layer.lora_A.weight": torch.zeros(8, 24)}),
+            "experts.base_layer.base_layer.lora_A.weight: adapts a module that the model does not have",
+        ),
+    ],
+)
+def test_a_damaged_file_of_experts_is_refused(change: Any, sentence: str, tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    rewritten(tmp_path / "p", change)
+    assert sentence in refusal(tmp_path / "p")
+
+
+def test_experts_need_their_base(tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    assert "names fused experts (down_proj, gate_up_proj), whose layout only the model's class tells" in refusal(
+        tmp_path / "p", None
+    ).replace("gate_up_proj, down_proj", "down_proj, gate_up_proj")
+    wrong = refusal(tmp_path / "p", num_local_experts=8)
+    assert "experts.down_proj.lora_A.weight: has the shape [8, 24], expected [16, 24]" in wrong
+
+
+def test_an_adapter_of_single_experts_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, lacks="experts.2.up_proj.lora_B")
+    assert "model.layers.0.mlp.experts.2.up_proj.lora_B.weight: is missing" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM"
+    )
+    assert "is of expert 3, and model.layers.0.mlp.experts.gate_up_proj has 3" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM", num_experts=3
+    )
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    config["rank_pattern"] = {"layers.1.mlp.experts.2.up_proj": 3}
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config))
+    assert "has another rank or alpha than model.layers.1.mlp.experts.0.gate_proj" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM"
+    )

@@ -29,6 +29,7 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
+from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
@@ -108,7 +109,11 @@ class _Reader:
         if self.base is None:
             return []
         fused = [path for path, kind in self.base.kinds.items() if kind == "experts"]
-        return [self.base.site(path) for path in fused if self.config.targets_parameter(path)]
+        found = [path for path in fused if self.config.targets_parameter(path)]
+        if named and not found:
+            what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
+            self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
+        return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
