@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,13 @@ CASES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def logits(model: Any, embedded: Tensor) -> Tensor:
+    found: Tensor = model(inputs_embeds=embedded, use_cache=False).logits
+    return found
+
+
 def step(model: Any, embedded: Tensor) -> None:
-    model(inputs_embeds=embedded, use_cache=False).logits.square().mean().backward()
+    logits(model, embedded).square().mean().backward()
     model.zero_grad()
     embedded.grad = None
 
@@ -124,7 +130,7 @@ def measure(hidden: int, tokens: int, rounds: int) -> dict[str, dict[str, float]
     found = {}
     for name, model in models.items():
         known = [embedded, *model.parameters(), *model.buffers()]
-        kept = kept_for_backward(lambda: model(inputs_embeds=embedded, use_cache=False).logits, beyond=known)
+        kept = kept_for_backward(partial(logits, model, embedded), beyond=known)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found[name] = {"seconds": statistics.median(times[name]), "kept_bytes": kept, "trained": trained}
     return found

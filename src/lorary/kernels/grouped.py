@@ -84,7 +84,14 @@ def _is_fast(x: Tensor, M: Tensor) -> bool:
     if x.device.type == "cuda" and x.dtype is not torch.bfloat16:
         return False
     sizes = {n * x.element_size() % _ALIGNED for n in (*M.shape[1:], x.shape[1])}
-    return sizes == {0} and len(x) > 0 and x.is_contiguous() and (M.dim() == 3 or M.is_contiguous()) and x.data_ptr() % _ALIGNED == 0 and M.data_ptr() % _ALIGNED == 0
+    return (
+        sizes == {0}
+        and len(x) > 0
+        and x.is_contiguous()
+        and (M.dim() == 3 or M.is_contiguous())
+        and x.data_ptr() % _ALIGNED == 0
+        and M.data_ptr() % _ALIGNED == 0
+    )
 
 
 def add_grouped_low_rank(
