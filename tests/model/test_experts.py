@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lorary
+from lorary.analysis.memory.predict import predict
+from lorary.analysis.memory.workload import Workload
 from lorary.errors import FileError, PlanError
 from lorary.layers.adapted import adapted_layers
 from tests.experts import IDS, MODELS, logits, moe, shake
@@ -211,7 +213,7 @@ def test_a_rule_leaves_the_experts_of_a_preset_out_and_says_so() -> None:
     (note,) = [note for note in plan.notes if "experts" in note]
     assert note == (
         "the presets leave out model.layers.{0-1}.mlp.experts.gate_up_proj, model.layers.{0-1}.mlp.experts.down_proj: "
-        "RankBudget, OrthogonalityPenalty does not work on fused experts yet"
+        "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"
     )
 
 
@@ -318,11 +320,11 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "sentence"),
     [
-        (("adalora",), {"target": 2}, "RankBudget, OrthogonalityPenalty does not work on fused experts yet"),
+        (("adalora",), {"target": 2}, "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"),
         (("ia3",), {}, "Rescaling has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
-        (("delta-lora",), {}, "DeltaLoRARule does not work on fused experts yet"),
+        (("delta-lora",), {}, "no rule works on fused experts yet (DeltaLoRARule)"),
         (("pissa",), {"r": 20}, "its matrix has no more than 16 singular directions, and r is 20"),
     ],
 )
@@ -434,3 +436,65 @@ def test_experts_that_train_in_full_are_left_out_of_a_preset() -> None:
     plan = lorary.plan(moe(), method("lora"), full="*experts*")
     assert not any(p.site.experts for p in plan.sites)
     assert {f.name.rpartition(".")[2] for f in plan.full} == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("presets", [("lora",), ("dora",)])
+def test_adapted_experts_compile_whole(name: str, presets: tuple[str, ...]) -> None:
+    model = moe(name)
+    lorary.attach(model, lorary.plan(model, lorary.method(*presets, r=4)))
+    shake(model)
+    experts = model.model.layers[0].mlp.experts
+    torch.manual_seed(0)
+    routed = torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2)
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    found = []
+    for function in (experts, torch.compile(experts, backend="aot_eager", fullgraph=True)):
+        x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = function(x, *routed)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-4 * float(a.detach().abs().max()))
+
+
+def test_the_memory_of_a_step_is_predicted_from_shapes_alone() -> None:
+    with torch.device("meta"):
+        empty = type(moe())(moe().config)
+    work = Workload(2, 16, torch.bfloat16)
+    whole, attention = (
+        predict(empty, lorary.plan(empty, method("lora"), t), work) for t in ("all-linear", "attention")
+    )
+    assert whole.activations is not None
+    assert attention.activations is not None
+    assert whole.activations > attention.activations
+
+
+def test_a_base_in_4_bits_keeps_its_experts_and_says_so() -> None:
+    model = moe()
+    plan = lorary.plan(model, lorary.method("lora", "qlora", r=2))
+    assert any("experts.down_proj stays dense: NF4 quantises linear layers" in note for note in plan.notes)
+    lorary.attach(model, plan)
+    before = logits(model)
+    shake(model)
+    live = logits(model)
+    assert (live - before).abs().max() > 0.1
+    lorary.merge(model)
+    close(logits(model), live)
+
+
+def test_a_vector_of_each_expert_does_not_decay() -> None:
+    model = moe()
+    lorary.attach(model, lorary.plan(model, method("dora"), targets="experts.down_proj"))
+    decays = {group["name"]: group["weight_decay"] for group in lorary.param_groups(model, lr=1e-3, weight_decay=0.1)}
+    assert decays == {"A B decayed": 0.1, "m": 0.0}
+
+
+def test_measurements_of_single_matrices_refuse() -> None:
+    model = moe()
+    plan = lorary.plan(model, method("lora"), targets="experts.down_proj")
+    with pytest.raises(PlanError, match="holds the matrices of 4 experts, and a rank by its gradient takes one"):
+        lorary.ranks_from_gradients(model, {"input_ids": IDS, "labels": IDS}, plan)
+    lorary.attach(model, plan)
+    shake(model)
+    with pytest.raises(PlanError, match="holds the matrices of 4 experts, and a measurement takes one"):
+        lorary.layer_importance(model, [{"input_ids": IDS}])

@@ -19,7 +19,7 @@ from lorary.spec.placement import AdaptedSite, start_name
 
 
 class LowRankForm(NamedTuple):
-    """y = gain * (W x + B A x) + b + shift at one site.
+    """y = gain * (W x + B A x) + b + shift at one site; with a leading E for the experts of a block.
 
     Args:
         B: [out, R], with the scale in it.

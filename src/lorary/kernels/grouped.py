@@ -56,15 +56,19 @@ class Groups:
 
 def grouped_product(x: Tensor, M: Tensor, groups: Groups) -> Tensor:
     """[T, n] = x [T, k] times its expert's matrix of M [E, k, n], of one dtype."""
-    if _is_fast(x, M):
-        return _grouped_mm(x, M, offs=groups.ends)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and (x.requires_grad or M.requires_grad):
-        pieces = [x[start:end] @ M[e] for e, start, end in groups.rows]
-        return torch.cat(pieces) if pieces else x.new_zeros(0, M.shape[2])
-    product = x.new_empty(len(x), M.shape[2])
-    for e, start, end in groups.rows:
-        torch.mm(x[start:end], M[e], out=product[start:end])
-    return product
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _product(x, M, groups.ids)
+        return compiled
+    with without_autocast(x.device):
+        if _is_fast(x, M):
+            return _grouped_mm(x, M, offs=groups.ends)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and (x.requires_grad or M.requires_grad):
+            pieces = [x[start:end] @ M[e] for e, start, end in groups.rows]
+            return torch.cat(pieces) if pieces else x.new_zeros(0, M.shape[2])
+        product = x.new_empty(len(x), M.shape[2])
+        for e, start, end in groups.rows:
+            torch.mm(x[start:end], M[e], out=product[start:end])
+        return product
 
 
 def grouped_outer(g: Tensor, x: Tensor, groups: Groups) -> Tensor:
@@ -79,7 +83,9 @@ def grouped_outer(g: Tensor, x: Tensor, groups: Groups) -> Tensor:
 
 def _is_fast(x: Tensor, M: Tensor) -> bool:
     """Whether PyTorch has a grouped kernel for these operands: rows, and matrices or more rows."""
-    if _grouped_mm is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.is_meta:
+    if _grouped_mm is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    if x.is_meta or isinstance(x, FakeTensor):  # without an address
         return False
     if x.device.type == "cuda" and x.dtype is not torch.bfloat16:
         return False
@@ -111,6 +117,8 @@ def add_grouped_low_rank(
     Returns:
         [T, out]. Backward keeps x (only where A trains), z [T, R] and the masters.
     """
+    if torch.compiler.is_compiling():
+        return _add_compiled(y, x, A, B, s, groups, dropout)
     if needs_plain_operations():
         return add_grouped_low_rank_reference(y, x, A, B, s, groups, dropout)
     dropout, seed = dropout_and_seed(dropout)
@@ -197,3 +205,53 @@ class _AddGrouped(torch.autograd.Function):
                 rows = x.to(dtype)
                 gA = grouped_outer(gz, rows if kept is None else kept.mul_(rows), groups)  # [E, R, in]
         return gy, gx, gA, gB, None, None, None, None
+
+
+# --- compiled regions: operators that are opaque to the compiler, with the shapes and gradients that it needs ---------
+
+
+def _add_compiled(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, groups: Groups, dropout: float) -> Tensor:
+    rows = F.dropout(x.to(y.dtype), dropout)
+    z = grouped_product(rows, A.to(y.dtype).mT, groups)
+    return y + s * grouped_product(z, B.to(y.dtype).mT, groups)
+
+
+@torch.library.custom_op(
+    "lorary::grouped_product", mutates_args=(), schema="(Tensor x, Tensor M, Tensor ids) -> Tensor"
+)
+def _product(x: Tensor, M: Tensor, ids: Tensor) -> Tensor:
+    """`grouped_product` by the expert of each row."""
+    return grouped_product(x.contiguous(), M, Groups(ids, len(M)))
+
+
+@torch.library.custom_op(
+    "lorary::grouped_outer", mutates_args=(), schema="(Tensor g, Tensor x, Tensor ids, int count) -> Tensor"
+)
+def _outer(g: Tensor, x: Tensor, ids: Tensor, count: int) -> Tensor:
+    """`grouped_outer` by the expert of each row."""
+    return grouped_outer(g.contiguous(), x.contiguous(), Groups(ids, count))
+
+
+@_product.register_fake
+def _(x: Tensor, M: Tensor, ids: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], M.shape[2])
+
+
+@_outer.register_fake
+def _(g: Tensor, x: Tensor, ids: Tensor, count: int) -> Tensor:
+    return g.new_empty(count, g.shape[1], x.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, M, ids = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, M, ids)
+
+
+def _gradients(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    x, M, ids = ctx.saved_tensors
+    gx = _product(gy, M.mT, ids) if ctx.needs_input_grad[0] else None
+    gM = _outer(x, gy, ids, len(M)) if ctx.needs_input_grad[1] else None
+    return gx, gM, None
+
+
+_product.register_autograd(_gradients, setup_context=_setup)

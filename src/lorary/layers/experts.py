@@ -31,6 +31,7 @@ from lorary.layers.transformers_internals import (
 )
 
 _GROUPS: ContextVar[Groups] = ContextVar("lorary_expert_groups")
+_TRACED: list[Groups] = []
 
 
 class ExpertLayout(NamedTuple):
@@ -59,14 +60,21 @@ _LAYOUTS = {
 
 def layout_of(module: nn.Module) -> ExpertLayout | None:
     """The layout of a module's fused experts by its class; None for any other module."""
-    for cls in type(module).__mro__:
-        if found := _LAYOUTS.get(f"{cls.__module__}.{cls.__qualname__}"):
-            return found
+    cls: Any = type(module)
+    if found := _listed(cls):
+        return found
     settings = expert_settings(module)
     if settings is None:
         return None
     first = "gate_up_proj" if settings["has_gate"] else "up_proj"
     return ExpertLayout((first, "down_proj"), settings["is_transposed"], not settings["is_concatenated"])
+
+
+@functools.cache
+def _listed(cls: type) -> ExpertLayout | None:
+    """The layout of a class in the table."""
+    names = (f"{parent.__module__}.{parent.__qualname__}" for parent in cls.__mro__)
+    return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 
 class ExpertLayer(nn.Module):
@@ -108,11 +116,15 @@ class ExpertMatrix(ExpertLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, out] of the rows x [T, in]."""
-        M = self.weight if self.transposed else self.weight.mT  # [E, in, out]
-        return grouped_product(x.to(M.dtype), M, groups_now())
+        return _times(self.weight, self.transposed, x)
 
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.weight.shape)) + (", transposed" if self.transposed else "")
+
+
+def _times(W: Tensor, transposed: bool, x: Tensor) -> Tensor:
+    """[T, out] of the rows x [T, in], for W [E, out, in], or [E, in, out] if transposed."""
+    return grouped_product(x.to(W.dtype), W if transposed else W.mT, groups_now())
 
 
 def expert_matrices(module: nn.Module) -> dict[str, ExpertMatrix]:
@@ -170,6 +182,11 @@ def _dispatch(owner: nn.Module) -> None:
 @contextmanager
 def grouped_by(groups: Groups) -> Iterator[None]:
     """A block in which layers of experts take the rows of these groups."""
+    if torch.compiler.is_compiling():  # it traces no context variable, and one model at a time
+        _TRACED.append(groups)
+        yield
+        _TRACED.pop()
+        return
     token = _GROUPS.set(groups)
     try:
         yield
@@ -179,7 +196,7 @@ def grouped_by(groups: Groups) -> Iterator[None]:
 
 def groups_now() -> Groups:
     """The groups of the rows that the experts are computing."""
-    return _GROUPS.get()
+    return _TRACED[-1] if torch.compiler.is_compiling() else _GROUPS.get()
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -192,11 +209,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """
     k = top_k_index.shape[-1]
     ids, order = torch.sort(top_k_index.reshape(-1))
-    first, last = cast(ExpertLayout, layout_of(module)).names
+    first = "gate_up_proj" if module.has_gate else "up_proj"
     with grouped_by(Groups(ids, module.num_experts)):
         y = _product(module, first, hidden_states[order // k], ids)
         y = apply_gate(module, y) if module.has_gate else module.act_fn(y)
-        y = _product(module, last, y, ids)
+        y = _product(module, "down_proj", y, ids)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -208,9 +225,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 def _product(module: Any, name: str, x: Tensor, ids: Tensor) -> Tensor:
     """[T, out] the rows times one of the module's matrices, with its bias."""
     layer = children_of(module).get(name)
-    if layer is None:  # neither adapted nor quantised
-        layer = expert_matrices(module)[name]
-    y: Tensor = layer(x)
+    y: Tensor = _times(getattr(module, name), module.is_transposed, x) if layer is None else layer(x)
     return y + getattr(module, f"{name}_bias")[ids] if module.has_bias else y
 
 

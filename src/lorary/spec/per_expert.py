@@ -68,7 +68,7 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
         why.append(f"{type(method.delta).__name__} has no form for fused experts yet")
     if method.rules:
         rules = ", ".join(type(rule).__name__ for rule in method.rules)
-        why.append(f"{rules} does not work on fused experts yet")
+        why.append(f"no rule works on fused experts yet ({rules})")
     return why
 
 
