@@ -484,8 +484,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         "bare parameters",
         say(target_parameters=["experts.down_proj"]),
         (
-            '  - adapter_config.json: target_parameters: is ["experts.down_proj"]: adapters on bare '
-            "parameters (fused experts) are not supported"
+            "  - adapter_config.json: target_parameters: names 'experts.down_proj': the model has no such parameter "
+            "of experts that is known"
         ),
     ),
     (
@@ -853,7 +853,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         site(lambda s: s.update(kind="quantum")),
         (
             "  - lorary.json: sites[0]: 'quantum' is not a kind of site; the kinds are linear, transposed, conv1d, "
-            "conv2d, conv3d, embedding"
+            "conv2d, conv3d, embedding, experts"
         ),
     ),
     (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lorary
 from lorary.adapters import export_peft
+from tests import tiny
 from tests.adapters.models import BASES, by_peft, close, outputs
 
 LLAMA = BASES[0]
@@ -129,6 +130,21 @@ def test_bad_adapters_of_mlx_are_refused(spoil: Callable[[Path], None], message:
     spoil(tmp_path)
     with pytest.raises(lorary.FileError, match=message):
         lorary.load(LLAMA.model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("block_sparse_moe.experts.0.w1", r"experts\.0\.w1: is a part of .*experts\.gate_up_proj here"),
+        ("mlp.experts.gate_up_proj", r"gate_up_proj: adapts fused experts, which only PEFT's files are read for"),
+    ],
+)
+def test_experts_of_mlx_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    tensors = folder_of(tmp_path, sites=SITES[:1])
+    moved = {key.replace("self_attn.q_proj", name): t for key, t in tensors.items()}
+    save_file(moved, tmp_path / "adapters.safetensors")
+    with pytest.raises(lorary.FileError, match=message):
+        lorary.load_adapter(tmp_path, model=tiny.seeded("MixtralForCausalLM"))
 
 
 def test_other_tensors_of_mlx_are_refused(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ ARCHITECTURES: dict[str, dict[str, list[str]]] = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Gemma3ForCausalLM": _LLAMA,
-    "MixtralForCausalLM": {k: v for k, v in _LLAMA.items() if k != "mlp"},  # its experts are no layers
+    "MixtralForCausalLM": _LLAMA
+    | {"mlp": [f"model.layers.{{0-1}}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]},
     "Phi3ForCausalLM": {
         "attention": ["model.layers.{0-1}.self_attn.o_proj", "model.layers.{0-1}.self_attn.qkv_proj[q,k,v]"],
         "attention-qv": ["model.layers.{0-1}.self_attn.qkv_proj[q,v]"],

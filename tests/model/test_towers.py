@@ -12,6 +12,7 @@ import lorary
 from lorary.model.scan import scan
 from lorary.model.towers import tower_of, tower_roots
 from tests import architectures, tiny
+from tests.experts import moe
 
 LORA = lorary.method("lora", r=2)
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -83,6 +84,13 @@ def test_a_preset_is_its_tower_and_the_plan_counts_it(tower: str) -> None:
     heads = {id(p): p.numel() for n, p in model.named_parameters() if n.startswith("lm_head")}
     assert sum(t.parameters for t in plan.towers) == plan.total - sum(heads.values())
     assert f"\n{tower} " in str(plan)
+
+
+def test_the_language_tower_of_a_mixture_has_its_experts() -> None:
+    plan = lorary.plan(moe("Qwen3VLMoeForConditionalGeneration"), LORA, targets="language")
+    (language,) = (t for t in plan.towers if t.adapted)
+    assert sum(p.site.experts > 0 for p in plan.sites) == 4  # two parameters of two layers
+    assert (language.name, language.adapted) == ("language", language.layers)
 
 
 def test_a_tower_can_be_left_out() -> None:

@@ -25,6 +25,7 @@ from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.methods.lora import LowRank
 from lorary.model.fingerprint import Fingerprint
 from lorary.model.state import AttachedState, base_parameter
+from lorary.spec.per_expert import shapes_at
 from lorary.spec.placement import AdaptedSite, start_name
 
 HELD = "_lorary_held"  # the attribute of a model for the adapters that it holds
@@ -254,7 +255,7 @@ def _padded(total: Adapter, places: Sequence[AdaptedSite], rank: int) -> Adapter
     sites = [AdaptedSite(dataclasses.replace(p.site, parts=()), p.method) for p in places]
     factors = {}
     for p in sites:
-        name, shapes = p.site.name, LowRank(rank).shapes(p.site)
+        name, shapes = p.site.name, shapes_at(LowRank(rank), p.site)
         padded = {role: torch.zeros(shape) for role, shape in shapes.items()}
         for role, t in total.tensors.get(name, {}).items():
             leading_slice(padded[role], tuple(t.shape)).copy_(t)

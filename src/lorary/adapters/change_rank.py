@@ -25,6 +25,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.rank_pruning import directions_of
 from lorary.spec.interfaces import Factors, has_rank
 from lorary.spec.method import Method
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite, start_name
 from lorary.spec.resizable import Resizable, Singular
 
@@ -80,6 +81,7 @@ def change_rank(adapter: Adapter, r: int, *, seed: int = 0) -> RankChange:
     problems = not_a(Adapter, "an Adapter", adapter=adapter)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST_RANK:
         problems.append(Diagnostic("r", f"is {r!r}; a rank is a whole number from 1 to {MOST_RANK:,}"))
+    problems = problems or no_experts([s.site for s in adapter.sites if s.r != r], "a change of rank")
     problems = problems or list({str(p): p for s in adapter.sites for p in _why_not(s, r)}.values())
     if not problems and not adapter.sites:
         problems.append(Diagnostic("adapter", "adapts no layers, so it has no rank"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import SimpleNamespace
 from typing import NamedTuple, cast
 
 import torch
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, MethodError, deduplicated, not_a
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.kinds import KINDS, kind_of
+from lorary.layers.kinds import as_matrix
 from lorary.model.checks import layer_mismatches
 from lorary.model.residual_base import original_weight
 from lorary.spec.placement import AdaptedSite, start_name
 
 
 class LowRankForm(NamedTuple):
-    """y = gain * (W x + B A x) + b + shift at one site.
+    """y = gain * (W x + B A x) + b + shift at one site; with a leading E for the experts of a block.
 
     Args:
         B: [out, R], with the scale in it.
@@ -92,11 +91,11 @@ def form_at(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLaye
 def factors_on_base(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(s B [out, R], A [R, in]) of a site in fp32, as an update of the unmodified weight, without its join."""
     exact = {role: t.float() for role, t in tensors.items()}  # products of bf16 tensors (VeRA's b B d) would be rounded
-    B, A = adapted.delta.factors(adapted.site, exact)
+    B, A = adapted.factors(exact)
     if adapted.starts:
         start = {role: exact[start_name(role)] for role in adapted.starts}
-        B0, A0 = adapted.delta.factors(adapted.site, start)
-        B, A = torch.cat([B, -B0], 1), torch.cat([A, A0])
+        B0, A0 = adapted.factors(start)
+        B, A = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
     return adapted.scale * B, A
 
 
@@ -121,7 +120,7 @@ class BaseLayer:
         base, layer = self._checked
         W = self.values.get("weight")
         W = original_weight(base, self.adapted.site.name) if W is None else W
-        return KINDS[cast(str, kind_of(layer))].matrix(SimpleNamespace(weight=W)).cpu().float()
+        return as_matrix(layer, W).cpu().float()
 
     def bias(self) -> Tensor | None:
         """The bias [out], in fp32 on the CPU."""

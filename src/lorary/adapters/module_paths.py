@@ -25,12 +25,14 @@ class ModulePaths:
 
     Args:
         base: the base, if at hand.
+        single_experts: whether the reader converts the layers of single experts, which then keep their old paths.
         written: path here -> the path in the file, where another rule than the wrappers' changed it.
         ambiguous: path -> why it may mean two modules.
         problems: layers of the file that are only parts of a weight here.
     """
 
     base: Base | None
+    single_experts: bool = False
     written: dict[str, str] = field(default_factory=dict)
     ambiguous: dict[str, Diagnostic] = field(default_factory=dict)
     problems: list[Diagnostic] = field(default_factory=list)
@@ -83,7 +85,8 @@ class ModulePaths:
         if path in base.modules or self._old is None:
             return path
         new = self._old.new_path(path)
-        if new == path and (whole := self._old.whole(path)) in base.tensors:
+        whole = self._old.whole(path) if new == path else ""
+        if whole in base.tensors and not (self.single_experts and base.kinds.get(whole) == "experts"):
             what = f"is a part of {named(whole)} here: adapters of the parts of such a weight are not read"
             self.problems.append(Diagnostic(named(path), what))
         return new

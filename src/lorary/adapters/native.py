@@ -32,6 +32,7 @@ from lorary.adapters import shared_tensors
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
+from lorary.adapters.peft.experts import from_file
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS
 from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.peft.virtual_tokens import are_virtual_tokens, virtual_tokens
@@ -276,6 +277,7 @@ def _tensors(
         layout, decode, shared = peft_type.layout, peft_type.decode, peft_type.shared
         parameters = {name: peft_keys.full_name(name, at) for name in record["full"]}
         names = {peft_keys.short(name): name for name in file.header.tensors}
+        names = from_file(names, [adapted.site for adapted in sites])
     else:
         layout, decode, shared = _layout, _decode, {role: f"|{role}" for role in shared_shapes(sites)}
         parameters = {name: name for name in record["full"]}

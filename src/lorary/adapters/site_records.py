@@ -138,7 +138,13 @@ def _site(record: Any) -> Site:
     parts = record.get("parts", [])
     if not isinstance(parts, list):
         raise ValueError(f"`parts` is {show(parts)}")
-    return Site(name, kind, rows, columns, bias, tuple(_part(part, rows) for part in parts), groups, kernel_size)
+    experts = record.get("experts", 0)
+    if type(experts) is not int or (experts < 1) == (kind == "experts") or experts > MOST_EXTENT:
+        raise ValueError(f"`experts` is {show(experts)} at a site of kind {kind}")
+    if type(swapped := record.get("swapped", False)) is not bool:
+        raise ValueError(f"`swapped` is {show(swapped)}")
+    parts = tuple(_part(part, rows) for part in parts)
+    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped)
 
 
 def _part(record: Any, out: int) -> Part:

@@ -254,4 +254,4 @@ def _adds_zero(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> bool:
         return False
     if adapted.starts:  # the update is the distance from the start
         return all(torch.equal(tensors[role], tensors[start_name(role)]) for role in adapted.starts)
-    return not all(factor.any() for factor in adapted.delta.factors(adapted.site, tensors))
+    return not all(factor.any() for factor in adapted.factors(tensors))

@@ -29,6 +29,7 @@ from lorary.model.out_of_memory import is_out_of_memory
 from lorary.model.plan import Plan
 from lorary.model.scan import scan
 from lorary.model.state import eval_mode, require_values
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite
 
 _HEADLINE = "cannot take ranks from gradients:"
@@ -118,6 +119,7 @@ def _check(model: Any, batch: Any, plan: Any) -> None:
         problems = model_mismatches(scanned, plan.sites, {}, ())
     if not plan.sites:
         problems.append(Diagnostic("plan", "adapts no layer", "plan lora"))
+    problems += no_experts([s.site for s in plan.sites], "a rank by its gradient")
     for s in plan.sites:
         if not isinstance(s.delta, LowRank) or s.share:
             what = f"{type(s.delta).__name__} has no pair of factors of any rank there"

@@ -28,6 +28,7 @@ from lorary.model.ambient import callers_device, mode_independent
 from lorary.model.plan import Plan
 from lorary.model.state import eval_mode, require_attached, require_values
 from lorary.spec.method import Method
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite, by_method
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -58,7 +59,8 @@ def layer_importance(
     """
     state = require_attached(model, "measure")
     require_values(model)
-    if problems := _of_any(measuring_problems, state.method, state.sites):
+    problems = _of_any(measuring_problems, state.method, state.sites)
+    if problems := problems or no_experts([p.site for p in state.sites], "a measurement"):
         raise PlanError("cannot measure layer importance:", problems)
     _check_batches(batches, over_ranks)
     layers = adapted_layers(model)

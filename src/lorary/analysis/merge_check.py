@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from lorary.analysis.merge_error import MergeError, SiteMergeError
 from lorary.errors import DataError, Diagnostic, StateError
 from lorary.files.strict_json import show
 from lorary.layers.adapted import Adapted, adapted_layers
+from lorary.layers.kinds import as_matrix
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.transformers_internals import exact_modules
 from lorary.model.ambient import callers_device, mode_independent
@@ -189,7 +189,7 @@ def _as_quantized(layer: Adapted, W: Tensor) -> tuple[Tensor, Tensor]:
 
 def _matrix(layer: Adapted, W: Tensor) -> Tensor:
     """A weight in the layer's own layout as [out, in]."""
-    return layer.kind.matrix(SimpleNamespace(weight=W))
+    return as_matrix(layer.base, W)
 
 
 def _norm(M: Tensor) -> float:

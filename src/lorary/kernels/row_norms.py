@@ -29,14 +29,16 @@ def row_norms(W: Tensor, B: Tensor, A: Tensor, s: float, times: Callable[[Tensor
     """The row norms ‖W + s·B·A‖ [out], at least the square root of the smallest float; differentiable in A and B.
 
     Args:
-        W: [out, inp] the weight, in any precision.
-        B: [out, R], A: [R, inp] the factors.
+        W: [out, inp] the weight, in any precision, or [E, out, inp].
+        B: [out, R], A: [R, inp] the factors, with a leading E as W.
         s: their scale.
         times: A -> W·Aᵀ [out, R] in A's precision, if the layer has a faster product than the dense one.
 
     Returns:
         [out] in fp32, or fp64 for a W in fp64.
     """
+    if W.dim() == 3:  # the matrices of experts
+        return torch.stack([row_norms(*one, s) for one in zip(W, B, A, strict=True)])
     exact = torch.promote_types(W.dtype, torch.float32)
     smallest = torch.finfo(exact).tiny
     with without_autocast(W.device):

@@ -12,12 +12,14 @@ from lorary._deprecated import RenamedAttribute
 from lorary.kernels.low_rank import under_the_same_autocast
 from lorary.kernels.row_norms import linear
 from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
+from lorary.layers.experts import ExpertMatrix, expert_matrices
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.spec.interfaces import Delta, Fused, Init, Join, is_fused
 from lorary.spec.layer import Kind
+from lorary.spec.per_expert import factors_at, fill, merged_at
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
 from lorary.spec.site import Site
 
@@ -155,12 +157,11 @@ class Adapted(nn.Module):
         """
         if self.weight.is_meta:
             return
-        generator = self.generator(seed)
         with torch.no_grad():
             filled = {role: p for role, p in self.params.items() if role in self.delta.roles - self.delta.fixed_roles}
             values = {role: torch.zeros(p.shape, dtype=p.dtype) for role, p in filled.items()}
             W = self.kind.matrix(self.base).detach() if W is None else W
-            self.init(values, W, self.site, self.scale, generator)
+            fill(self.init, values, W, self.site, self.scale, self.generator(seed))
             if self.init.residual_init:
                 values |= {start_name(role): value for role, value in values.items()}
             self.load(values)
@@ -180,13 +181,13 @@ class Adapted(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B [out, R], A [R, in]), without the scale."""
-        return self.delta.factors(self.site, self.tensors)
+        return factors_at(self.delta, self.site, self.tensors)
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """(B [out, R], A [R, in]) of the initial delta that the base was reduced by; None for an unreduced base."""
         if not self.start:
             return None
-        return self.delta.factors(self.site, {role: self.start[start_name(role)] for role in self.delta.roles})
+        return factors_at(self.delta, self.site, {role: self.start[start_name(role)] for role in self.delta.roles})
 
     def weight_times(self, A: Tensor) -> Tensor:
         """W A^T [out, R] of A [R, in], in A's precision, differentiable in A; keeps no second copy of W."""
@@ -232,8 +233,7 @@ class Adapted(nn.Module):
 
     def _merged_output(self, x: Tensor) -> Tensor:
         """The merged layer's output, for references to this layer that the merge left behind."""
-        (plain,) = self._merged_into
-        return cast(Tensor, plain(x))
+        return cast(Tensor, self._merged_into[0](x))
 
     def base_output(self, x: Tensor) -> Tensor:
         """The output of the original layer; a quantised residual base needs its initial delta added back."""
@@ -254,7 +254,7 @@ class Adapted(nn.Module):
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return self.join.merged(self.join.whole(self.site, self.tensors), W.to(exact), b, (self.scale * B, A))
+        return merged_at(self.join, self.site, self.tensors, W.to(exact), b, (self.scale * B, A))
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, " + (f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join))
@@ -304,14 +304,15 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the plain model by path; adapted layers appear as their bases."""
+    """The modules of the plain model by path; adapted layers appear as their bases, fused experts as layers."""
     layers = adapted_layers(model)
     inside = tuple(f"{name}." for name in layers)
-    return {
-        name: layers[name].base if name in layers else module
-        for name, module in named_modules(model)
-        if name in layers or not name.startswith(inside)
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        if name in layers or not name.startswith(inside):
+            found[name] = layers[name].base if name in layers else module
+            found |= {f"{name}.{own}": layer for own, layer in expert_matrices(module).items()}
+    return found
 
 
 def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
@@ -321,6 +322,6 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
         yield from base_parameters(model.base, prefix)
         return
     for name, parameter in model.named_parameters(recurse=False):
-        yield f"{prefix}{name}", parameter
+        yield prefix[:-1] if isinstance(model, ExpertMatrix) else f"{prefix}{name}", parameter
     for name, child in model.named_children():
         yield from base_parameters(child, f"{prefix}{name}.")

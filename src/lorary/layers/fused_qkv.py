@@ -19,6 +19,8 @@ def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
     """name -> projection inside a fused weight; {} for an unknown layout."""
     last = name.rpartition(".")[2]
     rows, columns = KINDS[kind_of(layer) or ""].size(layer)
+    if last == "gate_up_proj" and getattr(layer, "interleaved", False):
+        return {half: Part(half, start, 1, 2, rows // 2) for start, half in enumerate(("gate", "up"))}
     if last == "gate_up_proj" and rows % 2 == 0:
         return {"gate": Part("gate", 0, rows // 2), "up": Part("up", rows // 2, rows // 2)}
     if last not in FUSED:

@@ -1,7 +1,7 @@
 """Layer kinds: every layer with a weight, seen as an [out, in] matrix.
 
-Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included) and embedding each implement
-`lorary.spec.layer.Kind`; only this file knows how they lay out their weights.
+Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included), embedding and the fused matrices of
+experts each implement `lorary.spec.layer.Kind`; only this file knows how they lay out their weights.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorary.kernels.grouped import add_grouped_low_rank, grouped_product
 from lorary.kernels.low_rank import add_low_rank
 from lorary.kernels.torch_internals import padding_of, parameters_of
+from lorary.layers.experts import ExpertMatrix, expert_count, groups_now
 from lorary.layers.quantized_weight import (
     is_quantized,
     is_unrecognised_quantized,
@@ -142,6 +145,37 @@ class Embedding:
         return torch.add(y, F.linear(z, B.to(y.dtype)) * embed_scale(layer), alpha=s)
 
 
+@dataclass(frozen=True)
+class Experts:
+    """One matrix of every expert of a block: M is [E, out, in], A [E, R, in] and B [E, out, R].
+
+    The input's rows are sorted by expert (`lorary.layers.experts`).
+    """
+
+    rowwise = False
+
+    def size(self, layer: Any) -> tuple[int, int]:
+        rows, columns = self.matrix(layer).shape[1:] if isinstance(layer, ExpertMatrix) else layer.shape[1:]
+        return rows, columns
+
+    def matrix(self, layer: Any) -> Tensor:
+        W = weight(layer)
+        return W.mT if getattr(layer, "transposed", False) else W
+
+    def weight(self, layer: Any, M: Tensor) -> Tensor:
+        return M.mT.contiguous() if getattr(layer, "transposed", False) else M
+
+    def broadcast_over_rows(self, v: Tensor) -> Tensor:
+        return v[groups_now().ids]
+
+    def run(self, layer: Any, x: Tensor, M: Tensor, b: Tensor | None) -> Tensor:
+        y = grouped_product(x, M.mT, groups_now())
+        return y if b is None else y + self.broadcast_over_rows(b)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        return add_grouped_low_rank(y, x, A, B, s, groups_now(), dropout)
+
+
 KINDS: dict[str, Kind] = {
     "linear": Linear(),
     "transposed": Linear(transposed=True),
@@ -149,6 +183,7 @@ KINDS: dict[str, Kind] = {
     "conv2d": Convolution(2),
     "conv3d": Convolution(3),
     "embedding": Embedding(),
+    "experts": Experts(),
 }
 
 # Linear layers that override forward and still compute W x + b.
@@ -160,6 +195,7 @@ _CLASSES: dict[str, type[nn.Module]] = {
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
     "embedding": nn.Embedding,
+    "experts": ExpertMatrix,
 }
 
 
@@ -224,7 +260,15 @@ def site(name: str, layer: nn.Module, parts: tuple[Part, ...] = ()) -> Site:
         parts=parts,
         groups=conv.groups if conv else 1,
         kernel_size=tuple(conv.kernel_size) if conv else (),
+        experts=expert_count(layer),
+        swapped=getattr(layer, "swapped", False),
     )
+
+
+def as_matrix(layer: nn.Module, W: Tensor) -> Tensor:
+    """A weight in the layout of this layer's own, as [out, in]."""
+    held = SimpleNamespace(weight=W, transposed=getattr(layer, "transposed", False))
+    return KINDS[cast(str, kind_of(layer))].matrix(held)
 
 
 def embed_scale(layer: nn.Module) -> Any:

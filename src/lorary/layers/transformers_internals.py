@@ -8,6 +8,7 @@ lacks raises an error that names the release.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorary.errors import changed_release
 
@@ -95,6 +96,46 @@ def without_device_hooks(module: nn.Module) -> None:
     """Give a module its own forward again, without accelerate's hooks that move inputs between devices."""
     if "_old_forward" in vars(module):
         vars(module)["forward"] = vars(module)["_old_forward"]
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+EXPERTS_FUNCTION = "lorary"
+"""The name of lorary's function in Transformers' table of experts functions."""
+
+_EXPERT_SETTINGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_CONFIG_BEFORE = "_lorary_config"
+
+
+def expert_settings(module: nn.Module) -> dict[str, bool] | None:
+    """What Transformers' decorator says of a class of experts modules; None for another class."""
+    if not hasattr(type(module), "_apply_gate") or getattr(module, "_is_expert_parallel", False):
+        return None
+    found = {name: value for name in _EXPERT_SETTINGS if isinstance(value := getattr(module, name, None), bool)}
+    return found if len(found) == len(_EXPERT_SETTINGS) else None
+
+
+def apply_gate(module: Any, gate_up: Tensor) -> Tensor:
+    """[T, width] of an experts module's gate and up [T, 2 width]."""
+    output: Tensor = module._apply_gate(gate_up)
+    return output
+
+
+def register_experts_function(function: Any) -> None:
+    """Put a function into Transformers' table of experts functions."""
+    moe = importlib.import_module("transformers.integrations.moe")
+    moe.ALL_EXPERTS_FUNCTIONS[EXPERTS_FUNCTION] = function
+
+
+def use_experts_function(module: Any, name: str | None) -> None:
+    """Let one experts module use a function of that table; None: the one that the model's configuration says."""
+    before = vars(module).get(_CONFIG_BEFORE)
+    if name is None and before is not None:
+        module.config = vars(module).pop(_CONFIG_BEFORE)
+    elif name is not None and before is None:
+        vars(module)[_CONFIG_BEFORE] = module.config
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation_internal = name  # the property would change shared sub-configurations
 
 
 CACHES = ("cache", "past_key_values", "cache_params", "state")

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from lorary.kernels.torch_internals import COMPILED_CHILD, FSDP_CHILD, WRAPPED_CHILD, children_of
+from lorary.layers.experts import expert_matrices, place_expert_layer
 
 COMPONENTS = frozenset(WRAPPED_CHILD.values())  # what wrappers leave in the paths of modules
 _CHILD_OF: dict[type, str | None] = {}
@@ -58,7 +59,7 @@ def named_modules(
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path of `named_modules`.
+    """The module at a path of `named_modules`; for a fused parameter of experts, a layer that holds it.
 
     Raises:
         AttributeError: the path leads nowhere.
@@ -66,6 +67,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     module = unwrapped(model)
     for name in path.split(".") if path else ():
         child = children_of(module).get(name)
+        child = expert_matrices(module).get(name) if child is None else child
         if child is None:
             raise AttributeError(f"{type(module).__name__} has no module {name!r} ({path})")
         module = unwrapped(child)
@@ -73,9 +75,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of `named_modules`, inside the wrappers of the one there now."""
+    """Put a module at a path of `submodule`, inside the wrappers of the one there now."""
     above, _, name = path.rpartition(".")
     parent: Any = submodule(model, above)
+    if place_expert_layer(parent, name, module):
+        return
     while is_wrapper(inside := cast(nn.Module, children_of(parent)[name])):
         parent = inside
         name = str(_child_name(parent))

@@ -40,6 +40,7 @@ class MagnitudeDirection(Join):
     exact: bool = field(default=False, metadata=FLAG)
 
     roles = frozenset({"m"})
+    per_expert = True
 
     def shapes(self, site: Site) -> Shapes:
         return {"m": (site.out_features,)}

@@ -33,6 +33,7 @@ class LowRank(PairsOfFactors, Delta):
 
     roles = frozenset({"A", "B"})
     arbitrary_factors = True
+    batched = True
 
     def shapes(self, site: Site) -> Shapes:
         return {"A": (self.r * len(site.rows), site.in_features), "B": (sum(site.rows), self.r)}
@@ -105,6 +106,8 @@ class ConstantScale:
 @component
 class Add(Join):
     """W' = W + s B A, b' = b."""
+
+    per_expert = True
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         return layer.add_delta(layer.run_base(x), x)

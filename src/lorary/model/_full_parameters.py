@@ -53,7 +53,7 @@ def full_parameters(
         problems.append(Diagnostic("head", f"is to be frozen, and `full` trains {', '.join(both)}", "choose one"))
     problems += [*_cannot_train(scan, sites, trained), *_cannot_hold(sites, drawn & adapted)]
     # The random weights under an adapter in a new head are part of the result: no checkpoint has them.
-    written = {f"{p.site.name}.weight" for p in sites if any(rule.writes_base for rule in p.method.rules)}
+    written = {p.site.weight_name for p in sites if any(rule.writes_base for rule in p.method.rules)}
     written |= drawn & adapted
     problems += unwritable_weights(scan, rules_of(sites), written)
     moving = _trained_buffers(scan, method, trained)
@@ -83,7 +83,7 @@ def without_full_layers(
 ) -> list[TargetMatch]:
     """The matches without layers that train in full, unless a target names them: that is refused later."""
     trained = set().union(*parameters_by_pattern(scanned, method).values())
-    inside = [f for f in found if scanned.names.get(f"{f.name}.weight") in trained]
+    inside = [f for f in found if scanned.names.get(f.name, scanned.names.get(f"{f.name}.weight")) in trained]
     if not inside:
         return found
     named = [entry for entry in as_list(targets) if entry not in PRESETS]
@@ -134,7 +134,7 @@ def _tied_head(scan: Scan, name: str) -> list[Diagnostic]:
 
 
 def _adapted_parameters(sites: Sequence[AdaptedSite]) -> set[str]:
-    return {f"{p.site.name}.weight" for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
+    return {p.site.weight_name for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
 
 
 def _cannot_hold(sites: Sequence[AdaptedSite], held: Collection[str]) -> list[Diagnostic]:
@@ -143,7 +143,7 @@ def _cannot_hold(sites: Sequence[AdaptedSite], held: Collection[str]) -> list[Di
     return [
         Diagnostic(p.site.name, what, "leave it out of `targets`: the head then trains in full")
         for p in sites
-        if p.init.residual_init and f"{p.site.name}.weight" in held
+        if p.init.residual_init and p.site.weight_name in held
     ]
 
 

@@ -56,7 +56,7 @@ def insert(
     for name, layer in layers.items():
         swap_hooks(layer.base, layer)
         set_submodules(model, paths[name], layer)
-    for name in (full.keys() & scanned.names.keys()) - {f"{p.site.name}.weight" for p in sites}:
+    for name in (full.keys() & scanned.names.keys()) - {p.site.weight_name for p in sites}:
         scanned.parameter(name).requires_grad_(True)  # an adapted weight is written by a rule alone
     state = AttachedState(method, sites, kept, trained, paths, fingerprint, total, context_patch=patch)
     state.buffers = frozen_buffers(model, full)

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import Diagnostic, MethodError, suggestion
+from lorary.layers.experts import expert_count
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
+from lorary.model._presets import PRESETS
 from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
-from lorary.model.targets import TargetMatch, as_list, resolve
+from lorary.model.targets import TargetMatch, as_list, grouped, resolve
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
+from lorary.spec.per_expert import why_not_per_expert
 from lorary.spec.placement import AdaptedSite, with_rank
 
 
@@ -39,9 +42,11 @@ def adapted_sites(
         problems = [Diagnostic(key, what) for key, value in vars(wanted).items() if value not in (None, (), {}, [])]
         return [], problems, []
     found: list[list[TargetMatch]] = []
-    problems = []
+    problems, notes = [], []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
+        matched, left_out = _without_experts(part, matched)
+        notes += left_out
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
         if matched and not found[-1]:
             what = f"every layer of `{', '.join(map(str, as_list(part.targets)))}` trains in full, and none is adapted"
@@ -61,9 +66,9 @@ def adapted_sites(
         placed.append((part, sites))
         problems += unplaced
     if len(parts) == 1:
-        return _sharing_ties(scanned, placed[0][1]), problems, choice.notes
+        return _sharing_ties(scanned, placed[0][1]), problems, [*notes, *choice.notes]
     together, overlapping = joined(scanned, placed)
-    return _sharing_ties(scanned, together), [*problems, *overlapping], choice.notes
+    return _sharing_ties(scanned, together), [*problems, *overlapping], [*notes, *choice.notes]
 
 
 def _sharing_ties(scanned: Scan, sites: list[AdaptedSite]) -> list[AdaptedSite]:
@@ -74,6 +79,18 @@ def _sharing_ties(scanned: Scan, sites: list[AdaptedSite]) -> list[AdaptedSite]:
             by_weight.setdefault((weight, p.method), []).append(p)
     shares = {p.site.name: tied[0].site.name for tied in by_weight.values() if len(tied) > 1 for p in tied}
     return [dataclasses.replace(p, share=shares[p.site.name]) if p.site.name in shares else p for p in sites]
+
+
+def _without_experts(part: Part, matched: list[TargetMatch]) -> tuple[list[TargetMatch], list[str]]:
+    """The matches without the fused experts that a preset names and the method cannot adapt, and a note about these."""
+    named = [entry for entry in as_list(part.targets) if entry not in PRESETS]
+    why = {}
+    for f in matched:
+        reasons = why_not_per_expert(site(f.name, f.layer), part.method) if expert_count(f.layer) else []
+        if reasons and not any(matches(str(entry), f.name) for entry in named):
+            why[f.name] = "; ".join(reasons)
+    notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]
+    return [f for f in matched if f.name not in why], notes
 
 
 def pattern_problems(scanned: Scan, parts: Sequence[Part], wanted: Wanted) -> list[Diagnostic]:

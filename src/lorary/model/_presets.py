@@ -14,12 +14,12 @@ Fits = Callable[[ScannedModule], bool]
 
 
 def _linear(named: Callable[[str], bool]) -> Callable[[Scan], Fits]:
-    """Whether a module is a linear layer with such a path."""
-    return lambda scan: lambda m: m.kind in ("linear", "transposed") and named(m.path)
+    """Whether a module is a linear layer with such a path, or such a matrix of all experts."""
+    return lambda scan: lambda m: m.kind in ("linear", "transposed", "experts") and named(m.path)
 
 
 def _in_tower(tower: str) -> Callable[[Scan], Fits]:
-    """Whether a module is a linear layer of a tower."""
+    """Whether a module is a linear layer of a tower, or a matrix of its experts."""
 
     def of(scan: Scan) -> Fits:
         roots = tower_roots(scan)

@@ -233,7 +233,12 @@ def site_mismatches(expected: Site, found: Site) -> list[Diagnostic]:
     # a linear layer and GPT-2's transposed one are the same matrix
     if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
         differences.append(f"is {found.kind}, expected {expected.kind}")
-    for field, name in (("out_features", "output features"), ("in_features", "input features"), ("groups", "groups")):
+    for field, name in (
+        ("out_features", "output features"),
+        ("in_features", "input features"),
+        ("groups", "groups"),
+        ("experts", "experts"),
+    ):
         if (here := getattr(found, field)) != (there := getattr(expected, field)):
             differences.append(f"has {here} {name}, expected {there}")
     if expected.kernel_size and found.kernel_size and expected.kernel_size != found.kernel_size:

@@ -133,7 +133,7 @@ def plan_of_adapter(model: nn.Module, adapter: TrainedAdapter) -> Plan:
     """
     scanned = _scan_if_ready(model, adapter.method, None, None)
     shapes = {name: tuple(t.shape) for name, t in adapter.full.items()}
-    sites, adapted = tuple(adapter.sites), {f"{p.site.name}.weight" for p in adapter.sites}
+    sites, adapted = tuple(adapter.sites), {p.site.weight_name for p in adapter.sites}
     if problems := model_mismatches(scanned, sites, shapes, ()):
         raise PlanError("the adapter does not fit this model:", problems)
     full = []
@@ -227,12 +227,13 @@ def _notes(
 
 def _unreached_notes(scan: Scan, total: int) -> list[str]:
     """Matrices that targets cannot reach: fused experts, nn.MultiheadAttention and other weights outside of layers."""
+    reached = {path for path, m in scan.layers.items() if m.why_not_adaptable is None}  # fused experts
     unreached = {
         name: parameter.numel()
         for path, m in scan.modules.items()
         if m.why_not_adaptable is not None
         for name, parameter in m.module.named_parameters(path, recurse=False)
-        if parameter.dim() > 1 and parameter.numel() > total / 100
+        if name not in reached and parameter.dim() > 1 and parameter.numel() > total / 100
     }
     return _note(f"no adapter reaches {{}} ({sum(unreached.values()) / total:.0%} of the model)", unreached)
 

@@ -76,7 +76,8 @@ def _residual(layer: Adapted, sign: int = -1) -> Tensor:
     """W - s B0 A0 [out, in] of the base's W, in at least 32 bits; with sign=1 the inverse, W + s B0 A0."""
     W = _exact_matrix(layer)
     B, A = (factor.to(W) for factor in cast("tuple[Tensor, Tensor]", layer.start_factors()))
-    return torch.addmm(W, B, A, alpha=sign * layer.scale)
+    product = torch.baddbmm if layer.site.experts else torch.addmm
+    return product(W, B, A, alpha=sign * layer.scale)
 
 
 def _check_finite(layer: Adapted, residual: Tensor | None) -> None:

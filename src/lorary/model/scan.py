@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.kernels.torch_internals import children_of, parameters_of
+from lorary.layers.experts import expert_matrices
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.other_quantizers import stored_bytes
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
@@ -31,6 +32,7 @@ class ScannedModule:
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
         bypass: the code that reads its weight without calling it; None if there is none.
+        owner: the path of the experts module whose parameter this is; None for a module of the model.
     """
 
     path: str
@@ -40,6 +42,7 @@ class ScannedModule:
     paths: tuple[str, ...]
     tied_to: tuple[str, ...]
     bypass: Bypass | None = field(default=None, repr=False)
+    owner: str | None = field(default=None, repr=False)
 
     @cached_property
     def unrecognised(self) -> bool:
@@ -164,7 +167,18 @@ def scan(model: nn.Module) -> Scan:
             tied_to=tuple(name for name, holder in holding.items() if holder is not module),
             bypass=bypassed.get(module),
         )
+        modules |= _expert_layers(modules[path], names)
     return Scan(model, modules, parameters, names, _heads(model, modules))
+
+
+def _expert_layers(owner: ScannedModule, names: Mapping[str, str]) -> dict[str, ScannedModule]:
+    """path -> layer of the fused parameters of an experts module."""
+    found = {}
+    for name, layer in expert_matrices(owner.module).items():
+        paths = tuple(f"{path}.{name}" for path in owner.paths)
+        tied = tuple(other for other, one in names.items() if one == names[paths[0]] and other not in paths)
+        found[paths[0]] = ScannedModule(paths[0], layer, "experts", False, paths, tied, owner=owner.path)
+    return found
 
 
 def _heads(model: Any, modules: Mapping[str, ScannedModule]) -> frozenset[str]:

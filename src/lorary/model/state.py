@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError
+from lorary.kernels.torch_internals import children_of
 from lorary.layers.adapted import Adapted
 from lorary.layers.rope import max_context, text_config
 from lorary.layers.wrappers import set_submodule, submodule, unwrapped
@@ -193,7 +194,7 @@ def attached(model: nn.Module) -> Attachment | None:
     state = state_of(model)
     if state is None:
         return None
-    adapted_weights = {f"{p.site.name}.weight" for p in state.sites}  # written by a rule, not by the optimizer
+    adapted_weights = {p.site.weight_name for p in state.sites}  # written by a rule, not by the optimizer
     full = []
     for name in state.full:
         value = base_parameter(model, name)
@@ -252,7 +253,10 @@ def base_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """A base parameter, or a buffer, by its path in the plain model, also inside an adapted layer."""
     path, _, last = name.rpartition(".")
     module = submodule(model, path)
-    return cast(nn.Parameter, getattr(module.base if isinstance(module, Adapted) else module, last))
+    module = module.base if isinstance(module, Adapted) else module
+    if isinstance(child := children_of(module).get(last), Adapted):  # a fused parameter of experts
+        return cast(nn.Parameter, child.base.weight)
+    return cast(nn.Parameter, getattr(module, last))
 
 
 def value_before(model: nn.Module, name: str) -> Tensor:

@@ -19,7 +19,7 @@ PROJECTOR = "projector"
 _OF_CONFIG = {"text_config": "language", "vision_config": "vision", "audio_config": "audio"}
 TOWERS = (*_OF_CONFIG.values(), PROJECTOR)
 _MERGER = re.compile(r"(?:.*\.)?(?:merger|deepstack_merger_list)(?:\..*)?")
-_LINEAR = ("linear", "transposed")
+_LINEAR = ("linear", "transposed", "experts")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tower:
 
     Args:
         name: `language`, `vision`, `audio` or `projector`.
-        layers: the number of its linear layers.
+        layers: the number of its linear layers, with the fused matrices of experts.
         adapted: the number of its adapted sites.
         parameters: the number of its parameters; one that several towers hold counts in the first.
         trains: the number of its adapters' trained parameters; tensors that several layers share count once.

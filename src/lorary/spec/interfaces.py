@@ -40,6 +40,7 @@ class Delta(Protocol):
         fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
+        batched: whether `factors` also takes tensors with leading dimensions, where a site has no parts.
         decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 
@@ -52,6 +53,7 @@ class Delta(Protocol):
     fused_for_all_kinds: bool = False
     task_index: int = 0
     needs_dense_weight: bool = False
+    batched: bool = False
     decayed_vectors: frozenset[str] = frozenset()
 
     @property

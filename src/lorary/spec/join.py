@@ -31,6 +31,7 @@ class Join(Protocol):
         exact_start: whether the layer computes exactly what the base's does at step 0.
         keeps_ties: whether its tensors mean the same at every use of a weight, so that tied layers share one set of
             them and are still tied when merged.
+        per_expert: whether `forward` also works on the fused matrices of experts.
     """
 
     roles: frozenset[str] = frozenset()
@@ -42,6 +43,7 @@ class Join(Protocol):
     why_not_merged: str = ""
     exact_start: bool = True
     keeps_ties: bool = False
+    per_expert: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

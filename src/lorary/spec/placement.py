@@ -16,6 +16,7 @@ from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
+from lorary.spec.per_expert import factors_at, merged_at, shapes_at, why_not_per_expert
 from lorary.spec.site import Site
 
 
@@ -87,7 +88,7 @@ class AdaptedSite:
     @cached_property
     def shapes(self) -> Shapes:
         """role -> shape of every tensor at this site."""
-        return self.delta.shapes(self.site) | self.join.shapes(self.site)
+        return shapes_at(self.delta, self.site, self.delta.shared) | shapes_at(self.join, self.site)
 
     @property
     def stored(self) -> Shapes:
@@ -98,22 +99,28 @@ class AdaptedSite:
     @property
     def starts(self) -> Shapes:
         """role -> shape of the tensors whose start is kept, because it was subtracted from the base."""
-        return self.delta.shapes(self.site) if self.init.residual_init else {}
+        return shapes_at(self.delta, self.site, self.delta.shared) if self.init.residual_init else {}
 
     @property
     def trainable(self) -> int:
         """The number of trainable numbers at this site."""
         return sum(math.prod(shape) for role, shape in self.shapes.items() if role in self.method.trained)
 
+    def factors(self, params: Tensors) -> Factors:
+        """(B [out, R], A [R, in]) of this site's tensors, without the scale; with a leading E for experts."""
+        return factors_at(self.delta, self.site, params)
+
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         """The join's (W', b') for this site's tensors; see `Join.merged`."""
-        return self.join.merged(self.join.whole(self.site, params), W, b, BA)
+        return merged_at(self.join, self.site, params, W, b, BA)
 
     def problems(self) -> list[Diagnostic]:
         """The reasons why this method cannot adapt this site."""
-        why = self.delta.problems(self.site) + self.init.problems(self.site, self.r) + self.join.problems(self.site)
+        one = self.site.one
+        why = self.delta.problems(one) + self.init.problems(one, self.r) + self.join.problems(one)
+        why += why_not_per_expert(self.site, self.method)
         found = [Diagnostic(self.site.name, what) for what in why]
-        zeros = self.init.zeros(self.site)
+        zeros = self.init.zeros(one)
         if zeros and not zeros & self.method.trained:
             where = f"{braces(zeros)} starts at zero in a layer of kind {self.site.kind}"
             what = f"{where} and is frozen: nothing could train"

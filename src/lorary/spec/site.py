@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,13 +37,17 @@ class Site:
 
     Args:
         name: the module's path in the model, such as `model.layers.0.self_attn.q_proj`.
-        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d` or `embedding`.
+        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d`, `embedding` or `experts`.
         out_features: rows of the weight matrix: output features, channels, or the embedding's width.
         in_features: columns: input features, input channels per group times the kernel's size, or the vocabulary.
         bias: whether the layer has a bias.
         parts: the separately adapted projections of a fused weight; empty for the whole weight.
         groups: the convolution's groups; 1 elsewhere.
         kernel_size: the convolution's kernel size; empty elsewhere.
+        experts: E where the weight holds one matrix of each expert of a block; 0 elsewhere. The name is then that of
+            the fused parameter, such as `model.layers.0.mlp.experts.down_proj`, and the sizes are of one expert.
+        swapped: whether the class of these experts stores [E, in, out] and does not say so (Llama 4): PEFT takes their
+            inputs for their outputs.
     """
 
     name: str
@@ -53,14 +58,33 @@ class Site:
     parts: tuple[Part, ...] = ()
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
+    experts: int = 0
+    swapped: bool = False
 
     out = RenamedAttribute("out_features")
     inp = RenamedAttribute("in_features")
     window = RenamedAttribute("kernel_size")
 
+    @cached_property
+    def one(self) -> Site:
+        """The site as a method's components see it: of a single expert, a linear layer; elsewhere the site itself."""
+        return replace(self, kind="linear", experts=0, swapped=False) if self.experts else self
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight among the plain model's parameters."""
+        return self.name if self.experts else f"{self.name}.weight"
+
+    @property
+    def numbers(self) -> int:
+        """The numbers of the weight."""
+        return max(self.experts, 1) * self.out_features * self.in_features
+
     @property
     def matrix(self) -> str:
         """The layer's matrix in words: `linear [64, 32]`. GPT-2's transposed layer is the same as a linear one."""
+        if self.experts:
+            return f"{self.experts} experts [{self.out_features}, {self.in_features}]"
         kind = "linear" if self.kind == "transposed" else self.kind
         window = f", kernel {self.kernel_size}, {self.groups} groups" if self.kernel_size else ""
         return f"{kind} [{self.out_features}, {self.in_features}]{window}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorary
-from tests import architectures, tiny
+from tests import architectures
 from tests.adapters.models import BASES, Base, adapted, by_peft, close, fill, ids, outputs
 
 peft = pytest.importorskip("peft")
@@ -273,20 +273,6 @@ def test_an_adapter_of_the_bare_model_fits_the_one_with_a_head(tmp_path: Path) -
     with torch.no_grad():
         hidden = there(ids()).last_hidden_state
         close(outputs(lorary.load(LLAMA.model(), tmp_path)), LLAMA.model().lm_head(hidden))
-
-
-def test_parts_of_a_fused_weight_are_refused(tmp_path: Path) -> None:
-    """Keys of Transformers 4 for each expert, which are one weight for all of them now."""
-    lorary.save(_q_proj(tiny.seeded("MixtralForCausalLM")), tmp_path)
-    (tmp_path / "lorary.json").unlink()
-    rename(tmp_path, lambda n: n.replace("self_attn.q_proj", "block_sparse_moe.experts.0.w1"), target_modules=["w1"])
-    with pytest.raises(lorary.FileError, match=r"experts\.0\.w1: is a part of .*gate_up_proj here"):
-        lorary.load_adapter(tmp_path, model=tiny.seeded("MixtralForCausalLM"))
-
-
-def _q_proj(model: nn.Module) -> nn.Module:
-    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), targets=["q_proj"]))
-    return model
 
 
 # --- other programs' habits -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
 from lorary.spec.interfaces import Factors
 from lorary.spec.join import not_mergeable
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import unique_tensor_sets
 from lorary.spec.resizable import Resizable, Singular
 
@@ -226,7 +227,7 @@ def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     """Why an adapter has no truncation to a plain LoRA of the unmodified base."""
     if not adapter.sites:
         return [Diagnostic("adapter", "adapts no layers, so it has no rank")]
-    if problems := adapter_problems(adapter):
+    if problems := adapter_problems(adapter) or no_experts([s.site for s in adapter.sites], "a compression"):
         return problems
     for s in adapter.sites:
         name = s.site.name

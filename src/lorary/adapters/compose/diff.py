@@ -26,6 +26,7 @@ from lorary.model.targets import abbreviated
 from lorary.model.text_table import aligned, first_rows
 from lorary.spec.interfaces import Factors
 from lorary.spec.method import AXES, Method
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite
 
 _SHOWN = 10  # sites in a printed table
@@ -185,6 +186,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     if not problems:
         found = {which: adapter_problems(x) for which, x in (("A", a), ("B", b))}
         problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
+    problems = problems or no_experts([s.site for x in (a, b) for s in x.sites], "a comparison")
     if problems:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))

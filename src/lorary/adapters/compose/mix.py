@@ -30,6 +30,7 @@ from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
 from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Unquantized
+from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite
 
 DENSITY = 0.2  # of the TIES paper
@@ -94,6 +95,8 @@ def mix(
     base = None if base is None else changeable(base, "mix")
     problems = _arguments.option_problems(every, how, rank, energy, density, seed) + _arguments.tensor_faults(every)
     problems += _arguments.disagreements(every, base, force=force)
+    if not problems and (how != "sum" or rank is not None or energy is not None):
+        problems += no_experts([s.site for term in every for s in term.adapter.sites], "any mix but an exact sum")
     if problems:
         raise MethodError("cannot mix these adapters:", problems)
     merging, chosen = MERGINGS[how], {"rank": rank, "energy": energy, "approximate": approximate or None}
@@ -195,9 +198,12 @@ class _Mixture:
         """A weighted sum of products: exact, unless it is to have a lower rank."""
         factors = [(update.B, update.A) for update in several]
         c = merging.coefficients([update.weight for update in several], lambda: factored_gram(factors))
-        B, A = torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], 1), torch.cat([A for _, A in factors])
+        B, A = (
+            torch.cat([w * B for w, (B, _) in zip(c, factors, strict=True)], -1),
+            torch.cat([A for _, A in factors], -2),
+        )
         self._check_range(name, B)
-        (rank, energy), R = self._cut, A.shape[0]
+        (rank, energy), R = self._cut, A.shape[-2]
         if R and (energy is not None or (rank is not None and rank < R)):
             return truncated_product(B, A, rank=rank, energy=energy)
         return Truncated(B, A, math.nan, 0.0) if R else None

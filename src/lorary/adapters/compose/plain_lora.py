@@ -52,5 +52,5 @@ def plain_lora(
             roles = shared.setdefault(s.share or name, {"A": A, "B": B})
             tensors[name] = dict(roles)
             site = dataclasses.replace(s.site, parts=())
-            added.append(dataclasses.replace(s, site=site, method=of_rank(roles["A"].shape[0])))
+            added.append(dataclasses.replace(s, site=site, method=of_rank(roles["A"].shape[-2])))
     return of_rank(max(a.r for a in added)) if added else Method(**common), tuple(added), tensors

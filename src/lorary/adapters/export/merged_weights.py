@@ -59,12 +59,14 @@ class MergedWeights:
     def changes(self, name: str) -> bool:
         """Whether the merged model's tensor is more than the base's, rounded."""
         path = name.rpartition(".")[0]
-        return path in self._sites or path in self._quantized or self._held(name) is not None
+        return name in self._sites or path in self._sites or path in self._quantized or self._held(name) is not None
 
     def value(self, name: str) -> Tensor:
         """The merged model's tensor of this name, by the first path of its module."""
         if name in self._kept:
             return self._kept.pop(name)
+        if name in self._sites:  # a fused parameter of experts
+            return self._from_layer(name, "weight", self._merge)
         path, _, last = name.rpartition(".")
         if path in self._sites and last in ("weight", "bias"):
             return self._from_layer(path, last, self._merge)
@@ -106,8 +108,12 @@ class MergedWeights:
         return found[last]
 
     def _model_of_one_layer(self, path: str) -> nn.Module:
+        names: tuple[str, ...] = ("weight", "bias")
+        if path in self._sites and self._sites[path].site.experts:
+            path, _, own = path.rpartition(".")
+            names = (own,)
         layer = copy.deepcopy(self.model.get_submodule(path))  # without values
-        for name in ("weight", "bias"):
+        for name in names:
             if getattr(layer, name, None) is not None:
                 read = self._read(f"{path}.{name}")
                 value = self._base(f"{path}.{name}") if read is None else read

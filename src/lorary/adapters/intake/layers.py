@@ -31,6 +31,7 @@ from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
 
 Shape = tuple[int, ...]
+_EXPERTS = "adapts fused experts, which only PEFT's files are read for"
 
 
 class View(NamedTuple):
@@ -210,7 +211,7 @@ def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Sit
         raise FileError("", [Diagnostic(named(layer.path), "has no magnitudes, which DoRA needs")])
     shapes = [layer.stored[role].view.shape(file.header.tensors[layer.stored[role].name].shape) for role in ("A", "B")]
     if len(shapes[0]) == 3 or len(shapes[1]) == 3:
-        raise FileError("", [Diagnostic(named(path), "adapts fused experts, which is not supported")])
+        raise FileError("", [Diagnostic(named(path), _EXPERTS)])
     if base is None:
         if len(shapes[0]) != len(shapes[1]) or len(shapes[0]) not in (2, 4, 5):
             a, b = (list(file.header.tensors[layer.stored[role].name].shape) for role in ("A", "B"))
@@ -221,7 +222,7 @@ def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Sit
         fix = f"it has {named(near[0])}" if near else ""
         raise FileError("", [Diagnostic(named(path), "adapts a layer that the model does not have", fix)])
     site = base.site(path)
-    if what := LORA.why_not_adaptable(site, base.modules[path]):
+    if what := _EXPERTS if site.experts else LORA.why_not_adaptable(site, base.modules[path]):
         raise FileError("", [Diagnostic(named(path), what)])
     return site
 

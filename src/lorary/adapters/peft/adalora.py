@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.config import PeftConfig, json_number
 from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARED, field, masks, unsupported, unused
-from lorary.adapters.peft.lora import UNSUPPORTED, json_number
+from lorary.adapters.peft.lora import UNSUPPORTED
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout

@@ -21,6 +21,7 @@ from lorary.files.bounded_regex import MOST_CHARACTERS, Budget, Pattern
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named, show
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.experts import ExpertLayer
 
 NAME = "adapter_config.json"
 
@@ -48,17 +49,17 @@ class PeftConfig:
         """
         if _names(self["exclude_modules"], path) or _inside(path, self["modules_to_save"]):
             return False
-        if self.targets_parameter(path):
+        if self.targets_parameter(f"{path}.weight"):
             return True
         if self["target_modules"] is None:
             return True
         layers = self["layers_to_transform"]
         return _names(self["target_modules"], path) and (layers is None or self._layer(path) in layers)
 
-    def targets_parameter(self, path: str) -> bool:
-        """Whether `target_parameters` names the weight of the module at this path."""
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names the parameter of this name: a weight, or the fused one of experts."""
         parameters = self.values.get("target_parameters") or ()
-        return bool(parameters) and _names(parameters, f"{path}.weight")
+        return bool(parameters) and _names(parameters, name)
 
     def saves_module_of(self, path: str) -> bool:
         """Whether the base parameter at this path belongs to a module of `modules_to_save`."""
@@ -140,11 +141,34 @@ def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str
         # a name of one component may be the end of others
         exact = all("." in name for name in names) or len(pattern) > MOST_CHARACTERS
         return names if exact else pattern
-    modules = list(unwrapped_modules(model))
+    modules = [path for path, m in unwrapped_modules(model).items() if not isinstance(m, ExpertLayer)]
     for entries in (sorted({name.rpartition(".")[2] for name in names}), names):
         if {m for m in modules if _names(tuple(entries), m)} == set(names):
             return entries
     return pattern
+
+
+def value_patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern`: a key for every value that is not the usual one.
+
+    >>> value_patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
+    {'down_proj': 4}
+    """
+    by_ending: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        if value != usual:
+            ending = name.rpartition(".")[2]
+            key = re.escape(ending) if len(by_ending[ending]) == 1 else f"^{re.escape(name)}"
+            found[key] = value
+    return dict(sorted(found.items()))
+
+
+def json_number(value: float | None) -> float | int | None:
+    """A whole number as an integer, since readers in other languages expect an integer alpha."""
+    return int(value) if value is not None and value == int(value) else value
 
 
 def _names(entries: tuple[str, ...] | Pattern, path: str) -> bool:

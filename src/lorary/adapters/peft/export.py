@@ -111,6 +111,9 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
+        what = "is of fused experts, which the readers of this form do not know"
+        fix = "merge the adapter, and save the model"
+        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.experts])
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
@@ -189,7 +192,7 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
         B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
         tensors |= encode_factors(adapted.site, A, B, own.get("m"))
-        sizes[name] = (A.shape[0], float(A.shape[0]))
+        sizes[name] = (A.shape[-2], float(A.shape[-2]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))

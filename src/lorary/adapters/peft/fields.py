@@ -115,13 +115,6 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
-def _weights(value: Any, budget: Budget) -> tuple[str, ...]:
-    names = _names(value)
-    if any(not name.endswith(".weight") for name in names):
-        raise ValueError(f"is {show(value)}: adapters on bare parameters (fused experts) are not supported")
-    return names
-
-
 def token_ids(value: Any, budget: Budget) -> tuple[int, ...]:
     """A list of token ids, each once."""
     ids = _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
@@ -210,7 +203,7 @@ SHARED: dict[str, Field] = {
 }
 NAMES_OR_PATTERN = Field(_names_or_pattern)
 EXCLUDE = Field(_names_or_pattern, (), nullable=True)
-PARAMETERS = Field(_weights, (), nullable=True)  # weights of linear layers
+PARAMETERS = Field(lambda value, budget: _names(value), (), nullable=True)  # of linear layers and of fused experts
 
 # Fields that matter only while training, or to other programs.
 BOOK_KEEPING: dict[str, Field] = {

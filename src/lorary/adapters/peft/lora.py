@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft import experts
+from lorary.adapters.peft.config import PeftConfig, json_number, value_patterns
 from lorary.adapters.peft.fields import (
     ALPHA,
     EXCLUDE,
@@ -59,7 +59,7 @@ _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "use_qalora": "QA-LoRA pools its input, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
     "lora_bias": "biases beside B are not supported",
-    "target_parameters": "adapters on bare parameters (fused experts) are not supported",
+    "target_parameters": "adapters on bare parameters are not supported",
     ROWS_FIELD: "rows of an embedding trained apart are not supported",
     "ensure_weight_tying": "adapters tied between two layers are not supported",
     "layer_replication": "a model with repeated layers is not supported",
@@ -120,7 +120,8 @@ class Lora(PeftType):
     }
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
-        name = f"{site}.weight" if site and config.targets_parameter(site) else site  # as PEFT matches its patterns
+        weight = site and config.targets_parameter(f"{site}.weight")
+        name = f"{site}.weight" if weight else site  # as PEFT matches its patterns
         r, alpha = (
             next((value for ending, value in config[pattern] if name and ending.fullmatch(name)), config[usual])
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
@@ -149,7 +150,10 @@ class Lora(PeftType):
         return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
 
     def targets(self, adapter: Adapter) -> list[str]:
-        return [adapted.site.name for adapted in without_rows(adapter)]
+        return [adapted.site.name for adapted in without_rows(adapter) if not adapted.site.experts]
+
+    def why_not_adaptable(self, site: Site, layer: nn.Module | None = None) -> str:
+        return experts.why_not_in_peft(site, layer) if site.experts else super().why_not_adaptable(site, layer)
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
         return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
@@ -187,6 +191,9 @@ class Lora(PeftType):
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if replaces_rows(adapted):
             return super().encode(adapted, roles)
+        if adapted.site.experts:
+            B, A = adapted.factors(roles)
+            return encode_factors(adapted.site, A, B)
         A, B = roles["A"], roles["B"]
         if "A_past" in roles:
             B = torch.cat([adapted.site.place(B), roles["B_past"]], 1)
@@ -197,8 +204,11 @@ class Lora(PeftType):
         if replaces_rows(adapted):
             return super().decode(adapted, tensors)
         site, rank, (name_A, name_B) = adapted.site, _rank(adapted), factor_names(adapted.site)
-        A = tensors[name_A].reshape(rank, site.in_features)
-        B = tensors[name_B].reshape(site.out_features, rank)
+        if site.experts:
+            A, B = experts.decode(site, tensors[name_A], tensors[name_B])
+        else:
+            A = tensors[name_A].reshape(rank, site.in_features)
+            B = tensors[name_B].reshape(site.out_features, rank)
         found = {"m": tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)} if is_dora(adapted) else {}
         if "A_past" in adapted.shapes:
             sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
@@ -233,7 +243,7 @@ def is_dora(adapted: AdaptedSite) -> bool:
 
 def _rank(adapted: AdaptedSite) -> int:
     """PEFT's rank at a site: r for each part, plus the ranks of earlier tasks."""
-    return sum(adapted.shapes[role][0] for role in ("A", "A_past") if role in adapted.shapes)
+    return sum(adapted.shapes[role][-2] for role in ("A", "A_past") if role in adapted.shapes)
 
 
 def _alpha(adapted: AdaptedSite, root: bool) -> float:
@@ -252,6 +262,8 @@ def factor_names(site: Site) -> tuple[str, str]:
 
 def _layout(site: Site, r: int, dora: bool) -> Layout:
     """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
+    if site.experts:
+        return dict(zip("AB", zip(factor_names(site), experts.shapes(site, r), strict=True), strict=True))
     channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
     name_A, name_B = factor_names(site)
     found = {"A": (name_A, (r, channels, *site.kernel_size)), "B": (name_B, (site.out_features, r, *ones))}
@@ -264,10 +276,12 @@ def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) ->
 
     Args:
         site: the site.
-        A: [R, in].
-        B: [out, R], or [rows of the parts, r] at a fused site.
+        A: [R, in], or [E, R, in] for experts.
+        B: [out, R], or [rows of the parts, r] at a fused site, or [E, out, R].
         m: [out], DoRA's magnitudes.
     """
+    if site.experts:
+        return dict(zip(factor_names(site), experts.encode(site, A, B), strict=True))
     B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
     roles = {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": m}
     layout = _layout(site, A.shape[0], dora=m is not None)
@@ -298,29 +312,6 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
         "rank_pattern": value_patterns(ranks, r),
         "alpha_pattern": value_patterns(alphas, alpha),
     }
-
-
-def value_patterns(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """PEFT's `rank_pattern` or `alpha_pattern`: a key for every value that is not the usual one.
-
-    >>> value_patterns({"a.q_proj": 8, "b.q_proj": 8, "a.down_proj": 4, "b.down_proj": 4}, 8)
-    {'down_proj': 4}
-    """
-    by_ending: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_ending.setdefault(name.rpartition(".")[2], set()).add(value)
-    found = {}
-    for name, value in values.items():
-        if value != usual:
-            ending = name.rpartition(".")[2]
-            key = re.escape(ending) if len(by_ending[ending]) == 1 else f"^{re.escape(name)}"
-            found[key] = value
-    return dict(sorted(found.items()))
-
-
-def json_number(value: float | None) -> float | int | None:
-    """A whole number as an integer, since readers in other languages expect an integer alpha."""
-    return int(value) if value is not None and value == int(value) else value
 
 
 LORA = Lora()

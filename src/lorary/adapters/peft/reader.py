@@ -18,7 +18,10 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.format import Format
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
+from lorary.adapters.peft.experts import from_file
 from lorary.adapters.peft.modules_to_save import modules_to_save
+from lorary.adapters.peft.per_expert import PerExpert
+from lorary.adapters.peft.routers import Routers
 from lorary.adapters.peft.token_rows import row_sites
 from lorary.adapters.peft.translate import translate
 from lorary.adapters.peft.types import PEFT_TYPES
@@ -28,6 +31,7 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
+from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
@@ -96,8 +100,28 @@ class _Reader:
         findings.notes += translation.notes
         if translation.ambiguous:
             raise FileError("", translation.ambiguous.values())
-        self.names, self.inner = translation.names, translation.inner
+        self.names, self.inner = from_file(translation.names, self._experts()), translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
+
+    def _experts(self) -> list[Site]:
+        """The fused experts that `target_parameters` names in the base.
+
+        Raises:
+            FileError: it names some, and the base is not at hand.
+        """
+        named = [name for name in self.config.values.get("target_parameters") or () if not name.endswith(".weight")]
+        if named and self.base is None:
+            what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
+            fix = "read it onto its base: lorary.load(model, folder)"
+            raise FileError("", [Diagnostic(f"{NAME}: target_parameters", what, fix)])
+        if self.base is None:
+            return []
+        fused = [path for path, kind in self.base.kinds.items() if kind == "experts"]
+        found = [path for path in fused if self.config.targets_parameter(path)]
+        if named and not found:
+            what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
+            self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
+        return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
@@ -105,21 +129,28 @@ class _Reader:
         if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
             raise FileError("", other)
         sites = self._sites()
+        single = PerExpert(self.config, self.type, self.base, self.found, findings)
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
-        if not sites and not findings.fatal:
+        if not sites and not single.sites and not findings.fatal:
             findings.fatal.append(self._no_sites())
         copies = {name: self.found[name].shape for name in [*saved.copies, *saved.kept]}
         base = saved.expected | copies
-        values = read_tensors(self.file, self.names, expected | base, findings, self._explain, vital, base)
+        routers = Routers(self.config, self.type, self.base, self.found)
+        findings.fatal += routers.problems()
+        wanted = expected | single.expected | routers.expected | base
+        values = read_tensors(self.file, self.names, wanted, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
         findings.raise_refused()
+        findings.notes += routers.notes() + single.notes()
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         tensors, differing = rejoined(sites, tensors)
         findings.fatal += differing
-        full = saved.values(values, findings)
+        tensors |= single.tensors(values)
+        sites += tuple(single.sites.values())
+        full = saved.values(values, findings) | routers.weights(values)
         alert_if_zero(sites, tensors, findings)
         method = self.type.to_method(self.config)
         method = method.replace(full=tuple(full)) if full else method  # a new one is checked as a whole
@@ -182,13 +213,13 @@ class _Reader:
             return
         in_file = self._sites_in_names() if self.config["target_modules"] is None else base.kinds
         for name in base.kinds:
-            if not name or name not in in_file or not self._targeted(self._named(name)):
+            if not name or name not in in_file or not self._targeted(name):
                 continue
             found = base.site(name)
             if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
-            elif self.config.targets_parameter(name) and found.kind != "linear":
+            elif self.config.targets_parameter(f"{name}.weight") and found.kind != "linear":
                 what = f"is of kind {found.kind}, and only linear layers are read from `target_parameters`"
                 self.findings.fatal.append(Diagnostic(name, what))
             elif what := self.type.why_not_adaptable(found, base.modules[name]):
@@ -197,14 +228,16 @@ class _Reader:
             else:
                 yield found
 
-    def _targeted(self, name: str) -> bool:
-        """Whether PEFT adapts the module of this name; with `ensure_weight_tying` the tied ones as well."""
-        if self.config.targets_module(name):
+    def _targeted(self, site: str) -> bool:
+        """Whether PEFT adapts the layer of this name; with `ensure_weight_tying` the tied ones as well."""
+        if self.base is not None and self.base.kinds.get(site) == "experts":
+            return self.config.targets_parameter(site)
+        if self.config.targets_module(self._named(site)):
             return True
-        if not self.config.values.get("ensure_weight_tying") or name not in self._sites_in_names():
+        if not self.config.values.get("ensure_weight_tying") or site not in self._sites_in_names():
             return False
         first = {} if self.base is None else self.base.first_names
-        weight = first.get(f"{name}.weight")
+        weight = first.get(f"{site}.weight")
         return weight is None or any(
             self.config.targets_module(tied.removesuffix(".weight")) for tied, one in first.items() if one == weight
         )
@@ -261,7 +294,7 @@ class _Reader:
         if self.base is not None and at not in self.base.modules:
             return "adapts a module that the model does not have"
         try:
-            targeted = self._targeted(self._named(at))
+            targeted = self._targeted(at)
         except ValueError as error:  # the patterns' budget
             return str(error)
         if not targeted:

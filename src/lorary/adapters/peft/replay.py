@@ -25,6 +25,7 @@ from lorary.adapters.peft.types import PeftType
 from lorary.errors import Diagnostic
 from lorary.files.bounded_regex import Pattern
 from lorary.layers.adapted import unwrapped_modules
+from lorary.layers.experts import ExpertLayer
 from lorary.layers.kinds import kind_of
 from lorary.layers.transformers_internals import shared_conversion
 
@@ -81,7 +82,7 @@ def misread_sites(
         fields: the fields of the configuration that select sites.
     """
     sites = peft_type.targets(adapter)
-    modules = [path for path in unwrapped_modules(model) if path] if model is not None else sites
+    modules = list(_real_modules(model)) if model is not None else sites
     lora = peft_type.name == "LORA"  # the only type whose targets are converted
     experts = taken_for_experts(modules, adapter.base.architecture, model) if lora else []
     targets, by_parameter = fields["target_modules"], fields.get("target_parameters", ())
@@ -100,7 +101,7 @@ def foreign_misreadings(config: PeftConfig, sites: Collection[str], model: nn.Mo
         sites: the sites with tensors.
         model: the base.
     """
-    modules = {path: module for path, module in unwrapped_modules(model).items() if path}
+    modules = _real_modules(model)
     experts = {_leaf(path) for path in taken_for_experts(modules, "", model)}
     by_pattern = isinstance(config["target_modules"], Pattern)
     own = [name for name in sites if ".experts" not in name]  # PEFT converts those of the experts themselves
@@ -108,7 +109,7 @@ def foreign_misreadings(config: PeftConfig, sites: Collection[str], model: nn.Mo
         read = set(modules)
     else:
         read = _sites_read(partial(_targets, config), modules, experts, by_pattern)
-    read |= {path for path in modules if config.targets_parameter(path)}
+    read |= {path for path in modules if config.targets_parameter(f"{path}.weight")}
     endings = {_leaf(path) for path in sites if _targets(config, path)}
     problems = [
         (Diagnostic("target_modules", f"PEFT refuses {one} without {other}, its partner in the fused experts"), True)
@@ -130,7 +131,13 @@ def foreign_misreadings(config: PeftConfig, sites: Collection[str], model: nn.Mo
 
 
 def _targets(config: PeftConfig, path: str) -> bool:
-    return config.targets_module(path) and not config.targets_parameter(path)
+    return config.targets_module(path) and not config.targets_parameter(f"{path}.weight")
+
+
+def _real_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """path -> module, without the fused parameters of experts, which `target_modules` never names."""
+    modules = unwrapped_modules(model).items()
+    return {path: module for path, module in modules if path and not isinstance(module, ExpertLayer)}
 
 
 def _sites_read(

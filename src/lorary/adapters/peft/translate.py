@@ -52,7 +52,7 @@ def translate(
         canonical: PEFT's spelling of a short name.
         base: the base, if at hand.
     """
-    found, leaves, paths = Translation(), tuple(leaves), ModulePaths(base)
+    found, leaves, paths = Translation(), tuple(leaves), ModulePaths(base, single_experts=True)
     adapters: dict[str, None] = {}
     for name in names:
         short, adapter = without_adapter_name(keys.short(paths.without_wrappers(name)), leaves)

@@ -73,8 +73,8 @@ class PeftType(Protocol):
         ...
 
     def targets(self, adapter: Adapter) -> list[str]:
-        """The sites that `target_modules` names."""
-        return [adapted.site.name for adapted in adapter.sites]
+        """The sites that `target_modules` names; fused experts are in `target_parameters`."""
+        return [adapted.site.name for adapted in adapter.sites if not adapted.site.experts]
 
     # --- the layers ---
 
@@ -85,7 +85,7 @@ class PeftType(Protocol):
             site: the site.
             layer: the layer, if at hand: only it has a convolution's dilation and padding.
         """
-        if self.kinds and site.kind not in self.kinds:
+        if (self.kinds and site.kind not in self.kinds) or site.experts:
             return f"is of kind {site.kind}, which PEFT's {self.title} never adapts"
         if site.groups > 1:
             why = f"PEFT's {self.title} of it does not equal a change of its weight"

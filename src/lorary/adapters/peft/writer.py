@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import target_modules
+from lorary.adapters.peft.experts import to_file
 from lorary.adapters.peft.lora import is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
@@ -69,6 +70,9 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
     for adapted in adapter.sites:
         if what := peft_type.why_not_adaptable(adapted.site, modules.get(adapted.site.name)):
             problems.append(Diagnostic(adapted.site.name, what))
+        elif adapted.site.experts and is_dora(adapted):
+            what = "is of fused experts with DoRA's magnitudes, which PEFT does not have there"
+            problems.append(Diagnostic(adapted.site.name, what))
     *_, unsaved = modules_and_biases(adapter, model)
     shared = _shared_fields(adapter, model, peft_type)
     lacking = [
@@ -93,7 +97,9 @@ def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> l
             "merge the adapter, and save the model",
         )
         for adapted in adapter.sites
-        if f"{adapted.site.name}.weight" in by_parameter and (adapted.site.kind != "linear" or is_dora(adapted))
+        if adapted.site.weight_name.endswith(".weight")
+        and adapted.site.weight_name in by_parameter
+        and (adapted.site.kind != "linear" or is_dora(adapted))
     ]
     return problems or misread_sites(adapter, model, peft_type, fields)
 
@@ -130,11 +136,11 @@ def _fields_by_parameter(own: Mapping[str, Any], parameters: list[str]) -> dict[
 
     A pattern that is about one of them is about no other site, since all sites of its name are target parameters.
     """
-    endings = {name.split(".")[-2] for name in parameters}
+    endings = {name.split(".")[-2] for name in parameters if name.endswith(".weight")}
+    experts = any(not name.endswith(".weight") for name in parameters)  # a layer and experts may have one name
+    weight = r"(\.weight)?" if experts else r"\.weight"
     patterns = {
-        field: {
-            rf"{key}\.weight" if key.rpartition(".")[2] in endings else key: value for key, value in own[field].items()
-        }
+        field: {key + weight if key.rpartition(".")[2] in endings else key: value for key, value in own[field].items()}
         for field in ("rank_pattern", "alpha_pattern")
     }
     return {**own, **patterns, "lora_dropout": 0.0}
@@ -145,10 +151,12 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftTyp
     sites = peft_type.targets(adapter)
     lora = peft_type.name == "LORA"  # the only type whose configuration PEFT converts
     by_parameter = taken_for_experts(sites, adapter.base.architecture, model) if lora else []
+    parameters = [f"{name}.weight" for name in by_parameter]
+    parameters += [adapted.site.name for adapted in adapter.sites if adapted.site.experts]
     return {
         "base_model_name_or_path": adapter.base.name or None,
         "target_modules": target_modules(sorted(set(sites) - set(by_parameter)), model),
-        **({"target_parameters": sorted(f"{name}.weight" for name in by_parameter)} if by_parameter else {}),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "layers_to_transform": None,
         "layers_pattern": None,
         "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
@@ -172,7 +180,8 @@ def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Te
     """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
     sites = {adapted.site.name for adapted in adapter.sites}
     full = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    return {keys.full(name): t for name, t in {**tensors, **full}.items()}
+    named = to_file(tensors, [adapted.site for adapted in adapter.sites])
+    return {keys.full(name): t for name, t in {**named, **full}.items()}
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:

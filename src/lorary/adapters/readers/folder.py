@@ -143,7 +143,8 @@ class AdapterFolder:
             FileError: the patterns take too much work.
         """
         if path not in self._ranks_and_alphas:
-            name = f"{path}.weight" if self.fields.targets_parameter(path) else path  # as PEFT matches its patterns
+            weight = f"{path}.weight"
+            name = weight if self.fields.targets_parameter(weight) else path  # as PEFT matches its patterns
             self._ranks_and_alphas[path] = self.matched(name)
         return self._ranks_and_alphas[path]
 

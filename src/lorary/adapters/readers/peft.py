@@ -15,7 +15,7 @@ from lorary.adapters.peft.config import NAME
 from lorary.adapters.peft.replay import foreign_misreadings
 from lorary.adapters.peft.tasks import why_task_misfits
 from lorary.adapters.readers.folder import AdapterFolder, read_folder
-from lorary.adapters.readers.reader import Finding, Outcome, Reader, rank_findings
+from lorary.adapters.readers.reader import Finding, Outcome, Reader, is_of_experts, rank_findings
 from lorary.errors import Diagnostic, deduplicated
 
 RELEASE = "0.21.2"
@@ -53,10 +53,10 @@ def misread_export(path: Path, scales: Mapping[str, float], model: nn.Module | N
         model: the base, if at hand: only with it are the sites compared with its modules.
     """
     folder = read_folder(path, model, seconds=600)  # the patterns are our own
-    problems = [
-        Diagnostic(name, "its tensors are not those of an adapted site") for name in folder.sites.keys() ^ scales
-    ]
-    for name in folder.sites.keys() & scales:
+    parameters = {name for name in scales if folder.fields.targets_parameter(name)}  # of fused experts
+    sites = {name for name in folder.sites if not is_of_experts(name)} | parameters
+    problems = [Diagnostic(name, "its tensors are not those of an adapted site") for name in sites ^ scales.keys()]
+    for name in sites & scales.keys():
         if not math.isclose(theirs := folder.scale(name), scales[name], rel_tol=1e-6):
             what = f"PEFT would compute with the scale {theirs:.6g}, and its own is {scales[name]:.6g}"
             problems.append(Diagnostic(name, what))

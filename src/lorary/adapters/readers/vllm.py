@@ -21,7 +21,7 @@ _TABLES = (".embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 
 def _scale(folder: AdapterFolder, site: str, rank: int) -> float:
     """As in PEFT, except that patterns are matched with modules, also for `target_parameters`."""
-    if not folder.fields.targets_parameter(site):
+    if not folder.fields.targets_parameter(f"{site}.weight"):
         return folder.scale(site)
     r, alpha = folder.matched(site)
     return float(alpha / (r**0.5 if folder.fields["use_rslora"] else r))

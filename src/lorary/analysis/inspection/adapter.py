@@ -30,6 +30,7 @@ from lorary.analysis.inspection.weight_changes import (
 from lorary.errors import Diagnostic, MethodError, StateError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.state import require_values
+from lorary.spec.per_expert import no_experts
 from lorary.spec.presets import presets_of
 
 _HEADLINE = "cannot inspect this adapter:"
@@ -86,6 +87,7 @@ def _check(adapter: Adapter, base: nn.Module | None, tuned: nn.Module | None, to
         problems.append(Diagnostic("epsilon", f"is {epsilon!r}, not a cosine above 0 and at most 1"))
     if tuned is not None and base is None:
         problems.append(Diagnostic("tuned", "cannot be compared without the base that it was tuned from", "give both"))
+    problems = problems or no_experts([s.site for s in adapter.sites], "an inspection")
     if not problems:
         for model in (base, tuned):
             if model is not None:

@@ -41,18 +41,24 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     if problems:
         raise ConfigError("invalid optimizer settings:", problems)
     trained = [
-        (parameter, role, layer.method.rate(role), role in adaptation(layer.method).delta.decayed_vectors)
+        (
+            parameter,
+            role,
+            layer.method.rate(role),
+            role in adaptation(layer.method).delta.decayed_vectors,
+            parameter.dim() - bool(layer.site.experts),
+        )
         for layer in adapted_layers(model).values()
         for role, parameter in layer.params.items()
     ]
-    trained += [(base_parameter(model, name), "full", 1.0, False) for name in state.full]
+    trained += [(p := base_parameter(model, name), "full", 1.0, False, p.dim()) for name in state.full]
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     seen: set[nn.Parameter] = set()  # layers may share tensors, and base parameters be tied
-    for parameter, role, rate, decayed_vector in trained:
+    for parameter, role, rate, decayed_vector, dims in trained:
         if not parameter.requires_grad or parameter in seen:
             continue
         seen.add(parameter)
-        vector = parameter.dim() < 2
+        vector = dims < 2  # a vector of each expert is a vector
         decay = 0.0 if vector and not decayed_vector else weight_decay
         # decayed vectors have a group of their own, as before they had a decay: older runs can be resumed
         key = rate, decay, vector and decay > 0

@@ -80,7 +80,10 @@ def _observed(scan: Scan, example: Any) -> Observed:
         return _KEPT[structure]
     layers = scan.layers
     lines = {path: m.bypass.lines for path, m in layers.items() if m.bypass}
-    observed = dry_run(scan.model, list(layers), lines, example)
+    # a fused parameter is no module: it runs where its experts module does
+    watched = dict.fromkeys(path if m.owner is None else m.owner for path, m in layers.items())
+    observed = dry_run(scan.model, list(watched), lines, example)
+    observed.ran |= {path for path, m in layers.items() if m.owner in observed.ran}
     if structure is not None:
         _KEPT[structure] = observed
         if len(_KEPT) > _MOST_KEPT:

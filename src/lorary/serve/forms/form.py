@@ -110,6 +110,10 @@ class _Forming:
         self.problems += problems
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
+            if adapted.site.experts:
+                what = f"holds the matrices of {adapted.site.experts} experts, and requests share none of them"
+                self.problems.append(Diagnostic(adapted.site.name, what, "merge the adapter, and serve the model"))
+                continue
             self._form_site(adapted, self.modules[adapted.site.name])
         adapted_paths = {adapted.site.name for adapted in self.adapter.sites}
         for path in self.trained:

@@ -114,6 +114,11 @@ def _plan_problems(scanned: Scan, plan: Plan) -> Iterator[tuple[str, str]]:
     if dropped := sorted({s.method.dropout for s in plan.sites if s.method.dropout}):
         what = f"a dropout of {', '.join(f'{p:g}' for p in dropped)} draws its masks from one stream of random numbers"
         yield f"{what}, and together they would be others than alone", "set dropout=0"
+    if experts := [s.site.name for s in plan.sites if s.site.experts]:
+        yield (
+            f"{experts[0]} holds the matrices of experts, whose rows a router mixes",
+            "exclude the experts, or train it alone",
+        )
     for rule in rules_of(plan.sites):
         if rule.writes_base:
             yield f"{type(rule).__name__} writes the weights of the base, which all adapters share", ALONE

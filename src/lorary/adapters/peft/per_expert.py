@@ -1,0 +1,158 @@
+"""Adapters of Transformers 4, with a layer for every projection of every expert, on Transformers 5's fused experts.
+
+    ...mlp.experts.3.gate_proj.lora_A.weight    Mixtral: ...block_sparse_moe.experts.3.w1.lora_A.weight
+
+Transformers' own rules for old checkpoints say which fused parameter a projection belongs to, and to which half of it.
+The halves keep factors of their own, as the parts of a fused projection do: the same numbers, expert by expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorary.adapters.peft import keys
+from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.types import PeftType
+from lorary.errors import Diagnostic
+from lorary.files.findings import Findings
+from lorary.files.strict_json import named
+from lorary.layers import transformers_internals as internals
+from lorary.layers.fused_qkv import fused_parts
+from lorary.layers.kinds import site as site_of_layer
+from lorary.model.base import Base
+from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import Part, Site
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class _Projection(NamedTuple):
+    """A projection of one expert in an old file.
+
+    Args:
+        path: of its module in the old model.
+        expert: its number.
+        half: its place in the fused parameter.
+    """
+
+    path: str
+    expert: int
+    half: int
+
+
+class PerExpert:
+    """The adapters of single experts in a file, as adapters of the base's fused parameters.
+
+    Args:
+        config: of the file.
+        peft_type: its type.
+        base: the base; None without it.
+        names: the short names of the file's tensors.
+        findings: gets the projections that have no place in the base.
+    """
+
+    def __init__(
+        self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Iterable[str], findings: Findings
+    ) -> None:
+        self.config, self.type = config, peft_type
+        self._leaves = peft_type.leaves_of(config)
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._projections: dict[str, list[_Projection]] = {}
+        paths = dict.fromkeys(path for name in names if (path := keys.site_of(name, self._leaves)))
+        paths = {path: None for path in paths if _EXPERT.search(path)}
+        if base is None or not paths or not hasattr(base.model, "base_model_prefix"):
+            return
+        rules = internals.get_model_conversion_mapping(base.model)
+        renamings = [rule for rule in rules if isinstance(rule, internals.WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, internals.WeightConverter)]
+        halves = {pattern: (i, rule) for rule in converters for i, pattern in enumerate(rule.source_patterns)}
+        for path in paths:
+            fused, pattern = internals.rename_source_key(f"{path}.weight", renamings, converters)
+            if path in base.modules or base.kinds.get(fused) != "experts" or pattern is None:
+                continue
+            half, rule = halves[pattern]
+            expert = int(_EXPERT.findall(path)[-1])
+            if expert >= (E := base.site(fused).experts):
+                findings.fatal.append(Diagnostic(named(path), f"is of expert {expert}, and {fused} has {E}"))
+                continue
+            parts = self._parts_of(fused, base, rule)
+            if parts is None:
+                findings.fatal.append(Diagnostic(named(path), f"belongs to {fused}, whose layout here is not known"))
+                continue
+            self._parts[fused] = parts
+            self._projections.setdefault(fused, []).append(_Projection(path, expert, half))
+        self.sites = self._adapted(base, findings)
+
+    sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
+
+    @staticmethod
+    def _parts_of(fused: str, base: Base, rule: Any) -> tuple[Part, ...] | None:
+        """The halves of a fused parameter in the order of the rule; () for a whole one, None if they are unknown."""
+        if len(rule.source_patterns) == 1:
+            return ()
+        parts = tuple(fused_parts(fused, base.modules[fused], None).values())
+        return parts if len(parts) == len(rule.source_patterns) else None
+
+    def _adapted(self, base: Base, findings: Findings) -> dict[str, AdaptedSite]:
+        """Fused parameter -> its site, whose method all its projections have."""
+        found = {}
+        for fused, projections in self._projections.items():
+            methods = {p.path: self.type.to_method(self.config, p.path) for p in projections}
+            first, *_ = methods
+            if others := [path for path, method in methods.items() if method != methods[first]]:
+                what = f"has another rank or alpha than {first}, and {fused} holds both"
+                findings.fatal.append(Diagnostic(named(others[0]), what))
+                continue
+            site = site_of_layer(fused, base.modules[fused], self._parts[fused])
+            found[fused] = AdaptedSite(site, methods[first])
+        return found
+
+    @property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Short name -> shape of every tensor in the file."""
+        found: dict[str, tuple[int, ...]] = {}
+        for fused, adapted in self.sites.items():
+            for p in self._projections[fused]:
+                found |= dict(self.type.layout(self._of_one(adapted, p)).values())
+        return found
+
+    def tensors(self, values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Fused parameter -> role -> tensor; experts that the file does not name do not change."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for fused, adapted in self.sites.items():
+            dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
+            own = found[fused] = {role: torch.zeros(shape, dtype=dtype) for role, shape in adapted.shapes.items()}
+            for p in self._projections[fused]:
+                one = self._of_one(adapted, p)
+                there = {name: values.get(name, torch.zeros(shape)) for name, shape in self.type.layout(one).values()}
+                for role, value in self.type.decode(one, there).items():
+                    rows = self._rows(adapted, p, role)
+                    own[role][p.expert, rows] = value.to(dtype)
+        return found
+
+    def notes(self) -> list[str]:
+        """What was translated."""
+        count = sum(map(len, self._projections.values()))
+        return [f"the adapters of {count:,} projections of single experts are on {len(self.sites)} fused ones here"] * (
+            count > 0
+        )
+
+    def _of_one(self, adapted: AdaptedSite, p: _Projection) -> AdaptedSite:
+        """The projection as a linear layer of its own."""
+        rows = adapted.site.rows[p.half]
+        return AdaptedSite(Site(p.path, "linear", rows, adapted.site.in_features, bias=False), adapted.method)
+
+    def _rows(self, adapted: AdaptedSite, p: _Projection, role: str) -> slice | Tensor:
+        """Where a projection's tensor lies in that of its expert."""
+        if not adapted.site.parts:
+            return slice(None)
+        if role == "m":  # one magnitude for each row of the fused weight
+            return adapted.site.parts[p.half].rows()
+        sizes = [adapted.r] * len(adapted.site.parts) if role == "A" else adapted.site.rows
+        start = sum(sizes[: p.half])
+        return slice(start, start + sizes[p.half])

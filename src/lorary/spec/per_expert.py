@@ -1,0 +1,88 @@
+"""Methods over the experts of a block: a component sees the matrix of one expert, and its tensors get a leading E.
+
+This is the only file that knows it: shapes, factors, merged weights and starts of a site with experts are those of its
+experts one by one, stacked. Elsewhere each function asks the component itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorary.errors import Diagnostic
+from lorary.spec.calibration import CalibratedInit
+from lorary.spec.interfaces import Delta, Init, Join
+from lorary.spec.layer import Factors, Shapes, Tensors
+from lorary.spec.site import Site
+
+
+def shapes_at(component: Delta | Join, site: Site, shared: Iterable[str] = ()) -> Shapes:
+    """role -> shape of a component's tensors at a site; the roles that all sites share are those of one expert."""
+    shapes = component.shapes(site.one)
+    if not site.experts:
+        return shapes
+    return {role: shape if role in shared else (site.experts, *shape) for role, shape in shapes.items()}
+
+
+def factors_at(delta: Delta, site: Site, tensors: Tensors) -> Factors:
+    """(B [out, R], A [R, in]) of a site, or ([E, out, R], [E, R, in])."""
+    if not site.experts or (delta.batched and not site.parts):
+        return delta.factors(site.one, tensors)
+    pairs = [delta.factors(site.one, expert) for expert in _each(site, tensors, delta.shared)]
+    return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
+
+
+def merged_at(
+    join: Join, site: Site, tensors: Tensors, W: Tensor, b: Tensor | None, BA: Factors
+) -> tuple[Tensor, Tensor | None]:
+    """(W', b') of a site: see `Join.merged`."""
+    if not site.experts:
+        return join.merged(join.whole(site, tensors), W, b, BA)
+    B, A = BA
+    own = _each(site, {role: t for role, t in tensors.items() if role in join.roles | join.uses})
+    merged = [join.merged(join.whole(site.one, expert), W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)]
+    return torch.stack(merged), None
+
+
+def fill(
+    init: Init, values: dict[str, Tensor], W: Tensor, site: Site, scale: float, generator: torch.Generator
+) -> None:
+    """Fill a site's tensors in place: see `Init`."""
+    if not site.experts:
+        init(values, W, site, scale, generator)
+        return
+    for e, expert in enumerate(_each(site, values)):
+        init(expert, W[e], site.one, scale, generator)
+
+
+def why_not_per_expert(site: Site, method: Any) -> list[str]:
+    """The reasons why a method cannot adapt a site of experts."""
+    if not site.experts:
+        return []
+    why = []
+    if not method.join.per_expert:
+        why.append(f"{type(method.join).__name__} has no form for fused experts yet")
+    if method.delta.fused_for_all_kinds:
+        why.append(f"{type(method.delta).__name__} has no form for fused experts yet")
+    if isinstance(method.init, CalibratedInit):
+        why.append(f"no calibration pass measures fused experts yet ({type(method.init).__name__})")
+    if method.init.starts_at_error:
+        why.append(f"no storage quantises fused experts yet, whose error {type(method.init).__name__} starts at")
+    if method.rules:
+        rules = ", ".join(type(rule).__name__ for rule in method.rules)
+        why.append(f"no rule works on fused experts yet ({rules})")
+    return why
+
+
+def no_experts(sites: Iterable[Site], what: str) -> list[Diagnostic]:
+    """The error of a function of adapters that works matrix by matrix; empty without fused experts."""
+    where = [site for site in sites if site.experts]
+    return [Diagnostic(s.name, f"holds the matrices of {s.experts} experts, and {what} takes one") for s in where[:1]]
+
+
+def _each(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[dict[str, Tensor]]:
+    """role -> tensor of each expert, views."""
+    return [{role: t if role in shared else t[e] for role, t in tensors.items()} for e in range(site.experts)]

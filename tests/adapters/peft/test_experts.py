@@ -1,0 +1,251 @@
+"""Adapters of fused experts in PEFT's files: both ways, in every layout, and those of Transformers 4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lorary
+from lorary.errors import FileError
+from tests.experts import MODELS, logits, moe, shake
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal to 1e-5 of the largest logit."""
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def saved_by_lorary(name: str, folder: Path, **ranks: int) -> Tensor:
+    """The logits of a trained adapter of all linear layers and experts, saved at `folder`."""
+    model = moe(name)
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), ranks={"*experts.down_proj": 3}))
+    shake(model)
+    lorary.save(model, folder)
+    return logits(model)
+
+
+def saved_by_peft(name: str, folder: Path, **fields: Any) -> Tensor:
+    """The logits of PEFT's adapter with these fields, saved at `folder`."""
+    model = peft.get_peft_model(moe(name), peft.LoraConfig(r=2, init_lora_weights=False, **fields))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if ".lora_" in key:
+                p.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -> None:
+    expected = saved_by_lorary(name, tmp_path / "a")
+    assert (tmp_path / "a" / "adapter_config.json").exists()
+    close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")), expected)
+    (by_transformers := moe(name)).load_adapter(str(tmp_path / "a"))
+    close(logits(by_transformers), expected)
+    own = lorary.load(moe(name), tmp_path / "a")
+    assert torch.equal(logits(own), expected)
+    (tmp_path / "a" / "lorary.json").unlink()
+    assert torch.equal(logits(lorary.load(moe(name), tmp_path / "a")), expected)
+
+
+@pytest.mark.parametrize(
+    "parameters", [["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"], ["experts.down_proj"]]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_of_peft_is_read(name: str, parameters: list[str], tmp_path: Path) -> None:
+    expected = saved_by_peft(name, tmp_path / "p", target_modules=["q_proj", "o_proj"], target_parameters=parameters)
+    close(logits(lorary.load(moe(name), tmp_path / "p")), expected)
+
+
+def test_rows_of_tokens_beside_experts(tmp_path: Path) -> None:
+    model = moe()
+    parts = {"all-linear": lorary.method("lora", r=2), "embedding": lorary.method("rows", tokens=[3, 9])}
+    lorary.attach(model, lorary.plan(model, parts))
+    shake(model)
+    expected = logits(model)
+    lorary.save(model, tmp_path / "a")
+    close(logits(peft.PeftModel.from_pretrained(moe(), tmp_path / "a")), expected)
+    (tmp_path / "a" / "lorary.json").unlink()
+    assert torch.equal(logits(lorary.load(moe(), tmp_path / "a")), expected)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_all_linear_of_peft_with_its_routers(name: str, tmp_path: Path) -> None:
+    expected = saved_by_peft(name, tmp_path / "p", target_modules="all-linear", use_rslora=True)
+    model = lorary.load(moe(name), tmp_path / "p")
+    close(logits(model), expected)
+    assert any(key.endswith("gate.weight") for key in lorary.Adapter.of(model).full)
+    lorary.merge(model)
+    close(logits(model), expected)
+
+
+def old_file(
+    name: str, folder: Path, leaves: dict[str, str], dora: bool = False, lacks: str = "-"
+) -> dict[str, Tensor]:
+    """An adapter of Transformers 4 with a LoRA on every projection of every expert, and the update of each.
+
+    Args:
+        name: the class of the base.
+        folder: where it is written.
+        leaves: projection -> its path in an old layer, with `{e}` for the expert.
+        dora: whether it has magnitudes.
+        lacks: tensors with this in their name are left out.
+    """
+    config, torch_seed = moe(name).config, torch.manual_seed(3)
+    hidden, width = config.hidden_size, getattr(config, "moe_intermediate_size", config.intermediate_size)
+    width = config.intermediate_size if name.startswith("Mixtral") else width
+    tensors: dict[str, Tensor] = {}
+    updates: dict[str, Tensor] = {}
+    del torch_seed
+    first = 1 if name.startswith("Deepseek") else 0
+    for layer in range(first, 2):
+        for e in range(4):
+            for projection, path in leaves.items():
+                out, inp = (hidden, width) if projection == "down" else (width, hidden)
+                A, B = torch.randn(2, inp) * 0.3, torch.randn(out, 2) * 0.3
+                start = f"base_model.model.model.layers.{layer}.{path.format(e=e)}"
+                own = {f"{start}.lora_A.weight": A, f"{start}.lora_B.weight": B}
+                if dora:
+                    own[f"{start}.lora_magnitude_vector.weight"] = torch.rand(out) + 0.5
+                tensors |= {key: t for key, t in own.items() if lacks not in key}
+                updates[f"{layer}.{projection}.{e}"] = 2.0 * B @ A
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({path.rpartition(".")[2] for path in leaves.values()})
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "use_dora": dora}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return updates
+
+
+OLD = {half: f"mlp.experts.{{e}}.{half}_proj" for half in ("gate", "up", "down")}
+OLD_MIXTRAL = {
+    half: f"block_sparse_moe.experts.{{e}}.{w}" for half, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+}
+
+
+@pytest.mark.parametrize(("name", "leaves"), [("Qwen3MoeForCausalLM", OLD), ("MixtralForCausalLM", OLD_MIXTRAL)])
+def test_adapters_of_single_experts_change_the_fused_weights_exactly(
+    name: str, leaves: dict[str, str], tmp_path: Path
+) -> None:
+    updates = old_file(name, tmp_path / "v4", leaves)
+    plain, model = moe(name), lorary.load(moe(name), tmp_path / "v4")
+    assert any("single experts" in note for note in lorary.load_adapter(tmp_path / "v4", model=moe(name)).notes)
+    with torch.no_grad():
+        for layer, block in enumerate(plain.model.layers):
+            for e in range(4):
+                gate_up = torch.cat([updates[f"{layer}.{half}.{e}"] for half in ("gate", "up")])
+                block.mlp.experts.gate_up_proj[e] += gate_up
+                block.mlp.experts.down_proj[e] += updates[f"{layer}.down.{e}"]
+    close(logits(model), logits(plain))
+    by_peft = peft.PeftModel.from_pretrained(moe(name), tmp_path / "v4")
+    close(logits(model), logits(by_peft))
+    live = logits(model)
+    lorary.save(model, tmp_path / "again")
+    close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "again")), live)
+    lorary.merge(model).save_pretrained(tmp_path / "merged")
+    close(logits(type(model).from_pretrained(tmp_path / "merged")), live)
+
+
+def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, dora=True)
+    tensors = load_file(tmp_path / "v4" / "adapter_model.safetensors")
+    plain, model = moe("Qwen3MoeForCausalLM"), lorary.load(moe("Qwen3MoeForCausalLM"), tmp_path / "v4")
+
+    def dora(W: Tensor, layer: int, e: int, half: str) -> Tensor:
+        start = f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{half}_proj.lora_"
+        V = W + 2.0 * tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]
+        return tensors[f"{start}magnitude_vector.weight"][:, None] * V / V.norm(dim=1, keepdim=True)
+
+    with torch.no_grad():
+        for layer, block in enumerate(plain.model.layers):
+            for e in range(4):
+                W = block.mlp.experts.gate_up_proj[e]
+                W.copy_(
+                    torch.cat(
+                        [dora(part, layer, e, half) for part, half in zip(W.chunk(2), ("gate", "up"), strict=True)]
+                    )
+                )
+                W = block.mlp.experts.down_proj[e]
+                W.copy_(dora(W, layer, e, "down"))
+    close(logits(model), logits(plain))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, name: str | None = "MixtralForCausalLM", **changed: Any) -> str:
+    """The reader's error for a folder, on a base of this class or without one."""
+    with pytest.raises(FileError) as error:
+        lorary.load_adapter(folder, model=None if name is None else moe(name, **changed))
+    return str(error.value)
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """Change the tensors of a file in place."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+START = "base_model.model.model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(f"{START}.lora_A.weight"), "experts.down_proj.lora_A.weight: is missing"),
+        (
+            lambda t: t.update({f"{START}.lora_A.weight": torch.zeros(2, 24)}),
+            "experts.down_proj.lora_A.weight: has the shape [2, 24], expected [8, 24]",
+        ),
+        (
+            lambda t: t.update({f"{START}.lora_B.weight": t[f"{START}.lora_B.weight"].T}),
+            "experts.down_proj.lora_B.weight: has the shape [8, 16], expected [16, 8]",
+        ),
+        (lambda t: t[f"{START}.lora_B.weight"].fill_(float("nan")), "NaN or infinite"),
+        (
+            lambda t: t.update({f"{START}.base_layer.base_layer.lora_A.weight": torch.zeros(8, 24)}),
+            "experts.base_layer.base_layer.lora_A.weight: adapts a module that the model does not have",
+        ),
+    ],
+)
+def test_a_damaged_file_of_experts_is_refused(change: Any, sentence: str, tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    rewritten(tmp_path / "p", change)
+    assert sentence in refusal(tmp_path / "p")
+
+
+def test_experts_need_their_base(tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    assert "names fused experts (down_proj, gate_up_proj), whose layout only the model's class tells" in refusal(
+        tmp_path / "p", None
+    ).replace("gate_up_proj, down_proj", "down_proj, gate_up_proj")
+    wrong = refusal(tmp_path / "p", num_local_experts=8)
+    assert "experts.down_proj.lora_A.weight: has the shape [8, 24], expected [16, 24]" in wrong
+
+
+def test_an_adapter_of_single_experts_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, lacks="experts.2.up_proj.lora_B")
+    assert "model.layers.0.mlp.experts.2.up_proj.lora_B.weight: is missing" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM"
+    )
+    assert "is of expert 3, and model.layers.0.mlp.experts.gate_up_proj has 3" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM", num_experts=3
+    )
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    config["rank_pattern"] = {"layers.1.mlp.experts.2.up_proj": 3}
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config))
+    assert "has another rank or alpha than model.layers.1.mlp.experts.0.gate_proj" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM"
+    )
