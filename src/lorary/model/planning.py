@@ -253,11 +253,7 @@ def _note(text: str, paths: Iterable[str]) -> list[str]:
 
 def _rank_notes(sites: Sequence[AdaptedSite]) -> list[str]:
     """Sites whose two factors are larger than the matrix itself."""
-    wasteful = [
-        p.site.name
-        for p in sites
-        if p.r * (p.site.out_features + p.site.in_features) > p.site.out_features * p.site.in_features
-    ]
+    wasteful = [p.site.name for p in sites if p.r * (p.site.out_features + p.site.in_features) > p.site.one.numbers]
     return _note("the factors are larger than the weight itself at {}: a lower rank loses nothing", wasteful)
 
 
