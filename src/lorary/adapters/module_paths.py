@@ -85,9 +85,11 @@ class ModulePaths:
         if path in base.modules or self._old is None:
             return path
         new = self._old.new_path(path)
-        whole = self._old.whole(path) if new == path else ""
-        if whole in base.tensors and not (self.single_experts and base.kinds.get(whole) == "experts"):
-            what = f"is a part of {named(whole)} here: adapters of the parts of such a weight are not read"
+        joined = self._old.joined(path) if new == path else None
+        if joined is None or joined.name not in base.tensors:
+            return new
+        if not (self.single_experts and base.kinds.get(joined.name) == "experts"):
+            what = f"is a part of {named(joined.name)} here: adapters of the parts of such a weight are not read"
             self.problems.append(Diagnostic(named(path), what))
         return new
 

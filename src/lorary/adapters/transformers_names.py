@@ -9,11 +9,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Container
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 _WEIGHT = ".weight"
+
+
+class Joined(NamedTuple):
+    """A parameter that holds the weights of several old modules.
+
+    Args:
+        name: of the parameter.
+        place: of one such weight among the projections that it joins.
+        count: the number of these.
+    """
+
+    name: str
+    place: int
+    count: int
 
 
 class OldNames:
@@ -44,26 +58,30 @@ class OldNames:
 
     def new_path(self, path: str) -> str:
         """The present path of a module; the path itself if the model has no other name for it."""
-        found = self._renamed(path)
-        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."  # of the model in a model with a head
-        candidates = (found, prefix + found, found.removeprefix(prefix))
-        return next((name for name in candidates if name in self._paths), path)
+        found = self._here(self._renamed(path, [])[0])
+        return found.removesuffix(_WEIGHT) if found and found.endswith(_WEIGHT) else path
 
-    def whole(self, path: str) -> str:
+    def joined(self, path: str) -> Joined | None:
         """The parameter in which Transformers stores the weight at an old path with others (experts, fused q, k, v)."""
-        renamings, conversions = self._transforms
-        if not conversions:
-            return ""
-        from lorary.layers.transformers_internals import rename_source_key
+        _, conversions = self._transforms
+        name, pattern = self._renamed(path, conversions)
+        if pattern is None:
+            return None
+        sources = next(rule.source_patterns for rule in conversions if pattern in rule.source_patterns)
+        return Joined(self._here(name) or name, sources.index(pattern), len(sources))
 
-        renamed, pattern = rename_source_key(path + _WEIGHT, renamings, conversions)
-        return "" if pattern is None else renamed
+    def _here(self, name: str) -> str | None:
+        """A parameter's name in this model, with the prefix of a model with a head or without; None if it has none."""
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        return next((found for found in candidates if found.rpartition(".")[0] in self._paths), None)
 
-    def _renamed(self, path: str) -> str:
+    def _renamed(self, path: str, conversions: list[Any]) -> tuple[str, str | None]:
+        """The present name of the weight at an old path, and the pattern of the conversion that it takes part in."""
         renamings, _ = self._transforms
-        if not renamings:
-            return path
+        if not renamings and not conversions:
+            return path + _WEIGHT, None
         from lorary.layers.transformers_internals import rename_source_key
 
-        renamed, _ = rename_source_key(path + _WEIGHT, renamings, [])
-        return str(renamed).removesuffix(_WEIGHT)
+        name, pattern = rename_source_key(path + _WEIGHT, renamings, conversions)
+        return str(name), pattern

@@ -157,6 +157,16 @@ def test_adapters_of_single_experts_change_the_fused_weights_exactly(
     close(logits(type(model).from_pretrained(tmp_path / "merged")), live)
 
 
+def test_single_experts_of_the_bare_model(tmp_path: Path) -> None:
+    """Keys without `model.`, as of an adapter that was trained on AutoModel."""
+    old_file("MixtralForCausalLM", tmp_path / "v4", OLD_MIXTRAL)
+    expected = logits(lorary.load(moe(), tmp_path / "v4"))
+    path = tmp_path / "v4" / "adapter_model.safetensors"
+    tensors = {name.replace("model.model.model.", "model.model."): t for name, t in load_file(path).items()}
+    save_file(tensors, path)
+    assert torch.equal(logits(lorary.load(moe(), tmp_path / "v4")), expected)
+
+
 def test_dora_of_single_experts_is_exact(tmp_path: Path) -> None:
     old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, dora=True)
     tensors = load_file(tmp_path / "v4" / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch import Tensor
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.types import PeftType
+from lorary.adapters.transformers_names import OldNames
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
-from lorary.layers import transformers_internals as internals
 from lorary.layers.fused_qkv import fused_parts
 from lorary.layers.kinds import site as site_of_layer
 from lorary.model.base import Base
@@ -65,38 +65,35 @@ class PerExpert:
         self._projections: dict[str, list[_Projection]] = {}
         paths = dict.fromkeys(path for name in names if (path := keys.site_of(name, self._leaves)))
         paths = {path: None for path in paths if _EXPERT.search(path)}
-        if base is None or not paths or not hasattr(base.model, "base_model_prefix"):
+        if base is None or not paths:
             return
-        rules = internals.get_model_conversion_mapping(base.model)
-        renamings = [rule for rule in rules if isinstance(rule, internals.WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, internals.WeightConverter)]
-        halves = {pattern: (i, rule) for rule in converters for i, pattern in enumerate(rule.source_patterns)}
+        old = OldNames(base.model, base.modules)
         for path in paths:
-            fused, pattern = internals.rename_source_key(f"{path}.weight", renamings, converters)
-            if path in base.modules or base.kinds.get(fused) != "experts" or pattern is None:
+            joined = old.joined(path)
+            if path in base.modules or joined is None or base.kinds.get(joined.name) != "experts":
                 continue
-            half, rule = halves[pattern]
+            fused = joined.name
             expert = int(_EXPERT.findall(path)[-1])
             if expert >= (E := base.site(fused).experts):
                 findings.fatal.append(Diagnostic(named(path), f"is of expert {expert}, and {fused} has {E}"))
                 continue
-            parts = self._parts_of(fused, base, rule)
+            parts = self._parts_of(fused, base, joined.count)
             if parts is None:
                 findings.fatal.append(Diagnostic(named(path), f"belongs to {fused}, whose layout here is not known"))
                 continue
             self._parts[fused] = parts
-            self._projections.setdefault(fused, []).append(_Projection(path, expert, half))
+            self._projections.setdefault(fused, []).append(_Projection(path, expert, joined.place))
         self.sites = self._adapted(base, findings)
 
     sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
 
     @staticmethod
-    def _parts_of(fused: str, base: Base, rule: Any) -> tuple[Part, ...] | None:
+    def _parts_of(fused: str, base: Base, count: int) -> tuple[Part, ...] | None:
         """The halves of a fused parameter in the order of the rule; () for a whole one, None if they are unknown."""
-        if len(rule.source_patterns) == 1:
+        if count == 1:
             return ()
         parts = tuple(fused_parts(fused, base.modules[fused], None).values())
-        return parts if len(parts) == len(rule.source_patterns) else None
+        return parts if len(parts) == count else None
 
     def _adapted(self, base: Base, findings: Findings) -> dict[str, AdaptedSite]:
         """Fused parameter -> its site, whose method all its projections have."""
