@@ -22,12 +22,12 @@ class Joined(NamedTuple):
     Args:
         name: of the parameter.
         place: of one such weight among the projections that it joins.
-        count: the number of these.
+        total: the number of these.
     """
 
     name: str
     place: int
-    count: int
+    total: int
 
 
 class OldNames:

@@ -77,7 +77,7 @@ class PerExpert:
             if expert >= (E := base.site(fused).experts):
                 findings.fatal.append(Diagnostic(named(path), f"is of expert {expert}, and {fused} has {E}"))
                 continue
-            parts = self._parts_of(fused, base, joined.count)
+            parts = self._parts_of(fused, base, joined.total)
             if parts is None:
                 findings.fatal.append(Diagnostic(named(path), f"belongs to {fused}, whose layout here is not known"))
                 continue
