@@ -79,7 +79,7 @@ def without_adapter_name(name: str, leaves: Iterable[str]) -> tuple[str, str]:
     ('q_proj.lora_A.weight', 'default')
     """
     components = name.split(".")
-    for i, component in enumerate(components[1:-1], 1):
+    for i, component in enumerate(components[1:-2], 1):  # PEFT's copies of tables have no adapter's name there
         if component == _SAVED:
             return ".".join([*components[:i], *components[i + 2 :]]), components[i + 1]
     for leaf in leaves:
