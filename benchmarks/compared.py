@@ -1,6 +1,6 @@
 """The comparisons that the documentation shows, run by `lorary compare`'s own code on the built-in base.
 
-BitFit trains biases, of which the built-in base has none. So the comparisons with it run on the built-in base with a
+BitFit trains biases, and the built-in base has none. So the comparisons with it run on the built-in base with a
 bias of zeros in every linear layer: the same function of the same weights.
 
     python benchmarks/compared.py --only layers    # ten to twenty minutes each on two cores

@@ -7,8 +7,8 @@ null      LoRA against LoRA under another name, 20 comparisons: at least 19 shou
 worse     LoRA against LoRA whose three rates are a hundredth of them
 better    LoRA against a reference that adapts q alone, at rank 1
 
-Every comparison has seeds of its own and divides the rows anew, with three rates searched and two seeds judged. The
-built-in base learns to write documentation. The results go to `results/null_test.json`.
+Each comparison has its own seeds and its own split of the rows, three rates and two judged seeds. The built-in base
+learns to write documentation. The results go to `results/null_test.json`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ BEFORE = """
 ## LoRA and what came before it
 
 Full fine-tuning, bottleneck adapters (Houlsby), BitFit, (IA)³, prefix tuning and prompt tuning beside LoRA, on {tasks}.
-BitFit trains biases, of which the built-in base has none: these runs have the base with a bias of zeros in every linear
+BitFit trains biases, and the built-in base has none. In these runs the base has a bias of zeros in every linear
 layer, the same function of the same weights. "sd" is the standard deviation of the held-out loss over the seeds, which
 three seeds tell roughly; "merged" is the time of a forward pass after merging, where a method merges.
 

@@ -270,9 +270,9 @@ training: {max_steps: 4}
 """),
 Bad('options of a method that is not compared', ('c.yaml', '--methods', 'lora,dora'), 2, """\
 error: cannot compare:
-  - method.train_in_full: is no method's that is compared: each has its own
+  - method.train_in_full: has no effect: each method that is compared has its own
       hint: write it into the methods, as {name: lora, method: {name: lora, train_in_full: ...}}
-  - method.ranks: is no method's that is compared: each has its own
+  - method.ranks: has no effect: each method that is compared has its own
       hint: write it into the methods, as {name: lora, method: {name: lora, ranks: ...}}
 """, """\
 model: builtin:base

@@ -47,8 +47,7 @@ def test_init_writes_the_advised_configuration(command: Command) -> None:
     compared = command("compare", "my.yaml", "--methods", "lora,ia3", "--dry-run")
     assert compared.code == 0, compared.err
     assert compared.out.startswith("To compare")
-    note = "training.keep_best is for single runs: a comparison judges every method after its last step"
-    assert f"note: {note}\n" in compared.err
+    assert "methods are judged after their last step: training.keep_best left out\n" in compared.out
 
 
 def test_plan_shows_the_advised_run(command: Command) -> None:

@@ -317,8 +317,8 @@ def test_the_base_is_quantised_as_its_adapters_were_trained(tmp_path: Path) -> N
     lorary.attach(model, lorary.plan(model, lorary.method("qlora", r=2), ["q_proj"]))
     lorary.save(shaken(model), packed)
     shutil.copytree(packed, also)
-    assert storage_of({"a": packed, "b": also}, "auto") == NF4()
-    assert storage_of({"a": packed, "b": plain}, "auto") is None
-    assert storage_of({"b": plain}, "auto") is storage_of({}, "auto") is None
-    assert storage_of({"b": plain}, "nf4") == NF4()
-    assert storage_of({"a": packed}, "no") is None
+    assert storage_of("builtin:base", {"a": packed, "b": also}, "auto") == NF4()
+    assert storage_of("builtin:base", {"a": packed, "b": plain}, "auto") is None
+    assert storage_of("builtin:base", {"b": plain}, "auto") is storage_of("builtin:base", {}, "auto") is None
+    assert storage_of("builtin:base", {"b": plain}, "nf4") == NF4()
+    assert storage_of("builtin:base", {"a": packed}, "no") is None

@@ -25,7 +25,7 @@ def show(config: Config, found: Forecast, size: float | None) -> None:
     from lorary.analysis.memory.gpu_fit import SIZES, gigabytes
     from lorary.train.runner.memory_forecast import dtype_notes
 
-    dtypes = dtype_notes(config, found.model.config, "; plan for a GPU with --set model.dtype={}")
+    dtypes = dtype_notes(config, "; plan for a GPU with --set model.dtype={}")
     items: Rows = [*found.memory.rows(), *(("note", note) for note in (*found.memory.notes, *dtypes))]
     _print("peak in training", items)
     if found.memory.activations is None:

@@ -5,7 +5,7 @@
     costs       the short runs in turns in which steps are timed, in one process
 
 Dropped are whole things, in this order, until the rest fits: further seeds, down to two; outer rates, the same for
-every arm; arms, from the last one on, the reference never; and the second seed, without which there is no verdict.
+every arm; arms, the last one first and never the reference; and the second seed. Without it there is no verdict.
 """
 
 from __future__ import annotations

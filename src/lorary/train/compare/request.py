@@ -141,7 +141,7 @@ def _config_problems(config: Config) -> Iterator[Diagnostic]:
         yield Diagnostic("training.data_seed", what, "remove it, or set training.seed")
     for key in _OF_ONE:
         if getattr(config.method, key):
-            what = "is no method's that is compared: each has its own"
+            what = "has no effect: each method that is compared has its own"
             fix = f"write it into the methods, as {{name: lora, method: {{name: lora, {key}: ...}}}}"
             yield Diagnostic(f"method.{key}", what, fix)
     if config.model.adapter:

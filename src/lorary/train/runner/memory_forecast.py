@@ -13,7 +13,7 @@ from lorary.analysis.memory.gpu_fit import GpuRequirement, gpu_requirement
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
-from lorary.model.loading.from_pretrained import load_dtype
+from lorary.model.loading.from_pretrained import load_config, load_dtype
 from lorary.model.plan import Plan
 from lorary.model.reach.inputs import model_inputs
 from lorary.train.config.config import Config
@@ -78,14 +78,14 @@ def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
     return isinstance(module, nn.Embedding)
 
 
-def dtype_notes(config: Config, model_config: Any, advice: str = "") -> list[str]:
+def dtype_notes(config: Config, advice: str = "") -> list[str]:
     """A note if the weights compute in another precision here than they are saved in, and would on a GPU.
 
     Args:
         config: of the run.
-        model_config: of the base.
         advice: at its end; `{}` is the precision.
     """
+    model_config = load_config(config.model)  # a loaded model's has the precision in which it computes
     saved, chosen = model_config.dtype, load_dtype(config.model, model_config)
     if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
         return []

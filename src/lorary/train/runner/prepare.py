@@ -104,7 +104,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     report.refuse()
     _refuse_rows_beyond_positions(model, plan, _longest(config, report))
     memory = _memory(config, model, plan, report)
-    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *dtype_notes(config, model.config))
+    notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *dtype_notes(config))
     notes += tuple(label_notes(planned.labels)) if planned.labels else ()
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
