@@ -92,6 +92,8 @@ def _typed(kind: type, expects: str) -> Field:
 def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
     if value is None:
         raise TolerableError("is null: nothing says which modules are adapted")
+    if value == "all-linear":  # the tensors tell
+        return None
     return Pattern(value, budget) if isinstance(value, str) else _names(value)
 
 
