@@ -19,7 +19,7 @@ from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.spec.interfaces import Delta, Fused, Init, Join, is_fused
 from lorary.spec.layer import Kind
-from lorary.spec.per_expert import factors_at, fill, merged_at
+from lorary.spec.per_expert import factors_at, fill, for_every_expert, merged_at
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
 from lorary.spec.site import Site
 
@@ -180,8 +180,8 @@ class Adapted(nn.Module):
                     self.start[role] = tensor.detach().to("cpu", copy=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(B [out, R], A [R, in]), without the scale."""
-        return factors_at(self.delta, self.site, self.tensors)
+        """(B [out, R], A [R, in]), without the scale; with a leading E for experts."""
+        return for_every_expert(self.site, factors_at(self.delta, self.site, self.tensors))
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """(B [out, R], A [R, in]) of the initial delta that the base was reduced by; None for an unreduced base."""
@@ -224,7 +224,7 @@ class Adapted(nn.Module):
         dropout = self.dropout if dropout is None else dropout
         if self._fused is not None:
             return self._fused(self, y, x, dropout)
-        B, A = self.factors()
+        B, A = factors_at(self.delta, self.site, self.tensors)
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
     def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:

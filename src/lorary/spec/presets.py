@@ -29,6 +29,7 @@ _PEFT_WORDS = {
             "layers": ("layers", "layers_to_transform"),
             "ranks": ("ranks", "rank_pattern"),
             "alphas": ("alphas", "alpha_pattern"),
+            "experts": ("experts",),
         }.items()
         for word in words
     },

@@ -47,7 +47,7 @@ from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
-from lorary.spec.fields import FLAG
+from lorary.spec.fields import FLAG, one_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
@@ -105,6 +105,7 @@ class Lora(PeftType):
         "rank_pattern": by_pattern(field(RANK)),
         "alpha_pattern": by_pattern(field(ALPHA, 8.0)),
         "init_lora_weights": Field(_init),
+        "lora_B_layout": field(one_of(*experts.LAYOUTS), nullable=True),
     }
     leaves = {  # noqa: RUF012
         "lora_A.weight": "A",
@@ -174,6 +175,8 @@ class Lora(PeftType):
 
         A row (1, out) differs from magnitudes per input, which other programs write, only if the layer is not square.
         """
+        if adapted.site.experts:
+            return experts.checked_shape(adapted.site, role, shape, found)
         if role != "m":
             return shape
         site, ones = adapted.site, (1,) * len(adapted.site.kernel_size)
@@ -216,8 +219,9 @@ class Lora(PeftType):
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
             full = B
-            B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
-            if not torch.equal(site.place(B), full):
+            blocks = [full[..., part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
+            B = torch.cat(blocks, -2)
+            if not torch.equal(adapted.factors({"A": A, "B": B})[0], full):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(name_B, what)])
         return {"A": A, "B": B} | found

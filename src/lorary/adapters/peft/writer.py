@@ -55,7 +55,9 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors)
         shared: the tensors that its sites share.
     """
     found = peft_type_of(adapter.sites)
-    if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+    if any(a.starts or a.site.one_adapter for a in adapter.sites):
+        return None
+    if found is None or found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
