@@ -12,7 +12,7 @@ from lorary._deprecated import RenamedAttribute
 from lorary.kernels.low_rank import under_the_same_autocast
 from lorary.kernels.row_norms import linear
 from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
-from lorary.layers.experts import ExpertMatrix, expert_matrices
+from lorary.layers.experts import ExpertLayer, expert_matrices
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
@@ -322,6 +322,6 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
         yield from base_parameters(model.base, prefix)
         return
     for name, parameter in model.named_parameters(recurse=False):
-        yield prefix[:-1] if isinstance(model, ExpertMatrix) else f"{prefix}{name}", parameter
+        yield prefix[:-1] if isinstance(model, ExpertLayer) else f"{prefix}{name}", parameter
     for name, child in model.named_children():
         yield from base_parameters(child, f"{prefix}{name}.")

@@ -84,10 +84,12 @@ class ExpertLayer(nn.Module):
         count: E.
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
+        layout: of the experts module's class.
         order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
     """
 
     weight: nn.Parameter
+    layout: ExpertLayout
     count: int
     interleaved: bool
     order: tuple[str, ...]
@@ -109,7 +111,7 @@ class ExpertMatrix(ExpertLayer):
 
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.layout = weight, layout
         self.count = weight.shape[0]
         self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
         self.swapped = layout.transposed and not layout.interface

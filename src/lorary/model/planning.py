@@ -242,7 +242,7 @@ def _unreached_notes(scan: Scan, total: int) -> list[str]:
 
 def _quantized_size(scan: Scan, storage: Storage, quantized: Sequence[str]) -> tuple[int, int]:
     """The bytes of these layers' weights now, and once they are quantised."""
-    weights = [scan.parameter(f"{path}.weight") for path in quantized]
+    weights = [scan.parameter(scan.modules[path].weight_name) for path in quantized]
     dense = sum(W.numel() * W.element_size() for W in weights)
     return dense, sum(storage.bytes(W.numel(), W.element_size()) for W in weights)
 

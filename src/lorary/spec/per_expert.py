@@ -79,8 +79,6 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
         why.append(f"{type(method.delta).__name__} has no form for fused experts yet")
     if isinstance(method.init, CalibratedInit):
         why.append(f"no calibration pass measures fused experts yet ({type(method.init).__name__})")
-    if method.init.starts_at_error:
-        why.append(f"no storage quantises fused experts yet, whose error {type(method.init).__name__} starts at")
     if site.one_adapter:
         why += _why_not_shared(method)
     if method.rules:
