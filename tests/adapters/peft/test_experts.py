@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorary
+from lorary.adapters import export_peft
+from lorary.adapters.export.engines import export_for_engine
 from lorary.errors import FileError
 from tests.experts import MODELS, logits, moe, shake
 
@@ -57,6 +59,34 @@ def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -
     assert torch.equal(logits(own), expected)
     (tmp_path / "a" / "lorary.json").unlink()
     assert torch.equal(logits(lorary.load(moe(name), tmp_path / "a")), expected)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_the_folded_form_has_one_rank_and_one_scale_for_every_expert(name: str, tmp_path: Path) -> None:
+    model = moe(name)
+    method, ranks = lorary.method("rslora", r=2), {"*experts.down_proj": 3, "q_proj": 5}
+    lorary.attach(model, lorary.plan(model, method, ranks=ranks, alphas={"*experts.gate_up_proj": 4}))
+    shake(model)
+    export_peft(lorary.Adapter.of(model), tmp_path / "a", model=moe(name), folded=True)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (5, {}, {}, False)
+    by_peft = peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")
+    (by_transformers := moe(name)).load_adapter(str(tmp_path / "a"))
+    for client in (by_peft, by_transformers, lorary.load(moe(name), tmp_path / "a")):
+        close(logits(client), logits(model))
+
+
+@pytest.mark.parametrize(("engine", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_engines_do_not_read_the_layout_of_experts(engine: str, title: str, tmp_path: Path) -> None:
+    model = moe("Qwen3MoeForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
+    shake(model)
+    with pytest.raises(FileError) as error:
+        export_for_engine(lorary.Adapter.of(model), tmp_path / "a", engine, model=moe("Qwen3MoeForCausalLM"), base="b")
+    sentence = f"is of 4 experts, and {title} does not read PEFT's layout of these"
+    assert sentence in str(error.value)
+    assert "--to merged" in str(error.value)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

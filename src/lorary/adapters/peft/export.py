@@ -112,9 +112,6 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
-        what = "is of fused experts, which the readers of this form do not know"
-        fix = "merge the adapter, and save the model"
-        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.experts])
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))

@@ -12,7 +12,8 @@ import torch
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.layers.rope import max_context, rope_parameters
-from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
+from lorary.model.loading.dtype import load_dtype
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
