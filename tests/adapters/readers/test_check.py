@@ -83,6 +83,7 @@ TABLE = {
     "qwen3-next by suffix": "MMAAAR",
     "deepseek": "AAMRRR",
     "mixtral": "AAAAAR",
+    "mixtral's experts": "AAARRR",
 }
 _LETTERS = {"A": "accepted", "M": "miscomputed", "R": "rejected"}
 
