@@ -4,8 +4,9 @@ The folders under `tests/golden` are never rewritten: a release that changes the
 reads the old ones. Their numbers come from arithmetic alone, so they are the same on every machine.
 
 Releases up to 0.5 wrote format 1 of `lorary.json`, with other names for components and for the fields of a site. Of
-those folders, the tensors and PEFT's files are still written byte for byte, and `lorary.json` up to the new names. The
-folders of 0.6.0 pin the bytes of format 2, one for each structurally different kind.
+those folders, the tensors and PEFT's files are still written byte for byte, and `lorary.json` up to the new names; only
+DoRA's magnitudes have a name in them that Transformers' `load_adapter` passes over. The folders of 0.6.0 pin the bytes
+of format 2, one for each structurally different kind.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lorary
 from lorary import AdaptedSite, Adapter, Fingerprint, Site, _deprecated
+from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.shared_tensors import leading_slices
+from lorary.files.tensor_file import write_tensors
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.longlora import LongContext
 from lorary.methods.o_lora import SequentialLoRA
@@ -104,6 +108,9 @@ FILES = {
     "lora-0.1.0/lorary.json": "eb129f67d5c9ea58c68be35ad0f93987af619e8f1e8fbb3e13702643b19d7d5c",
     "grouped-0.1.0/adapter.safetensors": "d6a91fc931fc5f19e49770779e83fa644cb1fdad83a290f6ac2f443e56aa49b6",
     "grouped-0.1.0/lorary.json": "fc0d9c43744d7a53b4d56c4227a250e5e7f752e5eda5e8a8f038e12206cbbb67",
+    "dora-0.6.0/adapter_config.json": "6c9f6b69d9261101d2fd211f600e1e193a003b6e0a9ec5864f502b44ee06af6d",
+    "dora-0.6.0/adapter_model.safetensors": "78f5996188cfd61608749fd966be646c967b0f7e9b396232b1e6fc4dcad0231a",
+    "dora-0.6.0/lorary.json": "9717e9c8808ca9aa71ac23499bdae49d20aa7c3bce50797305aa5e5d2656a1a8",
     "dora-0.2.0/adapter_config.json": "6c9f6b69d9261101d2fd211f600e1e193a003b6e0a9ec5864f502b44ee06af6d",
     "dora-0.2.0/adapter_model.safetensors": "87862a68a92035ad1f88ff02b30b3663af0d7f423e61678512974bf44ff0fe2f",
     "dora-0.2.0/lorary.json": "1dcd177ed25968df9b554e4fa5fd2c3498cfb923057caf3f246a43fc4ef4a6a9",
@@ -419,6 +426,7 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "vera-drawn-0.2.0": vera_drawn,
     "several-0.2.0": several,
     "lora-0.6.0": lora,
+    "dora-0.6.0": dora,
     "grouped-0.6.0": grouped,
     "pissa-0.6.0": pissa,
     "vera-0.6.0": vera,
@@ -459,11 +467,30 @@ def test_todays_writer_gives_the_same_bytes(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("lorary.adapters.native.__version__", name.rpartition("-")[2])
     lorary.save_adapter(ADAPTERS[name](), written)
     assert {path.name for path in written.iterdir()} == {path.name for path in golden.iterdir()}
+    if name in MAGNITUDES:
+        golden = rename_magnitudes(golden, tmp_path / "golden")
     for path in sorted(written.iterdir()):
         if path.name == "lorary.json" and (record := json.loads((golden / path.name).read_text()))["format"] == 1:
             assert_same_record(json.loads(path.read_text()), record)
         else:
             assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
+
+
+MAGNITUDES = ("dora-0.2.0", "qlora-0.4.0", "dora-0.5.0")  # their magnitudes have PEFT's own name
+
+
+def rename_magnitudes(golden: Path, folder: Path) -> Path:
+    """The files of an older release with DoRA's magnitudes under the name that they have since."""
+    folder.mkdir()
+    old = load_file(golden / WEIGHTS)
+    assert any(name.endswith(".lora_magnitude_vector") for name in old)
+    new = {f"{k}.weight" if k.endswith(".lora_magnitude_vector") else k: t for k, t in old.items()}
+    write_tensors(folder / WEIGHTS, new)
+    data, record = (folder / WEIGHTS).read_bytes(), json.loads((golden / "lorary.json").read_text())
+    record["files"][WEIGHTS] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "lorary.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_bytes((golden / "adapter_config.json").read_bytes())
+    return folder
 
 
 def assert_same_record(new: dict[str, Any], old: dict[str, Any]) -> None:

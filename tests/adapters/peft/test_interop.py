@@ -14,7 +14,7 @@ from torch import nn
 
 import lorary
 from lorary.adapters import export_peft, load_adapter, save_adapter
-from tests.adapters.models import BASES, Base, adapted, by_peft, close, fill, outputs
+from tests.adapters.models import BASES, Base, adapted, by_peft, by_transformers, close, fill, outputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -78,6 +78,27 @@ def test_saved_here_loads_in_peft(base: Base, variant: str, tmp_path: Path) -> N
     close(by_peft(base, tmp_path / "b"), expected)
     close(outputs(lorary.load(base.model(), tmp_path / "b")), expected)
     assert (outputs(base.model()) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "embedding" not in v] + ["all biases"])
+@pytest.mark.parametrize("base", BASES[:3], ids=str)
+def test_saved_here_loads_in_transformers(base: Base, variant: str, tmp_path: Path) -> None:
+    """Its loader leaves out magnitudes by PEFT's own name, and unties a bias that it has under one of two names."""
+    if variant == "all biases":
+        model = base.model()
+        options = {} if base.name == "Llama" else {"full": "bias"}
+        lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2, **options), base.targets))
+        fill(p for p in model.parameters() if p.requires_grad)
+    else:
+        model = ours(base, variant)
+    expected = outputs(model.eval())
+    export_peft(lorary.Adapter.of(model), tmp_path / "exported", model=base.model())
+    close(by_transformers(base, tmp_path / "exported"), expected)
+    close(by_peft(base, tmp_path / "exported"), expected)
+    close(outputs(lorary.load(base.model(), tmp_path / "exported")), expected)
+    if variant != "all biases":
+        lorary.save(model, tmp_path / "saved")
+        close(by_transformers(base, tmp_path / "saved"), expected)
 
 
 def test_the_whole_path_of_a_site_matches_nothing_else_in_peft(tmp_path: Path) -> None:

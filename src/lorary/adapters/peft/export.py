@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
-from lorary.adapters.peft import writer
+from lorary.adapters.peft import keys, writer
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -30,6 +30,7 @@ from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
+from lorary.layers.adapted import base_parameters
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import has_rank
@@ -114,10 +115,18 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
-    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
-    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
-    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
-    return files._replace(tensors=tensors)
+    files = files._replace(tensors=files.tensors | _tied_copies(written, model))
+    _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
+    return files
+
+
+def _tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """Base parameters under the other names of their tie: Transformers' loader unties them by replacing only one."""
+    parameters = dict(base_parameters(model)) if model is not None and adapter.full else {}
+    first = {id(parameters[name]): name for name in adapter.full if name in parameters}
+    tied = {name: first[id(p)] for name, p in parameters.items() if id(p) in first and name not in adapter.full}
+    sites = {adapted.site.name for adapted in adapter.sites}
+    return {keys.full(keys.full_name(name, sites)): adapter.full[other].clone() for name, other in tied.items()}
 
 
 def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:

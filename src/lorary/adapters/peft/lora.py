@@ -37,6 +37,7 @@ from lorary.adapters.peft.fields import (
     tokens_by_name,
     unsupported,
 )
+from lorary.adapters.peft.keys import MAGNITUDE
 from lorary.adapters.peft.token_rows import indices_field, rows_beside
 from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register, without_rows
 from lorary.adapters.shared_tensors import SharedTensors
@@ -52,7 +53,6 @@ from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
-MAGNITUDE = "lora_magnitude_vector"
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
@@ -165,7 +165,7 @@ class Lora(PeftType):
         return _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
-        # some programs write it as a module's weight
+        # written as a module's weight, for Transformers; PEFT itself writes it without this end
         return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
 
     def read_shape(
