@@ -9,7 +9,7 @@ The halves keep factors of their own, as the parts of a fused projection do: the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -57,12 +57,12 @@ class PerExpert:
     """
 
     def __init__(
-        self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Iterable[str], findings: Findings
+        self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Collection[str], findings: Findings
     ) -> None:
         self.config, self.type = config, peft_type
         self._leaves = peft_type.leaves_of(config)
         self._parts: dict[str, tuple[Part, ...]] = {}
-        self._projections: dict[str, list[_Projection]] = {}
+        self._projections: dict[str, dict[tuple[int, int], _Projection]] = {}
         paths = dict.fromkeys(path for name in names if (path := keys.site_of(name, self._leaves)))
         paths = {path: None for path in paths if _EXPERT.search(path)}
         if base is None or not paths:
@@ -82,8 +82,13 @@ class PerExpert:
                 findings.fatal.append(Diagnostic(named(path), f"belongs to {fused}, whose layout here is not known"))
                 continue
             self._parts[fused] = parts
-            self._projections.setdefault(fused, []).append(_Projection(path, expert, joined.place))
+            there = self._projections.setdefault(fused, {})
+            if (
+                first := there.setdefault((expert, joined.place), one := _Projection(path, expert, joined.place))
+            ) != one:
+                findings.fatal.append(Diagnostic(named(path), f"is there twice: {first.path} is the same projection"))
         self.sites = self._adapted(base, findings)
+        findings.fatal += self._without_magnitudes(base, names)
 
     sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
 
@@ -99,7 +104,7 @@ class PerExpert:
         """Fused parameter -> its site, whose method all its projections have."""
         found = {}
         for fused, projections in self._projections.items():
-            methods = {p.path: self.type.to_method(self.config, p.path) for p in projections}
+            methods = {p.path: self.type.to_method(self.config, p.path) for p in projections.values()}
             first, *_ = methods
             if others := [path for path, method in methods.items() if method != methods[first]]:
                 what = f"has another rank or alpha than {first}, and {fused} holds both"
@@ -109,12 +114,22 @@ class PerExpert:
             found[fused] = AdaptedSite(site, methods[first])
         return found
 
+    def _without_magnitudes(self, base: Base, names: Collection[str]) -> Iterator[Diagnostic]:
+        """The fused parameters of which a DoRA has magnitudes for some rows only: the others have none to keep."""
+        for fused, adapted in self.sites.items():
+            layouts = [self.type.layout(self._of_one(adapted, p)) for p in self._projections[fused].values()]
+            found = sum(layout["m"][0] in names for layout in layouts if "m" in layout)
+            wanted = base.site(fused).experts * len(adapted.site.rows)
+            if "m" in adapted.shapes and found < wanted:
+                what = f"has magnitudes for {found:,} of its {wanted:,} projections, and DoRA needs all"
+                yield Diagnostic(fused, what)
+
     @property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Short name -> shape of every tensor in the file."""
         found: dict[str, tuple[int, ...]] = {}
         for fused, adapted in self.sites.items():
-            for p in self._projections[fused]:
+            for p in self._projections[fused].values():
                 found |= dict(self.type.layout(self._of_one(adapted, p)).values())
         return found
 
@@ -124,7 +139,7 @@ class PerExpert:
         for fused, adapted in self.sites.items():
             dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
             own = found[fused] = {role: torch.zeros(shape, dtype=dtype) for role, shape in adapted.shapes.items()}
-            for p in self._projections[fused]:
+            for p in self._projections[fused].values():
                 one = self._of_one(adapted, p)
                 there = {name: values.get(name, torch.zeros(shape)) for name, shape in self.type.layout(one).values()}
                 for role, value in self.type.decode(one, there).items():
