@@ -132,6 +132,17 @@ def test_an_expert_without_a_token_has_a_gradient_of_exactly_zero() -> None:
         assert bool(layer.params["A"].grad[e].any()) == (e in used)
 
 
+def test_a_block_without_any_token() -> None:
+    model = moe()
+    lorary.attach(model, lorary.plan(model, method("lora")))
+    experts = model.model.layers[0].mlp.experts
+    x = torch.zeros(0, 16, requires_grad=True)
+    y = experts(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert all(not p.grad.any() for p in experts.parameters() if p.requires_grad)
+
+
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 

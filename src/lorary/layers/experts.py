@@ -221,7 +221,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return weighted[back].view(len(hidden_states), k, -1).sum(1).to(hidden_states.dtype)
+    return weighted[back].view(len(hidden_states), k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _product(module: Any, name: str, x: Tensor, ids: Tensor) -> Tensor:

@@ -453,3 +453,42 @@ def test_a_damaged_file_of_shared_factors_is_refused(change: Any, sentence: str,
     stacked_file("Qwen3MoeForCausalLM", tmp_path / "t")
     rewritten(tmp_path / "t", change)
     assert sentence in refusal(tmp_path / "t", "Qwen3MoeForCausalLM")
+
+
+def test_a_dora_of_single_experts_that_lacks_magnitudes_is_refused(tmp_path: Path) -> None:
+    """There is nothing to keep in their place: a magnitude of zero would erase the expert."""
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, dora=True, lacks="layers.1.mlp.experts.3.")
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "experts.gate_up_proj: has magnitudes for 6 of its 8 projections, and DoRA needs all" in text
+    assert "experts.down_proj: has magnitudes for 3 of its 4 projections, and DoRA needs all" in text
+    with pytest.raises(FileError, match="has magnitudes for 3 of its 4 projections"):
+        lorary.load_adapter(tmp_path / "v4", model=moe("Qwen3MoeForCausalLM"), strict=False)
+
+
+def test_one_projection_under_two_names_is_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    rewritten(
+        tmp_path / "v4",
+        lambda t: t.update({n.replace("experts.3.", "experts.03."): 2 * v for n, v in t.items() if "experts.3." in n}),
+    )
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "experts.3.down_proj: is there twice: model.layers.0.mlp.experts.03.down_proj is the same" in text
+
+
+def test_experts_fused_and_single_in_one_file_are_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", {"down": OLD["down"]})
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    config["target_parameters"] = ["mlp.experts.down_proj"]
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config))
+    fused = {f"{START}.lora_A.weight": torch.ones(8, 12), f"{START}.lora_B.weight": torch.ones(16, 8)}
+    fused |= {name.replace("layers.0", "layers.1"): t for name, t in fused.items()}
+    rewritten(tmp_path / "v4", lambda t: t.update({name: value.clone() for name, value in fused.items()}))
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "layers.0.mlp.experts.down_proj: has factors of its own in this file, and factors of single experts" in text
+
+
+def test_dora_of_target_parameters_is_refused(tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "use_dora: is true, and PEFT has no magnitudes for the experts" in refusal(tmp_path / "p")

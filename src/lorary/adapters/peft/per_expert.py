@@ -10,7 +10,7 @@ The halves keep factors of their own, as the parts of a fused projection do: the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -86,7 +86,7 @@ class PerExpert:
         for path in stacked:
             self._place_stacked(path, base, findings)
         self.sites = self._adapted(base, findings)
-        findings.fatal += self._other_ranks()
+        findings.fatal += [*self._other_ranks(), *self._without_magnitudes()]
         findings.raise_refused()  # the shapes follow from the ranks
 
     sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
@@ -113,7 +113,7 @@ class PerExpert:
                 findings.fatal.append(Diagnostic(named(path), f"belongs to {fused}, whose layout here is not known"))
                 continue
             self._parts[fused] = parts
-            self._projections.setdefault(fused, []).append(_Projection(path, expert, joined.place))
+            self._place(fused, _Projection(path, expert, joined.place), findings)
 
     def _place_stacked(self, path: str, base: Base, findings: Findings) -> None:
         """Find the fused parameter of a projection of all experts; nothing if there is none."""
@@ -128,12 +128,22 @@ class PerExpert:
                 findings.fatal.append(Diagnostic(named(path), f"belongs to {both}, whose layout here is not known"))
                 return
             self._parts[both] = parts
-            self._projections.setdefault(both, []).append(_Projection(path, None, _HALVES.index(leaf)))
+            self._place(both, _Projection(path, None, _HALVES.index(leaf)), findings)
         else:  # experts without a gate: w1 is their first matrix
             alone = alone if alone in base.kinds or leaf != "gate_proj" else f"{owner}.up_proj"
             if base.kinds.get(alone) == "experts":
                 self._parts[alone] = ()
-                self._projections.setdefault(alone, []).append(_Projection(path, None, 0))
+                self._place(alone, _Projection(path, None, 0), findings)
+
+    def _place(self, fused: str, one: _Projection, findings: Findings) -> None:
+        """Note a projection of a fused parameter; refuse one that is there already."""
+        there = self._projections.setdefault(fused, [])
+        for other in there:
+            if one.half == other.half and (one.expert == other.expert or None in (one.expert, other.expert)):
+                what = f"is there twice: {other.path} is the same projection"
+                findings.fatal.append(Diagnostic(named(one.path), what))
+                break
+        there.append(one)
 
     def _is_empty(self, path: str) -> bool:
         """Whether both factors hold no number: the place of a projection that the model does not have."""
@@ -148,6 +158,18 @@ class PerExpert:
                     what = f"has rank {shape[-2]} for each expert, and the configuration says {adapted.r}"
                     return [Diagnostic(named(p.path), what, OTHER_RANK)]
         return []
+
+    def _without_magnitudes(self) -> Iterator[Diagnostic]:
+        """The fused parameters of which a DoRA has magnitudes for some rows only: the others have none to keep."""
+        for fused, adapted in self.sites.items():
+            if "m" not in adapted.shapes:
+                continue
+            E = adapted.site.experts
+            there = [p for p in self._projections[fused] if self._layout(adapted, p)["m"][0] in self.found]
+            count, wanted = sum(E if p.expert is None else 1 for p in there), E * len(adapted.site.rows)
+            if count < wanted:
+                what = f"has magnitudes for {count:,} of its {wanted:,} projections, and DoRA needs all"
+                yield Diagnostic(fused, what)
 
     @staticmethod
     def _parts_of(fused: str, base: Base, count: int) -> tuple[Part, ...] | None:

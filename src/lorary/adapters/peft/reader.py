@@ -130,6 +130,10 @@ class _Reader:
         if named and not found:
             what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
             self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
+        if found and self.config.values.get("use_dora"):
+            what = "is true, and PEFT has no magnitudes for the experts in `target_parameters`"
+            self.findings.fatal.append(Diagnostic(f"{NAME}: use_dora", what))
+            self.findings.raise_refused()
         return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
@@ -139,6 +143,8 @@ class _Reader:
             raise FileError("", other)
         sites = self._sites()
         single = PerExpert(self.config, self.type, self.base, self.found, findings)
+        what = "has factors of its own in this file, and factors of single experts too"
+        findings.fatal += [Diagnostic(a.site.name, what) for a in sites if a.site.name in single.sites]
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
