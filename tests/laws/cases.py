@@ -203,6 +203,8 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "SequentialLoRA": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
         "SVDDelta": lambda r: {"P": r * B, "E": r, "Q": r * A},
         "BlockDiagonal": lambda r: {"A": r * A, "B": r * B},  # whatever n is
+        "HadamardFactors": lambda r: {"A": r * A, "B": r * B},
+        "SharedShards": lambda r: {"D": B * r if delta.mini_r is None else kind.parts * delta.mini_r * r},
         "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
@@ -261,6 +263,7 @@ def methods() -> dict[str, lorary.Method]:
             made["+".join(chosen)] = method
     made["delta-lora at once"] = made_of("delta-lora", start=-1)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
+    made["miss, mini"] = made_of("miss", mini_r=4)
     made["ia3 of inputs"] = made_of("ia3", feed_forward=("layer", "c_attn"))
     for kind, hard in (("", False), (", hard", True)):
         made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))

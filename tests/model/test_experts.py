@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "vera": ("vera",),
     "melora": ("melora",),
     "multilora": ("multilora",),
+    "miss": ("miss",),
 }
 
 
@@ -334,6 +335,7 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
         (("adalora",), {"target": 2}, "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"),
         (("ia3",), {}, "Rescaling has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
+        (("hira",), {}, "HadamardProduct has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
         (("delta-lora",), {}, "no rule works on fused experts yet (DeltaLoRARule)"),
         (("lora-ga",), {}, "no calibration pass measures fused experts yet (GradientInit)"),

@@ -113,6 +113,9 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
         yield Diagnostic("context", f"is missing: {name} takes effect through it", "name the preset")
     if not join.adds_delta and delta.roles:
         yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
+    if delta.roles and delta.roles <= join.uses and method.scale(delta.r) != 1:
+        what = f"{method.scale} has no effect: {name} uses the tensors of {_name(delta)} without a scale"
+        yield Diagnostic("scale", what, "set scale=ConstantScale(1.0)")
     if method.dropout and not join.adds_delta:
         yield Diagnostic("dropout", f"{name} adds no update whose input dropout could act on", "set dropout=0")
     elif method.dropout and not join.supports_dropout:

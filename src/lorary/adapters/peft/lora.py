@@ -217,14 +217,7 @@ class Lora(PeftType):
             sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
-        if site.parts:
-            full = B
-            blocks = [full[..., part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
-            B = torch.cat(blocks, -2)
-            if not torch.equal(adapted.factors({"A": A, "B": B})[0], full):
-                what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
-                raise FileError("", [Diagnostic(name_B, what)])
-        return {"A": A, "B": B} | found
+        return {"A": A, "B": blocks_of_parts(adapted, B, name_B)} | found
 
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks; typed: 8 and 8.0 are written as they were read
@@ -264,14 +257,36 @@ def factor_names(site: Site) -> tuple[str, str]:
     return f"{site.name}.lora_{middle}A{ending}", f"{site.name}.lora_{middle}B{ending}"
 
 
+def blocks_of_parts(adapted: AdaptedSite, B: Tensor, name: str) -> Tensor:
+    """[rows of the parts, r] of PEFT's B [out, parts * r] of this name at a fused site; elsewhere B itself.
+
+    Experts are in front of both.
+
+    Raises:
+        FileError: it is not zero outside the parts' blocks.
+    """
+    site, r = adapted.site, adapted.r
+    if not site.parts:
+        return B
+    blocks = torch.cat([B[..., part.rows(), i * r : (i + 1) * r] for i, part in enumerate(site.parts)], -2)
+    whole = site.place(blocks) if blocks.dim() == 2 else torch.stack([site.one.place(expert) for expert in blocks])
+    if not torch.equal(whole, B):
+        what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
+        raise FileError("", [Diagnostic(name, what)])
+    return blocks
+
+
+def factor_shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B of rank r, which PEFT keeps as filters at a convolution."""
+    channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
+    return (r, channels, *site.kernel_size), (site.out_features, r, *ones)
+
+
 def _layout(site: Site, r: int, dora: bool) -> Layout:
     """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
-    if site.experts:
-        return dict(zip("AB", zip(factor_names(site), experts.shapes(site, r), strict=True), strict=True))
-    channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
-    name_A, name_B = factor_names(site)
-    found = {"A": (name_A, (r, channels, *site.kernel_size)), "B": (name_B, (site.out_features, r, *ones))}
-    m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
+    shapes = experts.shapes(site, r) if site.experts else factor_shapes(site, r)
+    found = dict(zip("AB", zip(factor_names(site), shapes, strict=True), strict=True))
+    m = (1, site.out_features, *(1,) * len(site.kernel_size)) if site.kernel_size else (site.out_features,)
     return found | ({"m": (f"{site.name}.{MAGNITUDE}", m)} if dora else {})
 
 

@@ -83,7 +83,7 @@ PRESET_OF_VALUE: dict[str, dict[Any, str]] = {
     "adapter": {"lora": "", "qlora": "qlora"},
     "finetuning_type": {"lora": ""},
     "quantization_bit": {4: "qlora"},
-    "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera", "IA3": "ia3"},
+    "peft_type": {"LORA": "", "ADALORA": "adalora", "VERA": "vera", "IA3": "ia3", "HIRA": "hira", "MISS": "miss"},
     "task_type": {"CAUSAL_LM": ""},
     "bias": {"none": ""},
     **{key: {False: ""} for key in ("fp16", "fan_in_fan_out", "inference_mode", "use_liger_kernel", "group_by_length")},
