@@ -156,8 +156,9 @@ def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnos
 
 def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     name = _name(delta)
-    if delta.changes_bias and "bias" in method.full:
-        what = f"{name} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
+    changes_bias = next((_name(c) for c in (delta, method.join) if c is not None and c.changes_bias), "")
+    if changes_bias and "bias" in method.full:
+        what = f"{changes_bias} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         yield Diagnostic("full", what, _ONE_OF_TWO)
     if "*" in method.full:
         what = f"every base weight trains in full, so {name if delta.roles else _name(method.join)} would be redundant"

@@ -23,6 +23,8 @@ class Join(Protocol):
     Attributes:
         roles: its own tensors.
         uses: the delta's `join_roles`.
+        scaled: its roles that are part of the update: `merged` and `on_output` get them with the scale in them.
+        changes_bias: whether it changes the layer's bias, which then cannot train in full.
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
         adds_delta: whether it adds the delta's factors; one that does not goes with `NoUpdate` alone.
         needs_context: whether it takes effect through the method's context.
@@ -36,6 +38,8 @@ class Join(Protocol):
 
     roles: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
+    changes_bias: bool = False
     supports_dropout: bool = True
     adds_delta: bool = True
     needs_context: bool = False

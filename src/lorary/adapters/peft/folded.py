@@ -17,7 +17,7 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import json_number
-from lorary.adapters.peft.lora import factor_names
+from lorary.adapters.peft.lora import BIAS, factor_names
 
 
 def folded_form(
@@ -37,6 +37,8 @@ def folded_form(
     r = max(tensors[A].shape[0] for A, _ in names.values())
     for site, (A, B) in names.items():
         found[A], found[B] = _padded(tensors[A], 0, r), _padded(_scaled(tensors[B], scales[site] / s), 1, r)
+        if (c := keys.full(f"{site}.{BIAS}")) in tensors:
+            found[c] = _scaled(tensors[c], scales[site] / s)
     plain: dict[str, Any] = {
         "r": r,
         "lora_alpha": json_number(r * s),
