@@ -111,6 +111,12 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
         yield Diagnostic("join", what)
     if join.needs_context and method.context is None:
         yield Diagnostic("context", f"is missing: {name} takes effect through it", "name the preset")
+    if not join.acts_everywhere and method.init.residual_init:
+        what = f"{_name(method.init)} moves part of W into B A, and {name} adds B A to a part of the text alone"
+        yield Diagnostic("init", what, "use another start")
+    if not join.acts_everywhere and (writing := [_name(rule) for rule in method.rules if rule.writes_base]):
+        what = f"{', '.join(writing)} writes W, and {name} leaves W as it is for a part of the text"
+        yield Diagnostic("rules", what, _ONE_OF_TWO)
     if not join.adds_delta and delta.roles:
         yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
     if method.dropout and not join.adds_delta:

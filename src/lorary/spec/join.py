@@ -28,6 +28,7 @@ class Join(Protocol):
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
         adds_delta: whether it adds the delta's factors; one that does not goes with `NoUpdate` alone.
         needs_context: whether it takes effect through the method's context.
+        acts_everywhere: whether the update acts at every position of a text; otherwise the base must stay as it is.
         targets: the default target layers; the context axis comes after it.
         why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
         exact_start: whether the layer computes exactly what the base's does at step 0.
@@ -43,6 +44,7 @@ class Join(Protocol):
     supports_dropout: bool = True
     adds_delta: bool = True
     needs_context: bool = False
+    acts_everywhere: bool = True
     targets: tuple[str, ...] = ()
     why_not_merged: str = ""
     exact_start: bool = True
