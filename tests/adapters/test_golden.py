@@ -35,6 +35,9 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "lora-bias-0.6.0/adapter_config.json": "2d1b74120e4501f8593e057a87a261b5e488c9c898515def15cf297654c050c8",
+    "lora-bias-0.6.0/adapter_model.safetensors": "94f67aa60101c73c42ab8bba4e72de031d4745ec61c204ce65f1a5984ce30dc2",
+    "lora-bias-0.6.0/lorary.json": "c3cb00436e7be70a5210b33d8ee0b81e996c8bc860479c42cf6e922672a83a35",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -389,10 +392,12 @@ def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
 QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
+FUSED = Site("attn.c_attn", "transposed", 12, 8, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
 HEAD = Site("head", "linear", 9, 6, bias=False)
 ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
     "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
+    "lora-bias-0.6.0": alone(QUERY, DOWN, FUSED, name="lora", r=2, alpha=3, lora_bias=True),
     "rows-0.6.0": alone(TOKENS, HEAD, name="rows", tokens=(3, 5)),
     "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
     "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),
@@ -544,7 +549,7 @@ def in_format_1(value: Any) -> Any:
 
 def test_every_preset_has_a_golden_folder() -> None:
     """In the last release of format 1; a new preset needs a folder of the release that brings it."""
-    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS]} - {"prefix-network"}
+    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS]} - {"prefix-network", "lora-bias"}
     assert {*PRESETS, "longlora", *newer} == set(lorary.presets())
 
 

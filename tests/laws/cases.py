@@ -226,7 +226,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
         return sum(placed.trainable for placed in plan.sites)
     each = formulas[name](delta.r)
-    magnitudes = kind.out if "m" in method.roles else 0
+    magnitudes = (kind.out if "m" in method.roles else 0) + (B if "c" in method.roles else 0)
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
 
 
@@ -261,6 +261,8 @@ def methods() -> dict[str, lorary.Method]:
             continue
         if method not in made.values():
             made["+".join(chosen)] = method
+    made["lora with biases"] = made_of("lora", lora_bias=True)
+    made["vera with biases"] = made_of("vera", lora_bias=True)
     made["delta-lora at once"] = made_of("delta-lora", start=-1)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
     made["miss, mini"] = made_of("miss", mini_r=4)

@@ -254,7 +254,7 @@ class Adapted(nn.Module):
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return merged_at(self.join, self.site, self.tensors, W.to(exact), b, (self.scale * B, A))
+        return merged_at(self.join, self.site, self.tensors, W.to(exact), b, (self.scale * B, A), self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, " + (f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join))

@@ -45,15 +45,22 @@ def for_every_expert(site: Site, factors: Factors) -> Factors:
     return B.expand(site.experts, *B.shape), A.expand(site.experts, *A.shape)
 
 
+def joined_tensors(join: Join, site: Site, tensors: Tensors, scale: float) -> Tensors:
+    """A site's tensors as `Join.merged` and `Join.on_output` take them: over all rows, and with the scale in them."""
+    scaled = {role: scale * t.float() if role in join.scaled else t for role, t in tensors.items()}
+    return join.whole(site, scaled)
+
+
 def merged_at(
-    join: Join, site: Site, tensors: Tensors, W: Tensor, b: Tensor | None, BA: Factors
+    join: Join, site: Site, tensors: Tensors, W: Tensor, b: Tensor | None, BA: Factors, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """(W', b') of a site: see `Join.merged`. With experts, BA has their leading E."""
     if not site.experts:
-        return join.merged(join.whole(site, tensors), W, b, BA)
+        return join.merged(joined_tensors(join, site, tensors, scale), W, b, BA)
     B, A = BA
     own = _each(site, {role: t for role, t in tensors.items() if role in join.roles | join.uses})
-    merged = [join.merged(join.whole(site.one, expert), W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)]
+    own = [joined_tensors(join, site.one, expert, scale) for expert in own]
+    merged = [join.merged(expert, W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)]
     return torch.stack(merged), None
 
 

@@ -85,6 +85,11 @@ class AdaptedSite:
         """The factor s at this site."""
         return self._adaptation.scale(self.r)
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the layer's bias changes at this site."""
+        return self.delta.changes_bias or self.join.changes_bias
+
     @cached_property
     def shapes(self) -> Shapes:
         """role -> shape of every tensor at this site."""
@@ -112,7 +117,7 @@ class AdaptedSite:
 
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         """The join's (W', b') for this site's tensors; see `Join.merged`."""
-        return merged_at(self.join, self.site, params, W, b, BA)
+        return merged_at(self.join, self.site, params, W, b, BA, self.scale)
 
     def problems(self) -> list[Diagnostic]:
         """The reasons why this method cannot adapt this site."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
-from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
+from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
 from lorary.adapters.peft import keys, writer
 from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.factors import encode_factors
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, encode_factors, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.lora import LORA, is_dora, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -185,8 +186,9 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         _refuse(folder, [Diagnostic("sites", what)])
     forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
-    what = "its output has a gain or a shift, which PEFT's LoRA does not have"
-    problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
+    what = "its output has a gain, which PEFT's LoRA does not have"
+    problems = [Diagnostic(name, what) for name, form in forms.items() if form.gain is not None]
+    bias = any(form.shift is not None for form in forms.values())  # at all sites or at none
     if forms and len(forms) < len(adapter.sites):
         what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
         problems.append(Diagnostic("sites", what))
@@ -197,8 +199,13 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         name, own = adapted.site.name, adapter.tensors[adapted.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
         B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
-        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
+        tensors |= encode_factors(adapted.site, A, B, own.get("m"), _shift(forms[name]) if bias else None)
         sizes[name] = (A.shape[-2], float(A.shape[-2]))
-    fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+    fields = lora_fields(adapter, sizes, root=False, dora=not forms, bias=bias)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
+
+
+def _shift(form: LowRankForm) -> Tensor:
+    """[out] what a form adds to the output beside B A x."""
+    return form.B.new_zeros(form.B.shape[0]) if form.shift is None else form.shift

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig, value_patterns
+from lorary.adapters.peft.factors import blocks_of_parts, factor_shapes
 from lorary.adapters.peft.fields import EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field
-from lorary.adapters.peft.lora import blocks_of_parts, factor_shapes
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
