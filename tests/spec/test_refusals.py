@@ -223,9 +223,7 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
         "o-lora": TASKS,
     }
     return {
-        ("hira", name): told(
-            INVALID, two("delta", HADAMARD, delta), two("join", "hira sets HadamardProduct", joins)
-        ),
+        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets HadamardProduct", joins)),
         ("miss", name): told(INVALID, two("delta", SHARDS, delta), two("init", "miss sets ZeroShards", init)),
         ("rslora", name): told(INVALID, two("scale", RSLORA, scale)),
         ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
@@ -273,7 +271,12 @@ def a_start(name: str, source: str) -> dict[tuple[str, str], str]:
     others = {"glora": "glora sets ZeroDownInit", "vera": PROJECTIONS, "multilora": "multilora sets MultiLoRAInit"}
     others |= {"adalora": "adalora sets SVDDeltaInit", "miss": "miss sets ZeroShards"}
     others |= {other: STARTS[other] for other in list(STARTS)[: list(STARTS).index(name)]}
-    deltas = {"melora": "BlockDiagonal", "hira": "HadamardFactors", "delta-lora": "DeltaLoRADelta", "o-lora": "SequentialLoRA"}
+    deltas = {
+        "melora": "BlockDiagonal",
+        "hira": "HadamardFactors",
+        "delta-lora": "DeltaLoRADelta",
+        "o-lora": "SequentialLoRA",
+    }
     sets = f"init: {init.rpartition(' ')[2]} sets B and A to {source}, which the factors of"
     return {
         **{(other, name): told(INVALID, two("init", text, init)) for other, text in others.items()},

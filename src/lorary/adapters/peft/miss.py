@@ -1,6 +1,6 @@
 """PEFT's MISS: MiSS, with one rank for all layers; with `init_weights: mini` also its D of `mini_r` rows.
 
-    <site>.miss_block  (r, out), or (r, mini_r)
+<site>.miss_block  (r, out), or (r, mini_r)
 """
 
 from __future__ import annotations
