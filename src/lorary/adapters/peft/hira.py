@@ -1,4 +1,4 @@
-"""PEFT's HIRA: HiRA, with a rank for each layer.
+"""PEFT's HIRA: HiRA, with one rank for all layers. PEFT 0.21 has a `rank_pattern`, and computes without it.
 
     linear, transposed   <site>.hira_A (r, in)                    <site>.hira_B (out, r)
     embedding            <site>.hira_embedding_A (r, vocabulary)  <site>.hira_embedding_B (width, r)
@@ -9,7 +9,6 @@ A fused weight adapted in parts is, for PEFT, one HiRA of rank parts * r whose B
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft.config import PeftConfig, value_patterns
+from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.factors import blocks_of_parts, factor_shapes
-from lorary.adapters.peft.fields import EXCLUDE, PROBABILITY, RANK, SHARED, Field, by_pattern, field
+from lorary.adapters.peft.fields import EXCLUDE, PROBABILITY, RANK, SHARED, Field, field, unused
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
@@ -47,7 +46,7 @@ class Hira(PeftType):
         "r": field(RANK, 32),
         "hira_dropout": field(PROBABILITY, 0.0),
         "exclude_modules": EXCLUDE,
-        "rank_pattern": by_pattern(field(RANK)),
+        "rank_pattern": unused("HiRA", {}, None),
         "init_weights": Field(_init),
     }
     leaves = {"hira_A": "A", "hira_B": "B", "hira_embedding_A": "A", "hira_embedding_B": "B"}  # noqa: RUF012
@@ -55,18 +54,19 @@ class Hira(PeftType):
     dilates = True
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
-        r = next((r for ending, r in config["rank_pattern"] if site and ending.fullmatch(site)), config["r"])
-        return _method(r, config["hira_dropout"])
+        return _method(config["r"], config["hira_dropout"])
+
+    def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
+        several = len({_rank(adapted) for adapted in adapter.sites}) > 1
+        return ["PEFT's HiRA has one rank for all layers"] if several else []
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
-        ranks = {adapted.site.name: adapted.shapes["A"][0] for adapted in adapter.sites}
-        r = Counter(ranks.values()).most_common(1)[0][0]
         return {
-            "r": r,
+            "r": _rank(adapter.sites[0]),
             "hira_dropout": adapter.method.dropout,
             "init_weights": True,
             "exclude_modules": None,
-            "rank_pattern": value_patterns(ranks, r),
+            "rank_pattern": {},
         }
 
     def why_not_adaptable(self, site: Site, layer: nn.Module | None = None) -> str:
@@ -76,7 +76,7 @@ class Hira(PeftType):
 
     def layout(self, adapted: AdaptedSite) -> Layout:
         site, middle = adapted.site, "embedding_" if adapted.site.kind == "embedding" else ""
-        shapes = factor_shapes(site, adapted.shapes["A"][0])
+        shapes = factor_shapes(site, _rank(adapted))
         return {role: (f"{site.name}.hira_{middle}{role}", shape) for role, shape in zip("AB", shapes, strict=True)}
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,6 +86,11 @@ class Hira(PeftType):
         (name_A, _), (name_B, _) = self.layout(adapted).values()
         A, B = tensors[name_A].reshape(adapted.shapes["A"]), tensors[name_B].reshape(adapted.site.out_features, -1)
         return {"A": A, "B": blocks_of_parts(adapted, B, name_B)}
+
+
+def _rank(adapted: AdaptedSite) -> int:
+    """PEFT's rank at a site: r for each part."""
+    return adapted.shapes["A"][0]
 
 
 def _is_scaled(layer: nn.Module) -> bool:
