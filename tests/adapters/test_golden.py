@@ -38,6 +38,14 @@ FILES = {
     "lora-bias-0.6.0/adapter_config.json": "2d1b74120e4501f8593e057a87a261b5e488c9c898515def15cf297654c050c8",
     "lora-bias-0.6.0/adapter_model.safetensors": "94f67aa60101c73c42ab8bba4e72de031d4745ec61c204ce65f1a5984ce30dc2",
     "lora-bias-0.6.0/lorary.json": "c3cb00436e7be70a5210b33d8ee0b81e996c8bc860479c42cf6e922672a83a35",
+    "hira-0.6.0/adapter_config.json": "0bb27603838d8d82f8356482edff395c2ec0a16601d95c828af44d6a70b91864",
+    "hira-0.6.0/adapter_model.safetensors": "9b95051dbd824fdc9ad290ab40949e6a117e52b2550ee68d7cf43d24d486b0ca",
+    "hira-0.6.0/lorary.json": "ed80c50f3b4f7e9e46bf585b4ab7422ad88e0d5f8ecc132950f19081c065c1b6",
+    "miss-0.6.0/adapter_config.json": "5fc35345a2ffa61b4e0364fa9449eedbec311651a5e7876a9390af04feaae220",
+    "miss-0.6.0/adapter_model.safetensors": "cfdc87a8b08f0a3a59a3d6adb49472e4675154b74843cd02cd276fd0e6d98842",
+    "miss-0.6.0/lorary.json": "af35df5e393477f7f082951beee2e07971e1ab63f68c33840fc5a3c5ace6d7fb",
+    "miss-own-0.6.0/adapter.safetensors": "4b1eae5ecac6b2208d2d5a9cc02c25f0a1b96c4dd7c2f5ff2b21b8bda0df859d",
+    "miss-own-0.6.0/lorary.json": "f7633f1d801ec3c65580a28e2bb2cdec7f4b5b4c664347027f7ee24b9262f515",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -393,6 +401,7 @@ QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v"
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
 FUSED = Site("attn.c_attn", "transposed", 12, 8, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
+NARROW = Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
 HEAD = Site("head", "linear", 9, 6, bias=False)
 ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
@@ -412,6 +421,12 @@ PRESETS = [
     *("lora", "rslora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "olora", "vera", "melora", "multilora"),
     *("adalora", "delta-lora", "o-lora", "bitfit", "full"),
 ]
+SCALED = {
+    # HiRA's and MiSS's files of PEFT, and what PEFT has no place for: parts of a fused weight, rows that repeat there
+    "hira-0.6.0": alone(QUERY, DOWN, TOKENS, name="hira", r=2, dropout=0.125),
+    "miss-0.6.0": alone(QUERY, DOWN, name="miss", r=3),
+    "miss-own-0.6.0": alone(NARROW, name="miss", r=3, mini_r=2),
+}
 STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva")}
 ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in PRESETS} | {
     "longlora-0.5.0": longlora,
@@ -440,6 +455,7 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "longlora-0.6.0": longlora,
     **ALONE,
     **STARTS,
+    **SCALED,
 }
 
 
@@ -549,7 +565,11 @@ def in_format_1(value: Any) -> Any:
 
 def test_every_preset_has_a_golden_folder() -> None:
     """In the last release of format 1; a new preset needs a folder of the release that brings it."""
-    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS]} - {"prefix-network", "lora-bias"}
+    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS, *SCALED]} - {
+        "prefix-network",
+        "lora-bias",
+        "miss-own",
+    }
     assert {*PRESETS, "longlora", *newer} == set(lorary.presets())
 
 

@@ -268,7 +268,7 @@ def low_rank_form_is_forward(case: Case) -> None:
 
 
 def without_low_rank_form(case: Case) -> bool:
-    """Whether a join need not be a low-rank change with a gain: the full rank of GLoRA's A, HiRA and (IA)³ of the inputs, no merge."""
+    """Whether a join need not be a low-rank change with a gain: GLoRA's A, HiRA, (IA)³ of the inputs, no merge."""
     join: Any = case.method.join
     return bool(type(join).__name__ == "GLoRAJoin" or another_weight(case) or join.why_not_merged)
 

@@ -19,8 +19,8 @@ from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.delta_lora import DeltaLoRADelta
 from lorary.methods.dora import MagnitudeDirection
-from lorary.methods.houlsby import Bottleneck
 from lorary.methods.hira import HadamardProduct
+from lorary.methods.houlsby import Bottleneck
 from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.methods.melora import BlockDiagonal

@@ -185,7 +185,11 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda f: rewrite(f, lambda t: t.update({D: torch.ones(5, 4)})),
         f"{Q}.miss_block: has the shape [5, 4], expected [5, 16]",
     ),
-    "a rank above the inputs": (lambda f: say(f, r=20), "expected [20, 16]"),
+    "a rank above the inputs": (lambda f: say(f, r=20), f"{Q}: it has 16 inputs, fewer than one shard of r = 20"),
+    "rows that do not divide the outputs": (
+        lambda f: say(f, init_weights="mini", mini_r=5),
+        f"{Q}: mini_r = 5 does not divide its 16 output features",
+    ),
     "no rank": (lambda f: say(f, r=0), "r: is 0; it takes a whole number from 1 to 65,536"),
     "a bias of another type": (lambda f: say(f, bias="lora_only"), "bias: is 'lora_only'; it takes one of"),
 }

@@ -82,10 +82,12 @@ class Miss(PeftType):
         return {"D": (f"{adapted.site.name}.{_LEAF}", (r, rows))}
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: roles["D"].T.contiguous() for name, _ in self.layout(adapted).values()}
+        ((name, _),) = self.layout(adapted).values()
+        return {name: roles["D"].T.contiguous()}
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"D": tensors[name].T.contiguous() for name, _ in self.layout(adapted).values()}
+        ((name, _),) = self.layout(adapted).values()
+        return {"D": tensors[name].T.contiguous()}
 
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks

@@ -218,8 +218,10 @@ class _Reader:
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
             raise FileError("") from None
-        if mismatches:
-            self.findings.fatal += [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
+        problems = [Diagnostic(f"{NAME}: {field}", what) for field, what in mismatches]
+        problems += [Diagnostic(a.site.name, what) for a in adapted for what in a.delta.problems(a.site.one)]
+        if problems:
+            self.findings.fatal += problems
             self.findings.raise_refused()
         order = {name: i for i, name in enumerate(self.base.kinds if self.base is not None else ())}
         return tuple(sorted(adapted, key=lambda a: order.get(a.site.name, 0)))
