@@ -31,6 +31,12 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "loha-0.6.0/adapter_config.json": "8130986ba236b43812c82a65561a20a29f2da3009e2d50dea3108bf9643957f0",
+    "loha-0.6.0/adapter_model.safetensors": "e1668cad4716cc4ff48d9c463c7a9ddc907a9622e384df654e8c41308340dbb3",
+    "loha-0.6.0/lorary.json": "e94ae98805656e5b8788e547470dd8f8a018e1802f1327f3aad81ca8dd6fc748",
+    "lokr-0.6.0/adapter_config.json": "1afb2abfd1f1546f4757cddaf53005403a620b3e0a5291151cfb60c9929c117d",
+    "lokr-0.6.0/adapter_model.safetensors": "7d49010a3dc0cf4191dc4759e4f35ef80f41e5357b35fe929ce7cb408267bf52",
+    "lokr-0.6.0/lorary.json": "1acbc08b343b8db8faf05b6fea2d7e7a52d833a66e968db886458761bb2daaf0",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -357,7 +363,7 @@ def of_preset(name: str) -> Callable[[], Adapter]:
             full = {"norm.weight": numbers(6), "model.down.bias": numbers(6)}
             return Adapter(lorary.method(name), (), {}, full, Fingerprint("Net"))
         alpha: dict[str, Any] = {} if name in ("vera", "glora") else {"alpha": 3}
-        method = lorary.method(name, r=2, **alpha, **OPTIONS.get(name, {}))
+        method = lorary.method(name, **{"r": 2} | alpha | OPTIONS.get(name, {}))
         sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 4, bias=True))
         placed = tuple(AdaptedSite(site, method) for site in sites)
         tensors = filled(placed)
@@ -394,13 +400,14 @@ ALONE = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "start": 2, "final": 3},
     "glora": {"A": "lora"},
+    "lokr": {"r": 1},
     "delta-lora": {"start": 499},  # 500 steps go before, as then with start=500
 }
 PRESETS = [
     *("lora", "rslora", "lora+", "lora-fa", "qlora", "dora", "glora", "pissa", "olora", "vera", "melora", "multilora"),
     *("adalora", "delta-lora", "o-lora", "bitfit", "full"),
 ]
-STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva")}
+STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva", "loha", "lokr")}
 ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in PRESETS} | {
     "longlora-0.5.0": longlora,
     "qlora-0.4.0": qlora,

@@ -31,6 +31,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "vera": ("vera",),
     "melora": ("melora",),
     "multilora": ("multilora",),
+    "loha": ("loha",),
+    "lokr": ("lokr",),
 }
 
 

@@ -275,7 +275,7 @@ def a_start(name: str, source: str) -> dict[tuple[str, str], str]:
         **{(other, name): told(INVALID, f"{sets} {delta} cannot hold") for other, delta in deltas.items()},
         **{
             (name, other): told(INVALID, two("init", init, f"{other} sets NoInit"))
-            for other in ("houlsby", "ia3", "prefix-tuning", "prompt-tuning")
+            for other in ("rows", "houlsby", "ia3", "prefix-tuning", "prompt-tuning")
         },
         (name, "full"): told(INVALID, everything_trains("LowRank")),
     }
@@ -314,6 +314,49 @@ PAIRS |= {
         two("context", "prefix-tuning sets PrefixContext", "prompt-tuning sets PromptContext"),
     ),
 }
+
+
+PRODUCTS = {"loha": ("HadamardProduct", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+
+
+def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
+    """What refuses LoHa and LoKr, which have a delta, a start and an alpha of their own."""
+    delta, init = (f"{name} sets {component}" for component in PRODUCTS[name])
+    scale = f"{name} sets AlphaOverRank"
+    others: dict[str, tuple[str, str, str]] = {  # its delta, init and scale, as far as it has them
+        "rslora": ("", "", RSLORA),
+        "glora": (TERMS, "glora sets ZeroDownInit", "glora sets ConstantScale"),
+        "pissa": ("", PISSA, ""),
+        "olora": ("", OLORA, ""),
+        "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
+        "melora": ("melora sets BlockDiagonal", "", ""),
+        "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+    }
+    later: dict[str, tuple[str, str, str]] = {
+        "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
+        "delta-lora": (PROPAGATED, "", ""),
+        "o-lora": (TASKS, "", ""),
+        **{start: ("", STARTS[start], "") for start in ("loftq", "lora-ga", "corda", "eva")},
+        **{n: (f"{n} sets NoUpdate", f"{n} sets NoInit", f"{n} sets ConstantScale") for n in ("rows", *JOINS)},
+    }
+    found = {}
+    for other, components in (others | later).items():
+        pairs = zip(("delta", "init", "scale"), components, (delta, init, scale), strict=True)
+        both = [two(axis, *((mine, its) if other in later else (its, mine))) for axis, its, mine in pairs if its]
+        found[(name, other) if other in later else (other, name)] = told(INVALID, *both)
+    return found | {
+        ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
+        ("lora-fa", name): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {roles}"),
+        (name, "full"): told(INVALID, everything_trains(PRODUCTS[name][0])),
+    }
+
+
+PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
+PAIRS["loha", "lokr"] = told(
+    INVALID,
+    two("delta", "loha sets HadamardProduct", "lokr sets KroneckerProduct"),
+    two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
+)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)

@@ -84,6 +84,7 @@ KINDS: dict[str, tuple[str, int | None]] = {
     "pissa": ("low rank", 6),  # the difference to the base as it was
     "melora": ("low rank", 6),
     "multilora": ("low rank", 9),
+    "loha": ("low rank", 9),
     "dora": ("low rank with gain, shift", 3),  # the shift takes the bias out of the gain
     "vera": ("shared projections", 3),
     "rows": ("low rank", 3),
