@@ -275,7 +275,7 @@ def without_low_rank_form(case: Case) -> bool:
 
 def another_weight(case: Case) -> bool:
     """Whether every row of the adapter needs a dense weight of its own: HiRA, (IA)³ of the inputs."""
-    scales_weight = type(case.method.join).__name__ == "HadamardProduct"
+    scales_weight = type(case.method.join).__name__ == "TimesWeight"
     return scales_weight or any("l_ff" in p.shapes for p in case.plan.sites)
 
 

@@ -32,6 +32,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "melora": ("melora",),
     "multilora": ("multilora",),
     "miss": ("miss",),
+    "loha": ("loha",),
+    "lokr": ("lokr",),
 }
 
 
@@ -335,7 +337,7 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
         (("adalora",), {"target": 2}, "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"),
         (("ia3",), {}, "Rescaling has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
-        (("hira",), {}, "HadamardProduct has no form for fused experts yet"),
+        (("hira",), {}, "TimesWeight has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
         (("delta-lora",), {}, "no rule works on fused experts yet (DeltaLoRARule)"),
         (("lora-ga",), {}, "no calibration pass measures fused experts yet (GradientInit)"),

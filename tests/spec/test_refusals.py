@@ -223,7 +223,7 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
         "o-lora": TASKS,
     }
     return {
-        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets HadamardProduct", joins)),
+        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets TimesWeight", joins)),
         ("miss", name): told(INVALID, two("delta", SHARDS, delta), two("init", "miss sets ZeroShards", init)),
         ("rslora", name): told(INVALID, two("scale", RSLORA, scale)),
         ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
@@ -295,9 +295,9 @@ PAIRS |= {
     ("rslora", "miss"): told(INVALID, two("scale", RSLORA, "miss sets ConstantScale")),
     ("lora+", "miss"): told(INVALID, "lr: sets a learning rate for {B}, but only {D} trains"),
     ("lora-fa", "miss"): told(INVALID, "frozen: {A} cannot be frozen: the tensors are {D}"),
-    ("dora", "hira"): told(INVALID, two("join", "dora sets MagnitudeDirection", "hira sets HadamardProduct")),
+    ("dora", "hira"): told(INVALID, two("join", "dora sets MagnitudeDirection", "hira sets TimesWeight")),
     ("glora", "hira"): told(
-        INVALID, two("delta", TERMS, HADAMARD), two("join", "glora sets GLoRAJoin", "hira sets HadamardProduct")
+        INVALID, two("delta", TERMS, HADAMARD), two("join", "glora sets GLoRAJoin", "hira sets TimesWeight")
     ),
     ("glora", "miss"): told(
         INVALID, two("delta", TERMS, SHARDS), two("init", "glora sets ZeroDownInit", "miss sets ZeroShards")
@@ -375,6 +375,49 @@ PAIRS |= {
 }
 
 
+PRODUCTS = {"loha": ("HadamardProduct", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+
+
+def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
+    """What refuses LoHa and LoKr, which have a delta, a start and an alpha of their own."""
+    delta, init = (f"{name} sets {component}" for component in PRODUCTS[name])
+    scale = f"{name} sets AlphaOverRank"
+    others: dict[str, tuple[str, str, str]] = {  # its delta, init and scale, as far as it has them
+        "rslora": ("", "", RSLORA),
+        "glora": (TERMS, "glora sets ZeroDownInit", "glora sets ConstantScale"),
+        "pissa": ("", PISSA, ""),
+        "olora": ("", OLORA, ""),
+        "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
+        "melora": ("melora sets BlockDiagonal", "", ""),
+        "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+    }
+    later: dict[str, tuple[str, str, str]] = {
+        "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
+        "delta-lora": (PROPAGATED, "", ""),
+        "o-lora": (TASKS, "", ""),
+        **{start: ("", STARTS[start], "") for start in ("loftq", "lora-ga", "corda", "eva")},
+        **{n: (f"{n} sets NoUpdate", f"{n} sets NoInit", f"{n} sets ConstantScale") for n in ("rows", *JOINS)},
+    }
+    found = {}
+    for other, components in (others | later).items():
+        pairs = zip(("delta", "init", "scale"), components, (delta, init, scale), strict=True)
+        both = [two(axis, *((mine, its) if other in later else (its, mine))) for axis, its, mine in pairs if its]
+        found[(name, other) if other in later else (other, name)] = told(INVALID, *both)
+    return found | {
+        ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
+        ("lora-fa", name): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {roles}"),
+        (name, "full"): told(INVALID, everything_trains(PRODUCTS[name][0])),
+    }
+
+
+PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
+PAIRS["loha", "lokr"] = told(
+    INVALID,
+    two("delta", "loha sets HadamardProduct", "lokr sets KroneckerProduct"),
+    two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
+)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pairs_that_do_not_go_together(pair: tuple[str, str]) -> None:
     with pytest.raises(MethodError) as refusal:
@@ -389,7 +432,7 @@ def test_a_scale_that_nothing_uses_is_refused() -> None:
         lorary.method("hira").replace(scale=AlphaOverRank(2.0))
     assert str(refusal.value) == told(
         INVALID,
-        "scale: AlphaOverRank(alpha=2.0) has no effect: HadamardProduct uses the tensors of HadamardFactors without "
+        "scale: AlphaOverRank(alpha=2.0) has no effect: TimesWeight uses the tensors of HadamardFactors without "
         "a scale\n      hint: set scale=ConstantScale(1.0)",
     )
 

@@ -126,6 +126,11 @@ class Site:
         """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
         if not self.parts:
             return B
-        blocks: Tensor = torch.block_diag(*B.split(self.rows))
-        whole = blocks.new_zeros(self.out_features, blocks.shape[1])
-        return whole.index_copy(0, self.part_rows(B.device), blocks)
+        return self.place_rows(torch.block_diag(*B.split(self.rows)))
+
+    def place_rows(self, M: Tensor) -> Tensor:
+        """The rows of all parts [rows of the parts, n] as rows of the whole weight [out, n], zero elsewhere."""
+        if not self.parts:
+            return M
+        whole = M.new_zeros(self.out_features, M.shape[1])
+        return whole.index_copy(0, self.part_rows(M.device), M)

@@ -86,6 +86,7 @@ KINDS: dict[str, tuple[str, int | None]] = {
     "multilora": ("low rank", 9),
     "hira": ("replica", None),
     "miss": ("low rank", 3),
+    "loha": ("low rank", 9),
     "dora": ("low rank with gain, shift", 3),  # the shift takes the bias out of the gain
     "vera": ("shared projections", 3),
     "rows": ("low rank", 3),

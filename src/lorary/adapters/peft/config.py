@@ -41,6 +41,10 @@ class PeftConfig:
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
 
+    def value_at(self, pattern: str, usual: str, name: str) -> Any:
+        """The value of a field of patterns at a site, or the usual one; without a name the usual one."""
+        return next((value for ending, value in self[pattern] if name and ending.fullmatch(name)), self[usual])
+
     def targets_module(self, path: str) -> bool:
         """Whether PEFT would adapt the module at this path, if it can adapt modules of its kind.
 

@@ -127,10 +127,7 @@ class Lora(PeftType):
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
         weight = site and config.targets_parameter(f"{site}.weight")
         name = f"{site}.weight" if weight else site  # as PEFT matches its patterns
-        r, alpha = (
-            next((value for ending, value in config[pattern] if name and ending.fullmatch(name)), config[usual])
-            for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
+        r, alpha = config.value_at("rank_pattern", "r", name), config.value_at("alpha_pattern", "lora_alpha", name)
         return _method(r, alpha, config["use_rslora"], _join(config), config["lora_dropout"])
 
     def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:

@@ -214,6 +214,8 @@ class _Reader:
             sites = list(self._sites_of_file() if self.base is None else self._sites_of_base(self.base))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
             adapted = [AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites]
+            computed = ((a.site.name, self.type.why_another_function(a)) for a in adapted)
+            self.findings.fatal += [Diagnostic(name, why) for name, why in computed if why]
             adapted += row_sites(self.config, self.base, self.found, self.findings)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
