@@ -49,8 +49,8 @@ def merged_at(
         return join.merged(joined_tensors(join, site, tensors, scale), W, b, BA)
     B, A = BA
     own = _each(site, {role: t for role, t in tensors.items() if role in join.roles | join.uses})
-    own = [joined_tensors(join, site.one, expert, scale) for expert in own]
-    merged = [join.merged(expert, W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(own)]
+    each = [joined_tensors(join, site.one, expert, scale) for expert in own]
+    merged = [join.merged(expert, W[e], None, (B[e], A[e]))[0] for e, expert in enumerate(each)]
     return torch.stack(merged), None
 
 

@@ -16,7 +16,8 @@ from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.joins import MAGNITUDE, is_dora
+from lorary.adapters.peft.lora import LORA, encode_factors, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -100,9 +101,9 @@ def export_peft(
 
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
-    _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared) is LORA
+    _refuse(folder, [] if exact else not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:

@@ -17,7 +17,8 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import json_number
-from lorary.adapters.peft.lora import BIAS, factor_names
+from lorary.adapters.peft.joins import BIAS
+from lorary.adapters.peft.lora import factor_names
 
 
 def folded_form(
