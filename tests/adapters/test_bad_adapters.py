@@ -490,7 +490,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
     (
         "biases beside B and DoRA",
         say(lora_bias=True, use_dora=True),
-        "  - adapter_config.json: lora_bias: is true, and so is use_dora: PEFT has no such adapter",
+        "  - adapter_config.json: lora_bias: is set beside use_dora: here an adapter has one of the two",
     ),
     (
         "bare parameters",

@@ -70,7 +70,7 @@ def test_a_folded_export_scales_its_biases(tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(MethodError, match=r"lora_bias: is 'all'; it takes true or false"):
         lorary.method("lora", lora_bias="all")
-    with pytest.raises(MethodError, match="lora_bias: dora sets MagnitudeDirection.*has no bias beside B"):
+    with pytest.raises(MethodError, match=r"lora_bias: dora sets MagnitudeDirection.*has no bias beside B"):
         lorary.method("dora", lora_bias=True)
     with pytest.raises(MethodError, match="AddWithBias trains an update of every adapted layer's bias"):
         lorary.method("lora", "bitfit", lora_bias=True)

@@ -3,6 +3,7 @@
 The model that embeds the tokens looks for the invocation in their ids and hands the answer on to its blocks, as it
 does with every keyword that it does not know. Each block keeps it for the layers inside while it runs. So it belongs to
 the call: a block that gradient checkpointing runs again in the backward pass, in whatever thread, gets the same answer.
+Transformers checkpoints a block's `forward`, past the hooks of the block; there its attention gets the keyword.
 
 A cache of keys and values remembers which of its rows are active, for the tokens that follow.
 """
@@ -13,6 +14,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +33,9 @@ _NUMBERS = itertools.count()
 
 
 class _Running(threading.local):
-    """The answer for the block that runs in this thread: [rows, tokens] bool."""
+    """The block that runs in this thread, by its path, and the answer for it: [rows, tokens] bool."""
 
+    path: str = ""
     active: Tensor | None = None
 
 
@@ -46,16 +49,15 @@ def active_positions(x: Tensor, layer: str) -> Tensor:
         StateError: the layer is called outside of its block, or with other rows than the block's.
     """
     active = _RUNNING.active
-    if active is None:
+    if active is None or not layer.startswith(_RUNNING.path):
         what = "is called outside of the model's forward pass, where no text tells from where on it acts"
         raise StateError("cannot find the invocation:", [Diagnostic(layer, what, "call the model")])
     if x.shape[:-1] == active.shape:
         return active[..., None].to(x.device)
     if x.dim() == 2 and len(x) == active.numel():  # the tokens of all rows, one after the other
         return active.reshape(-1, 1).to(x.device)
-    what = (
-        f"gets an input of shape {list(x.shape)}, and the text has {active.shape[0]} rows of {active.shape[1]} tokens"
-    )
+    rows, tokens = active.shape
+    what = f"gets an input of shape {list(x.shape)}, and the text has {rows} rows of {tokens} tokens"
     raise StateError("cannot find the invocation:", [Diagnostic(layer, what, "leave it out of the targets")])
 
 
@@ -122,7 +124,7 @@ class InvocationFinder:
     def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
         self.inner, self.tokens, self.number = text_model(model), tuple(tokens), next(_NUMBERS)
         self.names = list(inspect.signature(type(self.inner).forward).parameters)[1:]
-        self.blocks = list(blocks(model).values())
+        self.blocks = blocks(model)
         self.restore()
 
     def restore(self) -> None:
@@ -130,9 +132,14 @@ class InvocationFinder:
         self.hooks = [
             self.inner.register_forward_pre_hook(self._find, with_kwargs=True),
             self.inner.register_forward_hook(self._remember, with_kwargs=True),
-            *(block.register_forward_pre_hook(_enter, with_kwargs=True) for block in self.blocks),
-            *(block.register_forward_hook(_leave, always_call=True) for block in self.blocks),
         ]
+        for path, block in self.blocks.items():
+            attention = [m for m in block.modules() if m is not block and hasattr(m, "layer_idx")]
+            self.hooks += [
+                block.register_forward_pre_hook(partial(_enter, f"{path}.", bool(attention)), with_kwargs=True),
+                block.register_forward_hook(_leave, always_call=True),
+                *(m.register_forward_pre_hook(partial(_attend, f"{path}."), with_kwargs=True) for m in attention),
+            ]
 
     def revert(self) -> None:
         """The original model."""
@@ -163,12 +170,13 @@ class InvocationFinder:
         flat = torch.is_tensor(positions) and positions.dim() == 2 and positions.shape[1] == ids.shape[1]
         found = since_last(ids, self.tokens, real, positions if flat else None)
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
-        number, before = getattr(cache, _KEPT, (None, None))
+        number, before = getattr(cache, _KEPT, (None, found[:, 0]))
         if number != self.number or not tokens_in(cache):
             return found  # what the cache holds is the base's, or nothing
         if ids.shape[1] == 1:  # a generated token: it goes on as the text before it, whatever it is
             return before[:, None]
-        return torch.where(found.any(1, keepdim=True), found, before[:, None])
+        here: Tensor = torch.where(found.any(1, keepdim=True), found, before[:, None])
+        return here
 
     def _remember(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook: the rows that are active at the end, beside the cache of keys and values."""
@@ -178,18 +186,27 @@ class InvocationFinder:
             setattr(cache, _KEPT, (self.number, kwargs[_ARGUMENT][:, -1]))
 
 
-def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _enter(path: str, attends: bool, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook of a block: keep the answer for the layers inside.
 
     Raises:
         StateError: the model does not hand it on.
     """
     kwargs = dict(kwargs)
-    _RUNNING.active = kwargs.pop(_ARGUMENT, None)
+    again = attends and block.training and getattr(block, "gradient_checkpointing", False)
+    _RUNNING.path, _RUNNING.active = path, kwargs.get(_ARGUMENT) if again else kwargs.pop(_ARGUMENT, None)
     if _RUNNING.active is None:
         what = "gets no keyword arguments from the model's forward pass, so it does not know where the invocation is"
         raise StateError("cannot find the invocation:", [Diagnostic(type(block).__name__, what)])
     return args, kwargs
+
+
+def _attend(path: str, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of attention in a checkpointed block: the block may be running again, past its own hooks."""
+    if kwargs.get(_ARGUMENT) is None:
+        return None
+    _RUNNING.path, _RUNNING.active = path, kwargs[_ARGUMENT]
+    return args, {name: value for name, value in kwargs.items() if name != _ARGUMENT}
 
 
 def _leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -141,7 +141,7 @@ def alora(invocation: str | Sequence[int] = "") -> dict[str, Any]:
     """
     if isinstance(invocation, str):
         return {"join": FromInvocation(), "context": InvocationContext((), invocation)}
-    ids = tuple(invocation) if isinstance(invocation, Sequence) else invocation
+    ids: Any = tuple(invocation) if isinstance(invocation, Sequence) else ()
     if not IDS["check"](ids) or not ids:
         what = f"is {invocation!r}; it takes a text, or token ids"
         raise MethodError("invalid method:", [Diagnostic("invocation", what)])

@@ -17,7 +17,8 @@ from lorary.adapters.peft import keys, writer
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.factors import encode_factors
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.joins import is_dora
+from lorary.adapters.peft.lora import LORA, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -102,9 +103,9 @@ def export_peft(
 
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
-    _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared) is LORA
+    _refuse(folder, [] if exact else not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:

@@ -117,9 +117,14 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
+def token_list(value: Any) -> tuple[int, ...]:
+    """A list of token ids, in order."""
+    return _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
+
+
 def token_ids(value: Any, budget: Budget) -> tuple[int, ...]:
     """A list of token ids, each once."""
-    ids = _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
+    ids = token_list(value)
     if twice := sorted({i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else ()):
         raise ValueError(f"names token {twice[0]} twice")
     if not ids:

@@ -1,4 +1,4 @@
-"""PEFT's LORA: LoRA, rank-stabilised with `use_rslora`, DoRA with `use_dora`.
+"""PEFT's LORA: LoRA, rank-stabilised with `use_rslora`, DoRA with `use_dora`, aLoRA with `alora_invocation_tokens`.
 
     linear, transposed   <site>.lora_A.weight (R, in)             <site>.lora_B.weight (out, R)
     embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft import experts
+from lorary.adapters.peft import experts, joins
 from lorary.adapters.peft.config import PeftConfig, json_number, value_patterns
 from lorary.adapters.peft.factors import bias_of_parts, blocks_of_parts, encode_factors, factor_layout, factor_names
 from lorary.adapters.peft.fields import (
@@ -44,14 +44,11 @@ from lorary.adapters.peft.token_rows import indices_field, rows_beside
 from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register, without_rows
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
-from lorary.errors import Diagnostic, FileError
 from lorary.files.strict_json import show
-from lorary.methods.dora import MagnitudeDirection
-from lorary.methods.lora import Add, AddWithBias, AlphaOverRank, Kaiming, LowRank
+from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
 from lorary.spec.fields import FLAG, one_of
-from lorary.spec.interfaces import Join
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
@@ -92,7 +89,7 @@ class Lora(PeftType):
     """W + s B A, with DoRA's magnitudes at all layers or at none."""
 
     name, title = "LORA", "LoRA"
-    methods = ((LowRank, Add), (SequentialLoRA, Add), (LowRank, MagnitudeDirection), (LowRank, AddWithBias))
+    methods = (*((LowRank, join) for join in joins.JOINS), (SequentialLoRA, Add))
     fields = {  # noqa: RUF012 (never written)
         **SHARED,
         **UNSUPPORTED,
@@ -103,8 +100,7 @@ class Lora(PeftType):
         "lora_alpha": field(ALPHA, 8.0),
         "lora_dropout": field(PROBABILITY, 0.0),
         "use_rslora": field(FLAG, False),
-        "use_dora": field(FLAG, False, nullable=True),
-        "lora_bias": field(FLAG, False, nullable=True),
+        **joins.FIELDS,
         "exclude_modules": EXCLUDE,
         "rank_pattern": by_pattern(field(RANK)),
         "alpha_pattern": by_pattern(field(ALPHA, 8.0)),
@@ -128,20 +124,15 @@ class Lora(PeftType):
         weight = site and config.targets_parameter(f"{site}.weight")
         name = f"{site}.weight" if weight else site  # as PEFT matches its patterns
         r, alpha = config.value_at("rank_pattern", "r", name), config.value_at("alpha_pattern", "lora_alpha", name)
-        return _method(r, alpha, config["use_rslora"], _join(config), config["lora_dropout"])
+        join, context = joins.join_of(config)
+        return _method(r, alpha, config["use_rslora"], join, context, config["lora_dropout"])
 
     def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
-        if not config["lora_bias"]:
-            return []
-        dora = [("lora_bias", "is true, and so is use_dora: PEFT has no such adapter")] if config["use_dora"] else []
-        bare = [name for name in sorted(sites) if config.targets_parameter(f"{name}.weight")][:1]
-        return dora + [
-            ("lora_bias", f"is true, and {name} is in target_parameters: PEFT refuses both") for name in bare
-        ]
+        return joins.join_mismatches(config, sites)
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes or biases at all layers or at none": len(
+            "PEFT's LoRA has DoRA's magnitudes, biases or an invocation at all layers or at none": len(
                 {type(adapted.join) for adapted in without_rows(adapter)}
             )
             > 1,
@@ -156,8 +147,9 @@ class Lora(PeftType):
         sites = without_rows(adapter)
         root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in sites)
         sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in sites}
-        fields = lora_fields(adapter, sizes, root=root, dora=is_dora(sites[0]), bias=has_bias(sites[0]))
+        fields = lora_fields(adapter, sizes, root=root, dora=joins.is_dora(sites[0]), bias=joins.has_bias(sites[0]))
         beside = len(sites) < len(adapter.sites)
+        fields |= joins.join_fields(adapter)
         return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
 
     def targets(self, adapter: Adapter) -> list[str]:
@@ -167,13 +159,13 @@ class Lora(PeftType):
         return experts.why_not_in_peft(site, layer) if site.experts else super().why_not_adaptable(site, layer)
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
-        own = ({MAGNITUDE: "m"} if config["use_dora"] else {}) | ({BIAS: "c"} if config["lora_bias"] else {})
-        return {**self.leaves, **own}
+        return {**self.leaves, **joins.leaves_of_join(config)}
 
     def layout(self, adapted: AdaptedSite) -> Layout:
         if replaces_rows(adapted):
             return rows_beside(adapted)
-        return factor_layout(adapted.site, _rank(adapted), dora=is_dora(adapted), bias=has_bias(adapted))
+        dora, bias = joins.is_dora(adapted), joins.has_bias(adapted)
+        return factor_layout(adapted.site, _rank(adapted), dora=dora, bias=bias)
 
     def canonical_name(self, name: str) -> str:
         # written as a module's weight, for Transformers; PEFT itself writes it without this end
@@ -182,25 +174,9 @@ class Lora(PeftType):
     def read_shape(
         self, adapted: AdaptedSite, role: str, shape: tuple[int, ...], found: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """The shape of DoRA's magnitudes, which has been written in several ways.
-
-        A row (1, out) differs from magnitudes per input, which other programs write, only if the layer is not square.
-        """
         if adapted.site.experts:
             return experts.checked_shape(adapted.site, role, shape, found)
-        if role != "m":
-            return shape
-        site, ones = adapted.site, (1,) * len(adapted.site.kernel_size)
-        column, row = (site.out_features, 1, *ones), (1, site.out_features, *ones)
-        if found in ((site.out_features,), column) or (
-            found == row and (site.kernel_size or site.out_features != site.in_features)
-        ):
-            return found
-        if found[:1] == (1,) and math.prod(found) == site.in_features:
-            what = f"has the shape {list(found)}, a magnitude for each input; DoRA as published has one per output"
-            fix = f"if they are the outputs' after all, write them as [{site.out_features}]"
-            raise FileError("", [Diagnostic(f"{site.name}.{MAGNITUDE}", what, fix)])
-        return shape
+        return joins.magnitude_shape(adapted.site, shape, found) if role == "m" else shape
 
     def encode(self, adapted: AdaptedSite, roles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if replaces_rows(adapted):
@@ -223,8 +199,10 @@ class Lora(PeftType):
         else:
             A = tensors[name_A].reshape(rank, site.in_features)
             B = tensors[name_B].reshape(site.out_features, rank)
-        found = {"m": tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)} if is_dora(adapted) else {}
-        if has_bias(adapted):
+        found = {}
+        if joins.is_dora(adapted):
+            found["m"] = tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)
+        if joins.has_bias(adapted):
             found["c"] = bias_of_parts(adapted, tensors[f"{site.name}.{BIAS}"])
         if "A_past" in adapted.shapes:
             sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
@@ -234,33 +212,16 @@ class Lora(PeftType):
 
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks; typed: 8 and 8.0 are written as they were read
-def _method(r: int, alpha: float, root: bool, join: Join, dropout: float) -> Method:
+def _method(r: int, alpha: float, root: bool, join: Any, context: Any, dropout: float) -> Method:
     scale = AlphaOverSqrtRank(alpha) if root else AlphaOverRank(alpha)
-    return Method(LowRank(r), Kaiming(), scale, join, dropout=dropout)
-
-
-def _join(config: PeftConfig) -> Join:
-    """How a configuration's updates join the weight."""
-    if config["use_dora"]:
-        return MagnitudeDirection()
-    return AddWithBias() if config["lora_bias"] else Add()
+    return Method(LowRank(r), Kaiming(), scale, join, dropout=dropout, context=context)
 
 
 def with_rows_as_lora(adapter: Adapter) -> Adapter:
     """The adapter with every site of a LoRA's type, for the fields that name sites: rows are written as factors too."""
-    plain = _method(1, 1.0, False, Add(), 0.0)
+    plain = _method(1, 1.0, False, Add(), None, 0.0)
     sites = (dataclasses.replace(a, method=plain) if replaces_rows(a) else a for a in adapter.sites)
     return dataclasses.replace(adapter, sites=tuple(sites))
-
-
-def is_dora(adapted: AdaptedSite) -> bool:
-    """Whether a site has DoRA's magnitudes."""
-    return isinstance(adapted.method.join, MagnitudeDirection)
-
-
-def has_bias(adapted: AdaptedSite) -> bool:
-    """Whether a site has a bias beside B."""
-    return isinstance(adapted.method.join, AddWithBias)
 
 
 def _rank(adapted: AdaptedSite) -> int:
