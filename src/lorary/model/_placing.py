@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import Diagnostic, MethodError, suggestion
-from lorary.layers.experts import expert_count
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
@@ -17,6 +16,7 @@ from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, as_list, grouped, resolve
+from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.per_expert import why_not_per_expert
@@ -45,7 +45,7 @@ def adapted_sites(
     problems, notes = [], []
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
-        matched, left_out = _without_experts(part, matched)
+        matched, left_out = _without_impossible(part, matched)
         notes += left_out
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
         if matched and not found[-1]:
@@ -81,12 +81,13 @@ def _sharing_ties(scanned: Scan, sites: list[AdaptedSite]) -> list[AdaptedSite]:
     return [dataclasses.replace(p, share=shares[p.site.name]) if p.site.name in shares else p for p in sites]
 
 
-def _without_experts(part: Part, matched: list[TargetMatch]) -> tuple[list[TargetMatch], list[str]]:
-    """The matches without the fused experts that a preset names and the method cannot adapt, and a note about these."""
+def _without_impossible(part: Part, matched: list[TargetMatch]) -> tuple[list[TargetMatch], list[str]]:
+    """The matches without the experts and projections that a preset names and the method cannot adapt, and a note."""
     named = [entry for entry in as_list(part.targets) if entry not in PRESETS]
     why = {}
     for f in matched:
-        reasons = why_not_per_expert(site(f.name, f.layer), part.method) if expert_count(f.layer) else []
+        at = site(f.name, f.layer)
+        reasons = why_not_per_expert(at, part.method) + why_not_in_attention(at, part.method)
         if reasons and not any(matches(str(entry), f.name) for entry in named):
             why[f.name] = "; ".join(reasons)
     notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]

@@ -32,6 +32,7 @@ class Join(Protocol):
         keeps_ties: whether its tensors mean the same at every use of a weight, so that tied layers share one set of
             them and are still tied when merged.
         per_expert: whether `forward` also works on the fused matrices of experts.
+        changes_bias: whether the bias of the plain layer with the same function is not the base's.
     """
 
     roles: frozenset[str] = frozenset()
@@ -44,6 +45,7 @@ class Join(Protocol):
     exact_start: bool = True
     keeps_ties: bool = False
     per_expert: bool = False
+    changes_bias: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

@@ -14,12 +14,14 @@ from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
+from lorary.adapters.peft.attention import attention_of, with_equal_ranks
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.folded import folded_form
 from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
+from lorary.adapters.peft.writer import INSIDE
 from lorary.adapters.readers.peft import misread_export
 from lorary.adapters.save_load import ADAPTER_FILES
 from lorary.adapters.shared_tensors import collect_shared
@@ -106,14 +108,15 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:
-        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not replaces_rows(adapted)}
+        scales = {attention_of(p.site): p.scale for p in adapter.sites if not replaces_rows(p)}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
-        what = "is of fused experts, which the readers of this form do not know"
         fix = "merge the adapter, and save the model"
-        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.experts])
+        inside = {a.site.name: INSIDE[a.site.kind] for a in adapter.sites if a.site.kind in INSIDE}
+        what = "is of {}, which the readers of this form do not know"
+        _refuse(folder, [Diagnostic(name, what.format(owner), fix) for name, owner in inside.items()])
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
@@ -187,12 +190,17 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
     _refuse(folder, problems)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
+    own = adapter.tensors
+    # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+    factors = {
+        name: factors_on_base(adapted, own[name]) if is_dora(adapted) else forms[name][:2]
+        for name, adapted in ((adapted.site.name, adapted) for adapted in adapter.sites)
+    }
+    factors = with_equal_ranks(factors, adapter.sites)
     for adapted in adapter.sites:
-        name, own = adapted.site.name, adapter.tensors[adapted.site.name]
-        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-        B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
-        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
-        sizes[name] = (A.shape[-2], float(A.shape[-2]))
+        B, A = factors[adapted.site.name]
+        tensors |= encode_factors(adapted.site, A, B, own[adapted.site.name].get("m"))
+        sizes[attention_of(adapted.site)] = (A.shape[-2], float(A.shape[-2]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.format import Format
-from lorary.adapters.peft import keys
+from lorary.adapters.peft import attention, keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
 from lorary.adapters.peft.experts import from_file
 from lorary.adapters.peft.modules_to_save import modules_to_save
@@ -100,7 +100,9 @@ class _Reader:
         findings.notes += translation.notes
         if translation.ambiguous:
             raise FileError("", translation.ambiguous.values())
-        self.names, self.inner = from_file(translation.names, self._experts()), translation.inner
+        self.attentions = attention.attentions_in(translation.names)
+        names = attention.from_file(translation.names, self.attentions)
+        self.names, self.inner = from_file(names, self._experts()), translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
 
     def _experts(self) -> list[Site]:
@@ -143,7 +145,7 @@ class _Reader:
         values = read_tensors(self.file, self.names, wanted, findings, self._explain, vital, base)
         saved.check_copies(values, findings)
         findings.raise_refused()
-        findings.notes += routers.notes() + single.notes()
+        findings.notes += routers.notes() + single.notes() + attention.notes(self.attentions)
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         tensors, differing = rejoined(sites, tensors)
@@ -216,7 +218,8 @@ class _Reader:
             if not name or name not in in_file or not self._targeted(name):
                 continue
             found = base.site(name)
-            if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            owner = name.rpartition(".")[0]
+            if owner not in self.attentions and isinstance(base.modules.get(owner), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
             elif self.config.targets_parameter(f"{name}.weight") and found.kind != "linear":
@@ -244,6 +247,8 @@ class _Reader:
 
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""
+        owner = site.rpartition(".")[0]
+        site = owner if owner in self.attentions else site
         return self.inner.get(site, site)
 
     def _sites_in_names(self) -> dict[str, None]:
@@ -270,7 +275,8 @@ class _Reader:
                 what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
                 self.findings.fatal.append(Diagnostic(pair[0], what))
                 continue
-            yield site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            found = site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            yield attention.projection(found, self.attentions)
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""
