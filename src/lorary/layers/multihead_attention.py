@@ -138,22 +138,23 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The output of nn.MultiheadAttention, with its arguments, by calls of its projections.
 
-    `is_causal` only says that `attn_mask`, which is read, is the causal one.
+    `is_causal` says that `attn_mask` is the causal one, which is then read only where no kernel knows it.
     """
     if query.is_nested:
         return _nested(module, query, need_weights, average_attn_weights)
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
     batched = query.dim() == 3
+    is_causal = is_causal and key_padding_mask is None and not need_weights
     q, k, v = _projected(module, query, key, value)
     if not batched:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     elif not module.batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    mask = _mask(module, attn_mask, key_padding_mask, q, k)  # before keys of the module's own
+    mask = _mask(module, None if is_causal else attn_mask, key_padding_mask, q, k)  # before keys of the module's own
     k, v, mask = _with_own_keys(module, k, v, mask)
     q, k, v = (_heads(x, module.num_heads) for x in (q, k, v))
-    y, weights = _attend(module, q, k, v, mask, need_weights)
+    y, weights = _attend(module, q, k, v, mask, is_causal, need_weights)
     y = module.out_proj(y.transpose(1, 2).flatten(2))
     y = y.squeeze(0) if not batched else y if module.batch_first else y.transpose(0, 1)
     if weights is not None:
@@ -190,7 +191,7 @@ def _times(module: Any, name: str, x: Tensor) -> Tensor:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[N, heads, L, width / heads] of x [N, L, width]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _mask(module: Any, mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -237,12 +238,12 @@ def _with_own_keys(module: Any, k: Tensor, v: Tensor, mask: Tensor | None) -> tu
 
 
 def _attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(output [N, heads, L, .], weights [N, heads, L, S] if they are asked for) of q, k and v by heads."""
     dropout = module.dropout if module.training else 0.0
     if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
     weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
     return weights @ v, weights
