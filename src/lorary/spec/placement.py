@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from lorary.errors import Diagnostic, MethodError, StateError
+from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
@@ -123,7 +124,7 @@ class AdaptedSite:
         """The reasons why this method cannot adapt this site."""
         one = self.site.one
         why = self.delta.problems(one) + self.init.problems(one, self.r) + self.join.problems(one)
-        why += why_not_per_expert(self.site, self.method)
+        why += why_not_per_expert(self.site, self.method) + why_not_in_attention(self.site, self.method)
         found = [Diagnostic(self.site.name, what) for what in why]
         zeros = self.init.zeros(one)
         if zeros and not zeros & self.method.trained:

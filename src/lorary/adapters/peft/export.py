@@ -14,6 +14,7 @@ from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
 from lorary.adapters.peft import keys, writer
+from lorary.adapters.peft.attention import attention_of, with_equal_ranks
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.factors import encode_factors
 from lorary.adapters.peft.folded import folded_form
@@ -35,6 +36,7 @@ from lorary.files.tensor_file import write_tensors
 from lorary.layers.adapted import base_parameters
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
+from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.interfaces import has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import replaces_rows
@@ -109,11 +111,14 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:
-        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not replaces_rows(adapted)}
+        scales = {attention_of(p.site): p.scale for p in adapter.sites if not replaces_rows(p)}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
+        fix = "merge the adapter, and save the model"
+        what = "is of nn.MultiheadAttention, which the readers of this form do not know"
+        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.kind in PROJECTIONS])
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
@@ -196,12 +201,18 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
     _refuse(folder, problems)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
+    own = adapter.tensors
+    # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+    factors = {
+        name: factors_on_base(adapted, own[name]) if is_dora(adapted) else forms[name][:2]
+        for name, adapted in ((adapted.site.name, adapted) for adapted in adapter.sites)
+    }
+    factors = with_equal_ranks(factors, adapter.sites)
     for adapted in adapter.sites:
-        name, own = adapted.site.name, adapter.tensors[adapted.site.name]
-        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-        B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
-        tensors |= encode_factors(adapted.site, A, B, own.get("m"), _shift(forms[name]) if bias else None)
-        sizes[name] = (A.shape[-2], float(A.shape[-2]))
+        name = adapted.site.name
+        B, A = factors[name]
+        tensors |= encode_factors(adapted.site, A, B, own[name].get("m"), _shift(forms[name]) if bias else None)
+        sizes[attention_of(adapted.site)] = (A.shape[-2], float(A.shape[-2]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms, bias=bias)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
