@@ -100,3 +100,12 @@ def test_no_rows_at_all() -> None:
     y, x = torch.zeros(0, 8), torch.zeros(0, 16)
     assert add_grouped_low_rank(y, x, A, B, 1.0, groups_of((0, 0, 0, 0))).shape == (0, 8)
     assert grouped_product(x, A.mT, groups_of((0, 0, 0, 0))).shape == (0, 4)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_gradients_are_laid_out_as_their_factors(counts: tuple[int, ...]) -> None:
+    """Autograd keeps such a gradient; it would copy one of another layout, which took longer than all products."""
+    y, x, A, B = tensors(torch.float32)
+    total = add_grouped_low_rank(y * 1.0, x, A, B, 0.5, groups_of(counts))
+    for factor, gradient in zip((A, B), torch.autograd.grad(total.sum(), (A, B)), strict=True):
+        assert gradient.stride() == factor.stride()
