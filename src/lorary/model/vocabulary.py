@@ -243,8 +243,27 @@ def check_tokens(tokenizer: Any, sites: Iterable[AdaptedSite]) -> None:
         PlanError: every one.
     """
     added = added_tokens(sites)
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in added}
-    what = "is token {} of this tokenizer, and the adapter has trained row {} for it"
+    ids = {text: tokenizer.get_vocab().get(text) for text in added}
+    here = {text: "not a token" if i is None else f"token {i}" for text, i in ids.items()}
+    what = "is {} of this tokenizer, and the adapter has trained row {} for it"
     fix = "use the tokenizer of the base that it was trained on"
-    if wrong := [Diagnostic(repr(t), what.format(ids[t], i), fix) for t, i in added.items() if ids[t] != i]:
+    if wrong := [Diagnostic(repr(t), what.format(here[t], i), fix) for t, i in added.items() if ids[t] != i]:
         raise PlanError("the adapter's tokens are other tokens here:", wrong)
+
+
+def other_meanings(adapters: Mapping[str, Iterable[AdaptedSite]], fix: str) -> list[Diagnostic]:
+    """The tokens whose row two adapters have trained for different texts.
+
+    Args:
+        adapters: name -> sites.
+        fix: what to do.
+    """
+    first: dict[int, tuple[str, str]] = {}  # id -> its text, and the adapter that says so
+    problems = []
+    for name, sites in adapters.items():
+        for text, i in added_tokens(sites).items():
+            other, whose = first.setdefault(i, (text, name))
+            if other != text:
+                what = f"has trained the row of token {i} for {text!r}, and {whose} for {other!r}"
+                problems.append(Diagnostic(name, what, fix))
+    return problems
