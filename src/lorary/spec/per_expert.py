@@ -6,7 +6,8 @@ experts one by one, stacked. Elsewhere each function asks the component itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,21 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
         rules = ", ".join(type(rule).__name__ for rule in method.rules)
         why.append(f"no rule works on fused experts yet ({rules})")
     return why
+
+
+def experts_of(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[tuple[Site, dict[str, Tensor]]]:
+    """Each expert's matrix as a site of its own, `name[e]`, and the tensors there; a site without experts itself."""
+    if not site.experts:
+        return [(site, dict(tensors))]
+    each = enumerate(_each(site, tensors, shared))
+    return [(replace(site.one, name=f"{site.name}[{e}]"), own) for e, own in each]
+
+
+def stack_experts(site: Site, each: Sequence[Tensors], shared: Iterable[str] = ()) -> dict[str, Tensor]:
+    """role -> tensor of a site from those of its experts, as `experts_of` gives them."""
+    if not site.experts:
+        return dict(each[0])
+    return {r: t if r in shared else torch.stack([own[r] for own in each]) for r, t in each[0].items()}
 
 
 def no_experts(sites: Iterable[Site], what: str) -> list[Diagnostic]:
