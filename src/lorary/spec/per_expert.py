@@ -77,11 +77,17 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
 
 
 def experts_of(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[tuple[Site, dict[str, Tensor]]]:
-    """Each expert's matrix as a site of its own, `name[e]`, and the tensors there; a site without experts itself."""
+    """Each expert's matrix as a site of its own, and the tensors there; a site without experts itself."""
     if not site.experts:
         return [(site, dict(tensors))]
     each = enumerate(_each(site, tensors, shared))
-    return [(replace(site.one, name=f"{site.name}[{e}]"), own) for e, own in each]
+    return [(replace(site.one, name=expert_name(site.name, e)), own) for e, own in each]
+
+
+def expert_name(name: str, e: int) -> str:
+    """The name of one expert's matrix, as where experts are layers: `experts.3.down_proj` of `experts.down_proj`."""
+    owner, dot, own = name.rpartition(".")
+    return f"{owner}{dot}{e}.{own}"
 
 
 def stack_experts(site: Site, each: Sequence[Tensors], shared: Iterable[str] = ()) -> dict[str, Tensor]:

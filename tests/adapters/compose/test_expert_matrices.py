@@ -20,6 +20,11 @@ DOWN = "model.layers.0.mlp.experts.down_proj"
 TARGETS = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
 
 
+def one(e: int) -> str:
+    """The name of one expert's matrix."""
+    return f"model.layers.0.mlp.experts.{e}.down_proj"
+
+
 def trained(*presets: str, base: str = "MixtralForCausalLM", seed: int = 1, size: float = 0.1, **options: Any) -> Any:
     model = moe(base)
     method = lorary.method(*(presets or ("lora",)), **({"r": 3} | options))
@@ -52,7 +57,7 @@ def test_a_comparison_has_the_figures_of_each_expert(presets: tuple[str, ...]) -
     assert len(found) == 2 * (1 + 4 + 4)
     dense = [update(x) if presets != ("dora",) else None for x in (a, b)]
     for e in range(4):
-        s = found[f"{DOWN}[{e}]"]
+        s = found[one(e)]
         if dense[0] is None or dense[1] is None:
             continue
         A, B = dense[0][e], dense[1][e]
@@ -84,7 +89,7 @@ def test_an_inspection_has_the_spectrum_of_each_expert(base: str, presets: tuple
     W = plain.mT if base.startswith("Gpt") else plain
     for e in range(4):
         delta = (layer.merged()[0][e] - W[e]).detach()
-        mine = found[f"{DOWN}[{e}]"]
+        mine = found[one(e)]
         assert mine.shape == tuple(W[e].shape)
         values = torch.linalg.svdvals(delta)
         assert mine.adapter.spectrum.values[0] == pytest.approx(float(values[0]), rel=1e-3)
@@ -96,7 +101,7 @@ def test_a_tuned_model_and_quantised_experts_are_inspected_too() -> None:
     with torch.no_grad():
         tuned.get_parameter(DOWN)[2].add_(0.5)
     sites = {s.site: s for s in lorary.inspect_adapter(a, moe(), tuned=tuned, top=2).sites}
-    by = [sites[f"{DOWN}[{e}]"].tuned.spectrum.values[0] for e in range(4)]
+    by = [sites[one(e)].tuned.spectrum.values[0] for e in range(4)]
     assert [value > 1 for value in by] == [False, False, True, False]
     assert len(lorary.inspect_adapter(a, lorary.quantize(moe()), top=2).sites) == len(sites)
 
@@ -106,7 +111,7 @@ def test_experts_that_trained_in_full_are_inspected() -> None:
     lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2), targets="q_proj", full=f"{DOWN}"))
     shake(model)
     found = lorary.inspect_adapter(lorary.Adapter.of(model), moe(), top=0)
-    assert [s.site for s in found.sites][-4:] == [f"{DOWN}[{e}]" for e in range(4)]
+    assert [s.site for s in found.sites][-4:] == [one(e) for e in range(4)]
     assert not any("left out" in note and DOWN in note for note in found.notes)
 
 

@@ -38,7 +38,7 @@ class SiteDiff:
     """The updates of two adapters at one site, without what their joins (DoRA) do to the weight itself.
 
     Args:
-        site: its name; that of expert 3 of a fused parameter ends in `[3]`.
+        site: its name; that of expert 3 of a fused parameter is `experts.3.down_proj`.
         ranks: of A and of B.
         a: ||dW_A|| in the Frobenius norm.
         b: ||dW_B||.

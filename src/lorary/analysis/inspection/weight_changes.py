@@ -20,6 +20,7 @@ from lorary.model.checks import layer_mismatches
 from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Factors
 from lorary.spec.join import not_mergeable
+from lorary.spec.per_expert import expert_name
 from lorary.spec.placement import AdaptedSite
 
 
@@ -39,7 +40,7 @@ class WeightChange(NamedTuple):
     after: Tensor | None = None
 
     def matrices(self) -> list[WeightChange]:
-        """The change of each expert, `name[e]`; of another weight itself."""
+        """The change of each expert; of another weight itself."""
         stacked = self.before if self.factors is None else self.factors[0]
         if stacked is None or stacked.dim() == 2:
             return [self]
@@ -47,7 +48,7 @@ class WeightChange(NamedTuple):
         parts = (B, A, self.before, self.after)
         each = ([None if part is None else part[e] for part in parts] for e in range(len(stacked)))
         return [
-            WeightChange(f"{self.name}[{e}]", None if B is None or A is None else (B, A), before, after)
+            WeightChange(expert_name(self.name, e), None if B is None or A is None else (B, A), before, after)
             for e, (B, A, before, after) in enumerate(each)
         ]
 
