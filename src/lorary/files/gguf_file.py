@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,6 +152,8 @@ def _read_header(source: _Bytes, size: int) -> tuple[dict[str, Any], Header]:
     found: dict[str, Any] = {}
     for _ in range(values):
         key, kind = source.text(), source.number("I")
+        if key in found:
+            raise _damaged(source.name, f"has the value {named(key)} twice")
         found[key] = source.value(kind)
     described = list(_descriptions(source, tensors))
     alignment = found.get(_ALIGNMENT, 32)
@@ -165,6 +168,12 @@ def _read_header(source: _Bytes, size: int) -> tuple[dict[str, Any], Header]:
         what = what or ("reaches beyond the end of the file" if start + offset + bytes_ > size else "")
         problems += [Diagnostic(f"{source.name}: {named(name)}", what)] if what else []
         entries[name] = Entry(dtype, shape, offset, offset + bytes_)
+    in_order = sorted(entries.items(), key=lambda entry: (entry[1].start, entry[1].stop))
+    problems += [
+        Diagnostic(f"{source.name}: {named(name)}", f"overlaps {named(before)}")
+        for (before, there), (name, entry) in pairwise(in_order)
+        if entry.start < there.stop
+    ]
     if problems:
         raise FileError("", problems[:20])
     return found, Header(entries, start)

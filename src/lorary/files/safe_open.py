@@ -20,6 +20,7 @@ from lorary.files.strict_json import show
 from lorary.files.syscalls import reason
 
 _SINGLE_FILES = (".safetensors", ".gguf")
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -64,7 +65,11 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(headline, [Diagnostic("", f"the path cannot be followed: {error}")]) from None
     if not folder.is_dir():
-        raise FileError(headline, [Diagnostic("", "it is a file, and an adapter is a folder", "name its folder")])
+        what, fix = "it is a file, and an adapter is a folder", "name its folder"
+        if folder.suffix in _PICKLES:
+            what = "it is a pickle, which can run code when it is read; it was not opened"
+            fix = "if you trust its author, save it as safetensors with the program that wrote it"
+        raise FileError(headline, [Diagnostic("", what, fix)])
     return folder
 
 

@@ -17,6 +17,7 @@ from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, MethodError, did_you_mean
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning
+from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
 
 TARGETS = ("lorary", "peft")
@@ -64,6 +65,7 @@ def convert(
         what = f"{to!r} is not a form that lorary converts to"
         fix = did_you_mean(to, TARGETS) + "; other programs' forms: lorary export"
         raise ConfigError("cannot convert an adapter:", [Diagnostic("to", what, fix)])
+    checked_path(folder, "cannot convert an adapter:")
     adapter = load_adapter(source, model=model)
     with atomic_directory(folder) as written:
         if to == "peft":

@@ -9,7 +9,7 @@ The halves keep factors of their own, as the parts of a fused projection do: the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,11 +53,18 @@ class PerExpert:
         peft_type: its type.
         base: the base; None without it.
         names: the short names of the file's tensors.
-        findings: gets the projections that have no place in the base.
+        whole: the sites that the file adapts under their present names.
+        findings: gets the projections that have no place in the base, or whose place is taken.
     """
 
     def __init__(
-        self, config: PeftConfig, peft_type: PeftType, base: Base | None, names: Iterable[str], findings: Findings
+        self,
+        config: PeftConfig,
+        peft_type: PeftType,
+        base: Base | None,
+        names: Iterable[str],
+        whole: Collection[str],
+        findings: Findings,
     ) -> None:
         self.config, self.type = config, peft_type
         self._leaves = peft_type.leaves_of(config)
@@ -84,6 +91,7 @@ class PerExpert:
             self._parts[fused] = parts
             self._projections.setdefault(fused, []).append(_Projection(path, expert, joined.place))
         self.sites = self._adapted(base, findings)
+        findings.fatal += self._twice(whole)
 
     sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
 
@@ -108,6 +116,17 @@ class PerExpert:
             site = site_of_layer(fused, base.modules[fused], self._parts[fused])
             found[fused] = AdaptedSite(site, methods[first])
         return found
+
+    def _twice(self, whole: Collection[str]) -> Iterator[Diagnostic]:
+        """The projections that a file has under two names, or beside an adapter of the whole parameter."""
+        for fused, projections in self._projections.items():
+            first: dict[tuple[int, int], _Projection] = {}
+            for p in projections:
+                if (other := first.setdefault((p.expert, p.half), p)) is not p:
+                    yield Diagnostic(named(p.path), f"is there twice: {other.path} too")
+            if fused in whole:
+                what = f"is adapted as a whole, and expert by expert: {projections[0].path} too"
+                yield Diagnostic(named(fused), what)
 
     @property
     def expected(self) -> dict[str, tuple[int, ...]]:

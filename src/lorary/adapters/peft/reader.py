@@ -121,6 +121,9 @@ class _Reader:
         if named and not found:
             what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
             self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
+        if found and self.config.values.get("use_dora"):
+            what = f"is true, and PEFT has no DoRA for fused experts ({found[0]})"
+            self.findings.fatal.append(Diagnostic(f"{NAME}: use_dora", what))
         return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
@@ -129,8 +132,9 @@ class _Reader:
         if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
             raise FileError("", other)
         sites = self._sites()
-        single = PerExpert(self.config, self.type, self.base, self.found, findings)
-        saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
+        placed = {adapted.site.name for adapted in sites}
+        single = PerExpert(self.config, self.type, self.base, self.found, placed, findings)
+        saved = modules_to_save(self.config, self.base, placed, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
         if not sites and not single.sites and not findings.fatal:
