@@ -67,17 +67,21 @@ def test_it_refuses_and_writes_nothing(base: str, command: Command) -> None:
     gguf = str(MADE / "gguf" / "adapter.gguf")
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
-    save_file({"x.weight": torch.ones(2, 2)}, "other.safetensors")
+    files = ["other.ckpt", "other.safetensors", "other.txt"]
+    for name in files:
+        save_file({"x.weight": torch.ones(2, 2)}, name)
     cases = {
         ("nowhere", "out"): (4, "nowhere: there is no such folder"),
         (gguf, "out"): (4, "hint: read it onto its base: lorary.load(model, file), or lorary convert FILE OUT --base"),
         (gguf, "out", "--base", base, "--to", "mlx"): (2, "'mlx' is not a form that lorary converts to"),
         (gguf, "full", "--base", base): (4, "full"),
+        ("other.ckpt", "out"): (4, "other.ckpt: it is a pickle by its name, which can run code when it is read"),
+        ("other.txt", "out"): (4, "hint: name its folder, or a file that ends in .safetensors or .gguf"),
         ("other.safetensors", "out"): (4, "other.safetensors: is of no known tool"),
         ("base", "out"): (4, "there is no adapter in it: it is a whole model"),
     }
     for arguments, (code, text) in cases.items():
         ran = command("convert", *arguments)
         assert (ran.code, text in ran.err) == (code, True), ran.err
-    assert sorted(p.name for p in Path().iterdir()) == ["base", "full", "other.safetensors"]
+    assert sorted(p.name for p in Path().iterdir()) == ["base", "full", *files]
     assert [p.name for p in Path("full").iterdir()] == ["mine.txt"]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,8 +21,7 @@ import lorary
 from lorary.adapters import AdapterWarning
 from lorary.adapters.intake.convert import convert
 from lorary.adapters.intake.diffusers import split
-from tests.adapters.hostile import entry, safetensors
-from tests.adapters.intake.test_made import KOHYA, MADE, part, stand_in, updates
+from tests.adapters.intake.test_made import KOHYA, LYCORIS, MADE, lycoris, part, stand_in, updates
 from tests.adapters.models import BASES
 
 LLAMA = BASES[0]
@@ -64,6 +61,14 @@ def bytes_of(change: Callable[[bytes], bytes]) -> Callable[[Path], Path]:
     return make
 
 
+def second_offset(data: bytes, offset: int) -> bytes:
+    """The made file with another offset of a tensor: the eight bytes before the length of the next one's name."""
+    name = b"blk.1.attn_q.weight.lora_b"
+    at = data.index(name) - 16
+    assert struct.unpack("<Q", data[at : at + 8])[0] > 0
+    return data[:at] + struct.pack("<Q", offset) + data[at + 8 :]
+
+
 def text_encoder() -> nn.Module:
     found = part(updates("kohya"), "lora_te_")
     return stand_in({KOHYA["te"][name]: t for name, t in found.items()}, {})
@@ -99,6 +104,28 @@ def described(**fields: Any) -> Callable[[Path], Path]:
     return make
 
 
+def with_heads(count: int) -> nn.Module:
+    model: Any = LLAMA.model()
+    model.config.num_attention_heads = count
+    return cast(nn.Module, model)
+
+
+def copied(file: str, name: str) -> Callable[[Path], Path]:
+    """A made file under another name."""
+    return lambda folder: Path(shutil.copy(MADE / file, folder / name))
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def dotted(folder: Path) -> Path:
+    path = folder / "dotted.safetensors"
+    save_file({k.replace("lycoris_blocks_", "transformer.blocks."): t for k, t in load_file(LYCORIS).items()}, path)
+    return path
+
+
 def without_config(folder: Path) -> Path:
     shutil.copy(MADE / "torchtune" / "own" / "adapter_model.safetensors", folder)
     return folder / "adapter_model.safetensors"
@@ -106,68 +133,10 @@ def without_config(folder: Path) -> Path:
 
 Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 KO = ("kohya", "lora.safetensors")
+LY = ("lycoris", "lycoris.safetensors")
 DI = ("diffusers", "pytorch_lora_weights.safetensors")
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 Case = tuple[Callable[[Path], Path], Callable[[], nn.Module] | None, str]
-
-
-class Runs:
-    """Would leave a file where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("ran",)
-
-
-def raw(data: bytes, name: str = "x.safetensors") -> Callable[[Path], Path]:
-    """A file of these bytes."""
-
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(data)
-        return folder / name
-
-    return make
-
-
-def bomb(folder: Path) -> Path:
-    """A folder of PEFT's with a pickle of 64 MB of zeros, packed to a thousandth of it."""
-    with zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\0" * 2**26)
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
-    return folder
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def value(key: str, kind: int, data: bytes) -> bytes:
-    """A value of a GGUF header."""
-    return text(key) + struct.pack("<I", kind) + data
-
-
-ALPHA = value("adapter.lora.alpha", 6, struct.pack("<f", 8.0))
-A = ("blk.0.attn_q.weight.lora_a", (16, 4), 0, 0)  # name, dimensions, type, offset
-B = ("blk.0.attn_q.weight.lora_b", (4, 16), 0, 256)
-
-
-def gguf(more: bytes, tensors: list[tuple[Any, ...]], values: int | None = None) -> Callable[[Path], Path]:
-    """A GGUF adapter for a Llama with further values and these tensors, whose numbers are zero.
-
-    Args:
-        more: the values beside the general ones.
-        tensors: name, dimensions, type and offset of each.
-        values: the number of values that it announces; the truth if silent.
-    """
-    said = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
-    header = b"".join(value(key, 8, text(one)) for key, one in said.items()) + more
-    count = len(said) + more.count(b"adapter.lora.alpha") + more.count(b"general.alignment") + more.count(text("x"))
-    described = b"".join(
-        text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-        for name, shape, kind, offset in tensors
-    )
-    counts = struct.pack("<IQQ", 3, len(tensors), count if values is None else values)
-    return raw(b"GGUF" + counts + header + described + bytes(1024), "x.gguf")
-
 
 CASES: dict[str, Case] = {
     # kohya's sd-scripts
@@ -181,53 +150,64 @@ CASES: dict[str, Case] = {
     "kohya, alpha of two numbers": (changed(*KO, put(f"{Q}.alpha", torch.ones(2))), text_encoder, "not a number"),
     "kohya, alpha NaN": (changed(*KO, put(f"{Q}.alpha", torch.tensor(float("nan")))), text_encoder, "alpha: is nan"),
     "kohya, alpha negative": (changed(*KO, put(f"{Q}.alpha", torch.tensor(-1.0))), text_encoder, "alpha: is -1.0"),
-    "kohya, alpha infinite": (changed(*KO, put(f"{Q}.alpha", torch.tensor(torch.inf))), text_encoder, "alpha: is inf"),
-    "kohya, alpha of 64 bits": (
-        changed(*KO, put(f"{Q}.alpha", torch.tensor(1e300, dtype=torch.float64))),
-        text_encoder,
-        "alpha: is 'F64'; accepted are F32, F16, BF16",
-    ),
-    "kohya, no rank": (
-        changed(*KO, lambda t: t.update({f"{Q}.lora_down.weight": torch.ones(0, 16)})),
-        text_encoder,
-        f"{Q}.alpha: has rank 0",
-    ),
-    "kohya, whole numbers": (
-        changed(*KO, put(f"{Q}.lora_up.weight", torch.ones(16, 3, dtype=torch.int64))),
-        text_encoder,
-        "lora_up.weight: is 'I64'",
-    ),
-    "kohya, two names of one text encoder": (
-        changed(*KO, lambda t: t.update({k.replace("_te_", "_te1_"): v.clone() for k, v in t.items() if "_te_" in k})),
-        text_encoder,
-        "self_attn.q_proj: is there twice",
-    ),
-    "kohya, two layouts": (
-        changed(*KO, put("text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(3, 16))),
-        text_encoder,
-        "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight: is not a tensor of this adapter",
-    ),
-    "kohya, a path": (
-        changed(*KO, put("lora_te_../../etc.lora_up.weight", torch.ones(2, 2))),
-        text_encoder,
-        "'lora_te_../../etc.lora_up.weight': a tensor's name is not a path",
-    ),
-    "kohya, control characters": (
-        changed(*KO, put("lora_te_\x1b[31m.lora_up.weight", torch.ones(2, 2))),
-        text_encoder,
-        "a tensor's name is made of printable ASCII",
-    ),
-    "kohya, alphas alone": (
-        changed(*KO, lambda t: [t.pop(k) for k in list(t) if not k.endswith(".alpha")]),
-        text_encoder,
-        "holds no factors of any layer",
-    ),
-    "kohya, LoHa": (
+    "kohya, LoHa beside LoRA": (
         changed(*KO, put(f"{Q}.hada_w1_a", torch.ones(2, 2))),
         text_encoder,
-        f"{Q}.hada_w1_a: belongs to LoHa, which is not read from such a file",
+        f"{Q}: has tensors of several methods: LoRA, LoHa and LoKr are each for a layer of its own",
     ),
-    "kohya, LoKr": (changed(*KO, put(f"{Q}.lokr_w1", torch.ones(2))), text_encoder, "lokr_w1: belongs to LoKr"),
+    # LyCORIS
+    "lycoris without a base": (lambda f: LYCORIS, None, "has `_` for every `.` in the paths"),
+    "lycoris with dots, without a base": (dotted, None, "do not say which layers are convolutions"),
+    "lycoris, a factor is missing": (
+        changed(*LY, drop("lycoris_blocks_hada_linear.hada_w2_b")),
+        lycoris,
+        "lycoris_blocks_hada_linear: hada_w2_b: is missing, and the others are useless alone",
+    ),
+    "lycoris, a core is missing": (
+        changed(*LY, drop("lycoris_blocks_hada_core.hada_t2")),
+        lycoris,
+        "lycoris_blocks_hada_core.hada_t2: is missing",
+    ),
+    "lycoris, half a product": (
+        changed(*LY, drop("lycoris_blocks_kron_both.lokr_w1_b")),
+        lycoris,
+        "lycoris_blocks_kron_both: lokr_w1_b: is missing",
+    ),
+    "lycoris, a matrix and its product": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w2", torch.ones(6, 4))),
+        lycoris,
+        "does not belong to such a layer beside its other tensors",
+    ),
+    "lycoris, a vector": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w1", torch.ones(6))),
+        lycoris,
+        r"lokr_w1: has the shape \[6\]: no layer has such a factor",
+    ),
+    "lycoris, sizes that do not divide": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w1", torch.ones(5, 4))),
+        lycoris,
+        r"sizes = \(5, 4\) does not divide its 36 output and 16 input features",
+    ),
+    "lycoris, another layer's shape": (
+        changed(*LY, put("lycoris_blocks_hada_linear.hada_w1_a", torch.ones(15, 2))),
+        lycoris,
+        r"hada_w1_a: has the shape \[15, 2\], expected \[16, 2\]",
+    ),
+    "lycoris, no such layer": (
+        changed(*LY, lambda t: [t.update({k.replace("hada_root", "roof"): t.pop(k)}) for k in list(t) if "root" in k]),
+        lycoris,
+        "lycoris_blocks_roof: adapts a layer that the model does not have",
+    ),
+    "lycoris, NaN": (
+        changed(*LY, lambda t: t["lycoris_blocks_kron_core.lokr_t2"].fill_(float("nan"))),
+        lycoris,
+        "lokr_t2: 9 of 9 values are NaN",
+    ),
+    "lycoris, alpha infinite": (
+        changed(*LY, put("lycoris_blocks_kron_core.alpha", torch.tensor(float("inf")))),
+        lycoris,
+        "alpha: is inf",
+    ),
     "kohya, Tucker": (changed(*KO, put(f"{Q}.lora_mid.weight", torch.ones(2))), text_encoder, "a Tucker decomposition"),
     "kohya, a whole change": (changed(*KO, put(f"{Q}.diff_b", torch.ones(2))), text_encoder, "change of a whole param"),
     "kohya, shapes": (
@@ -239,6 +219,36 @@ CASES: dict[str, Case] = {
         changed(*KO, lambda t: t[f"{Q}.lora_up.weight"].fill_(float("nan"))),
         text_encoder,
         f"{Q}.lora_up.weight: 48 of 48 values are NaN",
+    ),
+    "kohya, rank 0": (
+        changed(*KO, lambda t: t.update({f"{Q}.lora_down.weight": torch.ones(0, 16)})),
+        text_encoder,
+        f"{Q}.alpha: has rank 0",
+    ),
+    "kohya, a vector": (
+        changed(*KO, put(f"{Q}.lora_down.weight", torch.ones(16))),
+        text_encoder,
+        r"lora_down.weight: has the shape \[16\], expected \[16, 16\]",
+    ),
+    "kohya, whole numbers": (
+        changed(*KO, put(f"{Q}.lora_down.weight", torch.ones(3, 16, dtype=torch.int64))),
+        text_encoder,
+        "lora_down.weight: is 'I64'; accepted are F32, F16, BF16",
+    ),
+    "kohya, an alpha without a layer": (
+        changed(*KO, put("lora_te_foo.alpha", torch.ones(()))),
+        text_encoder,
+        "lora_te_foo.alpha: is not a tensor of this adapter",
+    ),
+    "kohya, names of diffusers too": (
+        changed(*KO, put("unet.a.lora_A.weight", torch.ones(2, 3))),
+        text_encoder,
+        "unet.a.lora_A.weight: is not a tensor of this adapter",
+    ),
+    "kohya, a layer under two prefixes": (
+        changed(*KO, lambda t: t.update({k.replace("lora_te_", "lora_te1_"): v.clone() for k, v in t.items()})),
+        text_encoder,
+        f"{Q}.lora_down.weight: is for text_model.encoder.layers.0.self_attn.q_proj, and so is lora_te1_text_model_enc",
     ),
     "kohya, magnitudes per input": (
         changed(*KO, put(f"{Q}.dora_scale", torch.ones(1, 16))),
@@ -279,106 +289,31 @@ CASES: dict[str, Case] = {
         unet,
         "__metadata__: lora_adapter_metadata: use_qalora: is true: QA-LoRA pools its input",
     ),
-    "diffusers, the name of now and of then": (
-        changed(*DI, put(f"{TO_Q.rpartition('.')[0]}.processor.to_q_lora.down.weight", torch.ones(4, 8))),
-        unet,
-        "processor.to_q_lora.down.weight: is not a tensor of this adapter",
+    # mlx-lm, and files of no kind
+    "mlx-lm without its configuration": (
+        copied("mlx/adapters.safetensors", "adapters.safetensors"),
+        LLAMA.model,
+        "has mlx-lm's names, and no adapter_config.json is beside it: the scale is missing",
     ),
-    "diffusers, two layouts": (
-        changed(
-            *DI,
-            lambda t: t.update({f"lora_unet_x.lora_{end}.weight": torch.ones(2, 2) for end in ("up", "down")}),
-        ),
-        unet,
-        "lora_unet_x: adapts a layer that the model does not have",
-    ),
-    "diffusers, a negative rank in its metadata": (described(**{"unet.r": -1}), unet, "metadata: r: is -1; it takes"),
-    "diffusers, alpha NaN in its metadata": (
-        described(**{"unet.lora_alpha": float("nan")}),
-        unet,
-        "metadata: NaN is not a JSON number",
-    ),
-    # any of these
-    "shapes beyond any file": (
-        raw(safetensors({"lora_te_a.lora_up.weight": entry((2**40, 2**40))})),
+    "a pickle": (copied("kohya/lora.safetensors", "x.ckpt"), text_encoder, "it is a pickle by its name"),
+    "a file of no kind": (
+        copied("kohya/lora.safetensors", "x"),
         text_encoder,
-        r"the shape \[1099511627776, 1099511627776\] is not at most 5 whole numbers up to 2,147,483,648",
+        "name its folder, or a file that ends in .safetensors or .gguf",
     ),
-    "a negative shape": (
-        raw(safetensors({"lora_te_a.lora_up.weight": entry((-1, 4))})),
-        text_encoder,
-        r"the shape \[-1, 4\] is not at most 5",
-    ),
-    "a header of 2^50 bytes": (
-        raw(safetensors(b"{}", length=2**50)),
-        text_encoder,
-        "announces a header of 1,125,899,9",
-    ),
-    "a pickle under another name": (
-        raw(pickle.dumps(Runs())),
-        text_encoder,
-        "x.safetensors: is a pickle under another name; pickles can run code and are never opened",
-    ),
-    **{
-        f"a pickle, {suffix}": (
-            raw(pickle.dumps(Runs()), f"adapter_0{suffix}"),
-            text_encoder,
-            "it is a pickle, which can run code when it is read; it was not opened",
-        )
-        for suffix in (".pt", ".bin", ".ckpt")
-    },
-    "a bomb within a pickle": (bomb, LLAMA.model, "adapter_model.bin: is a pickle, which can run code when it is read"),
+    "a pipe": (pipe, text_encoder, "it is a named pipe, not a file or a folder"),
     # torchtune
     "torchtune without a base": (tune(), None, "has torchtune's names: only the model tells its heads"),
     "torchtune without alpha": (without_config, LLAMA.model, "the file does not say alpha"),
     "torchtune, another model": (tune(), BASES[1].model, "lorary knows of llama, .*; the model is of 'gpt2'"),
+    "torchtune, heads that do not divide the rows": (
+        tune(),
+        lambda: with_heads(3),
+        "self_attn.q_proj: has 16 rows, and the model's configuration says 3 heads of an even width",
+    ),
     "torchtune, rank": (tune(r=4), LLAMA.model, r"lora_a.weight: has the shape \[3, 16\], expected \[4, 16\]"),
     "torchtune, DoRA without magnitudes": (tune(use_dora=True), LLAMA.model, "has no magnitudes, which DoRA needs"),
-    "torchtune, a negative rank": (tune(r=-4), LLAMA.model, "r: is -4; it takes a whole number from 1 to 65,536"),
-    "torchtune, rank 2^62": (tune(r=2**62), LLAMA.model, "r: is 4611686018427387904; it takes a whole number"),
-    "torchtune, alpha NaN": (tune(lora_alpha=float("nan")), LLAMA.model, "NaN is not a JSON number"),
-    "torchtune, an unknown field": (tune(use_gadget=True), LLAMA.model, "use_gadget: is not a field that lorary knows"),
     # llama.cpp
-    "gguf, a value twice": (gguf(ALPHA * 2, [A]), LLAMA.model, "has the value adapter.lora.alpha twice"),
-    "gguf, alpha NaN": (
-        gguf(ALPHA.replace(struct.pack("<f", 8.0), struct.pack("<f", float("nan"))), [A, B]),
-        LLAMA.model,
-        "adapter.lora.alpha: is NaN; it takes a positive number",
-    ),
-    "gguf, no alpha": (gguf(b"", [A, B]), LLAMA.model, "adapter.lora.alpha: is null; it takes a positive number"),
-    "gguf, tensors on each other": (
-        gguf(ALPHA, [A, (B[0], B[1], 0, 32)]),
-        LLAMA.model,
-        "blk.0.attn_q.weight.lora_b: overlaps blk.0.attn_q.weight.lora_a",
-    ),
-    "gguf, an offset beyond": (
-        gguf(ALPHA, [(A[0], A[1], 0, 2**63)]),
-        LLAMA.model,
-        "lora_a: reaches beyond the end of the file",
-    ),
-    "gguf, shapes beyond": (
-        gguf(ALPHA, [(A[0], (2**63, 2**63), 0, 0)]),
-        LLAMA.model,
-        r"lora_a: has the shape \[9223372036854775808, 9223372036854775808\]",
-    ),
-    "gguf, a type that is none": (gguf(ALPHA, [(A[0], A[1], 999, 0)]), LLAMA.model, "has the unknown type 999"),
-    "gguf, arrays in arrays": (
-        gguf(ALPHA + value("x", 9, struct.pack("<IQ", 9, 1) * 2000), []),
-        LLAMA.model,
-        "has an array of 1 values of the type 9",
-    ),
-    "gguf, 2^60 values": (
-        gguf(ALPHA, [], values=2**60),
-        LLAMA.model,
-        "announces 0 tensors and 1,152,921,504,606,846,9",
-    ),
-    "gguf, an alignment of 0": (
-        gguf(ALPHA + value("general.alignment", 4, struct.pack("<I", 0)), [A]),
-        LLAMA.model,
-        "has the alignment 0",
-    ),
-    "gguf, a path": (gguf(ALPHA, [("../../x.lora_a", *A[1:])]), LLAMA.model, "a tensor's name is not a path"),
-    "gguf, a half alone": (gguf(ALPHA, [A]), LLAMA.model, "lora_b: is missing, and its partner is useless alone"),
     "gguf without a base": (lambda f: MADE / "gguf" / "adapter.gguf", None, "has llama.cpp's names: only the model"),
     "gguf, another model": (
         lambda f: MADE / "gguf" / "adapter.gguf",
@@ -410,6 +345,16 @@ CASES: dict[str, Case] = {
         LLAMA.model,
         "blk.0.attn_q.weight.lora_a: is there twice",
     ),
+    "gguf, alpha twice": (
+        bytes_of(lambda b: b.replace(b"general.type", b"adapter.type")),
+        LLAMA.model,
+        "has two values of 'adapter.type'",
+    ),
+    "gguf, a tensor in the place of another": (
+        bytes_of(lambda b: second_offset(b, 0)),
+        LLAMA.model,
+        "begins at byte 0, and the tensors before it end at [1-9]",
+    ),
     "gguf, another layer": (
         bytes_of(lambda b: b.replace(b"blk.1.attn_q", b"blk.7.attn_q")),
         LLAMA.model,
@@ -419,8 +364,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_file_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_file_is_refused(case: str, tmp_path: Path) -> None:
     make, base, text = CASES[case]
     path = make(tmp_path)
     before = sorted(p.name for p in tmp_path.rglob("*"))
@@ -429,40 +373,6 @@ def test_a_bad_file_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.Mo
         lorary.load_adapter(path, model=model)
     assert re.match(r"cannot load the adapter '", str(caught.value))
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
-
-
-WRITTEN: dict[str, tuple[Callable[[Path], Any], Callable[[], nn.Module], str]] = {
-    "a folder with something in it": (lambda f: full(f / "out"), LLAMA.model, "the folder is not empty: it holds 'x'"),
-    "a file": (lambda f: full(f / "out") / "x", LLAMA.model, "a file of this name is in the way"),
-    "a path through a file": (lambda f: full(f / "out") / "x" / "y", LLAMA.model, "is a file, not a folder"),
-    "a link out of here": (lambda f: link(f / "out", full(f / "other")), LLAMA.model, "the folder is not empty"),
-    "a null character": (lambda f: f"{f}/a\0b", LLAMA.model, "cannot be followed: it holds a null character"),
-    "a name that is too long": (lambda f: f / ("a" * 300), LLAMA.model, "name too long"),
-    "no path": (lambda f: 3, LLAMA.model, "folder: is a int, not a path"),
-    "another base": (lambda f: f / "out", BASES[1].model, "adapts a layer that the model does not have"),
-}
-
-
-def full(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "x").write_text("mine")
-    return folder
-
-
-def link(path: Path, to: Path) -> Path:
-    path.symlink_to(to)
-    return path
-
-
-@pytest.mark.parametrize("case", WRITTEN)
-def test_where_nothing_can_be_written_nothing_is(case: str, tmp_path: Path) -> None:
-    make, base, sentence = WRITTEN[case]
-    folder = make(tmp_path)
-    before = sorted((p.name, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*"))
-    with pytest.raises(lorary.FileError) as caught:
-        convert(MADE / "mlx", folder, model=base())
-    assert sentence.lower() in str(caught.value).lower()
-    assert sorted((p.name, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_link_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
@@ -480,7 +390,7 @@ def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
     with pytest.raises(lorary.FileError) as caught:
         lorary.load_adapter(changed(*KO, change)(tmp_path), model=text_encoder())
     text = str(caught.value)
-    assert "belongs to LoHa" in text
+    assert "has tensors of several methods" in text
     assert "is missing, and its partner is useless alone" in text
 
 
@@ -506,3 +416,39 @@ OLD = {
 @pytest.mark.parametrize("name", OLD)
 def test_the_names_of_older_releases_of_diffusers(name: str) -> None:
     assert split(name) == OLD[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("kohya/lora.safetensors", "x.SafeTensors"), ("gguf/adapter.gguf", "x.GGUF")]
+)
+def test_the_case_of_a_files_ending_says_nothing(file: str, name: str, tmp_path: Path) -> None:
+    base = text_encoder() if file.startswith("kohya") else LLAMA.model()
+    path = copied(file, name)(tmp_path)
+    assert lorary.load_adapter(path, model=base).sites == lorary.load_adapter(MADE / file, model=base).sites
+
+
+def test_an_alpha_that_is_a_whole_number(tmp_path: Path) -> None:
+    """sd-scripts writes the rank itself, where no alpha is given."""
+    path = changed(*KO, put(f"{Q}.alpha", torch.tensor(6)))(tmp_path)
+    (first, *_) = lorary.load_adapter(path, model=text_encoder()).sites
+    assert first.alpha == 6.0
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "sentence"),
+    [
+        (None, {}, "folder: is a NoneType, not a path"),
+        (5, {}, "folder: is a int, not a path"),
+        ("a\0b", {}, "it holds a null character"),
+        ("out", {"to": None}, "to: None is not a form that lorary converts to"),
+        ("out", {"to": ["peft"]}, r"to: \['peft'\] is not a form"),
+        ("out", {"model": "base"}, "model: is a str, not a torch.nn.Module"),
+    ],
+)
+def test_arguments_of_convert(
+    folder: Any, options: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lorary.LoraryError, match=sentence):
+        convert(MADE / "mlx", folder, **options)
+    assert not any(tmp_path.iterdir())

@@ -50,13 +50,12 @@ OF_SINGLE_EXPERTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "as a whole too": (
         whole,
         {"target_parameters": ["experts.down_proj"]},
-        "layers.0.mlp.experts.down_proj: is adapted as a whole, and expert by expert: "
-        "model.layers.0.block_sparse_moe.experts.0.w2 too",
+        "layers.0.mlp.experts.down_proj: has factors of its own in this file, and factors of single experts too",
     ),
     "the old name and the new": (
         copied("block_sparse_moe", "mlp", "experts.0.w2"),
         {},
-        "model.layers.0.mlp.experts.0.w2: is there twice: model.layers.0.block_sparse_moe.experts.0.w2 too",
+        "mlp.experts.0.w2: is there twice: model.layers.0.block_sparse_moe.experts.0.w2 is the same projection",
     ),
     "with a prefix and without": (
         copied("base_model.model.", "", "experts.0.w2"),
@@ -86,8 +85,16 @@ OF_SINGLE_EXPERTS: dict[str, tuple[Change, dict[str, Any], str]] = {
     "a projection that is none": (copied(".w1.", ".w4."), {}, "experts.0.w4.lora_A.weight: adapts a module that"),
     "a layer that is none": (copied("layers.0", "layers.7"), {}, "model.layers.7.block_sparse_moe.experts.0.w1.lora_A"),
     "not a number": (put(W1, torch.full((2, 16), torch.nan)), {}, "32 of 32 values are NaN or infinite"),
-    "rank 0": (put(W1, torch.ones(0, 16)), {}, "experts.0.w1.lora_A.weight: has the shape [0, 16], expected [2, 16]"),
-    "transposed": (put(W1, torch.ones(16, 2)), {}, "has the shape [16, 2], expected [2, 16]\n      hint: it is transp"),
+    "rank 0": (
+        put(W1, torch.ones(0, 16)),
+        {},
+        "experts.0.w1: has rank 0 for each expert, and the configuration says 2",
+    ),
+    "transposed": (
+        put(W1, torch.ones(16, 2)),
+        {},
+        "experts.0.w1: has rank 16 for each expert, and the configuration says 2",
+    ),
     "a negative rank in the configuration": (nothing, {"r": -2}, "r: is -2; it takes a whole number from 1 to 65,536"),
     "alpha NaN": (nothing, {"lora_alpha": float("nan")}, "adapter_config.json: NaN is not a JSON number"),
     "alpha infinite": (nothing, {"lora_alpha": float("inf")}, "adapter_config.json: Infinity is not a JSON number"),
@@ -96,7 +103,7 @@ OF_SINGLE_EXPERTS: dict[str, tuple[Change, dict[str, Any], str]] = {
 OF_FUSED_EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": (
         {"use_dora": True},
-        "use_dora: is true, and PEFT has no DoRA for fused experts (model.layers.0.mlp.experts.gate_up_proj)",
+        "use_dora: is true, and PEFT has no magnitudes for the experts in `target_parameters`",
     ),
     "a number": ({"target_parameters": 3}, "target_parameters: is 3, not a list of names"),
     "an empty name": ({"target_parameters": [""]}, 'target_parameters: is [""], not a list of names'),

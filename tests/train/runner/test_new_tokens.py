@@ -173,6 +173,11 @@ def test_exported_and_served_with_its_tokens(words: dict[str, Any], tmp_path: Pa
     assert said in str(caught.value)
     plain = AutoModelForCausalLM.from_pretrained("base")
     loader = Loader(plain, tokenizer=AutoTokenizer.from_pretrained("base"))
-    with pytest.raises(PlanError, match="'<other>': is token None of this tokenizer"):
+    with pytest.raises(PlanError, match="'<other>': is not a token of this tokenizer"):
         loader.load((tmp_path / "other" / "adapter").resolve(), "theirs")
     loader.close()
+    both = {name: lorary.load_adapter(f"{name}/adapter") for name in ("out", "other")}
+    with pytest.raises(lorary.MethodError, match="other: has trained the row of token 298 for '<other>', and out for"):
+        lorary.mix(both, base=plain, approximate=True, force=True)
+    half = lorary.mix({"out": both["out"]}, [0.5], base=lorary.resize_vocabulary(plain, 301), approximate=True)
+    assert "its record does not name the tokens that were added for it: '<question>' (298), " in " ".join(half.notes)

@@ -20,7 +20,8 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import json_number
 from lorary.adapters.peft.experts import paths_in_file
-from lorary.adapters.peft.lora import factor_names
+from lorary.adapters.peft.factors import factor_names
+from lorary.adapters.peft.keys import BIAS
 
 
 def folded_form(
@@ -48,6 +49,8 @@ def folded_form(
         found[A] = _padded(tensors[A].unflatten(0, (E, -1)), r).flatten(0, 1)  # expert by expert
         B_scaled = _scaled(tensors[B], scales[site.name] / s)
         found[B] = _padded(B_scaled.unflatten(1, (-1, E)), r).flatten(1, 2)  # rank by rank
+        if (c := keys.full(f"{site.name}.{BIAS}")) in tensors:
+            found[c] = _scaled(tensors[c], scales[site.name] / s)
     plain: dict[str, Any] = {
         "r": r,
         "lora_alpha": json_number(r * s),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from lorary.adapters.peft.types import PEFT_TYPES, PeftType
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+BIAS = "lora_B.bias"
 PREFIX = "base_model.model."
 _OUTER = "base_model."
 
