@@ -215,9 +215,11 @@ class Lora(PeftType):
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
-            full = B
-            B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
-            if not torch.equal(site.place(B), full):
+            full, r = B, adapted.r
+            blocks = [full[..., part.rows(), i * r : (i + 1) * r] for i, part in enumerate(site.parts)]
+            B = torch.cat(blocks, dim=-2)
+            placed = torch.stack([site.one.place(b) for b in B]) if site.experts else site.place(B)
+            if not torch.equal(placed, full):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(name_B, what)])
         return {"A": A, "B": B} | found
