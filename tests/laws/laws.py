@@ -268,10 +268,15 @@ def low_rank_form_is_forward(case: Case) -> None:
 
 
 def without_low_rank_form(case: Case) -> bool:
-    """Whether a join need not be a low-rank change with a gain: GLoRA's full-rank A, (IA)³ of the inputs, no merge."""
+    """Whether a join need not be a low-rank change with a gain: GLoRA's A, HiRA, (IA)³ of the inputs, no merge."""
     join: Any = case.method.join
-    full_rank = type(join).__name__ == "GLoRAJoin" or any("l_ff" in p.shapes for p in case.plan.sites)
-    return bool(full_rank or join.why_not_merged)
+    return bool(type(join).__name__ == "GLoRAJoin" or another_weight(case) or join.why_not_merged)
+
+
+def another_weight(case: Case) -> bool:
+    """Whether every row of the adapter needs a dense weight of its own: HiRA, (IA)³ of the inputs."""
+    scales_weight = type(case.method.join).__name__ == "TimesWeight"
+    return scales_weight or any("l_ff" in p.shapes for p in case.plan.sites)
 
 
 def served_is_forward(case: Case) -> None:
@@ -284,7 +289,7 @@ def served_is_forward(case: Case) -> None:
         return
     join = case.method.join
     if join and (join.why_not_merged or (case.packed and any("l_ff" in p.shapes for p in case.plan.sites))):
-        with pytest.raises(MethodError, match=re.escape(join.why_not_merged or "scales the inputs")):
+        with pytest.raises(MethodError, match=re.escape(join.why_not_merged or "and the base's weight is quantised")):
             serving_form(adapter, base)
         return
     before = copy.deepcopy(base.state_dict())

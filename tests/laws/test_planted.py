@@ -19,10 +19,12 @@ from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.delta_lora import DeltaLoRADelta
 from lorary.methods.dora import MagnitudeDirection
+from lorary.methods.hira import TimesWeight
 from lorary.methods.houlsby import Bottleneck
 from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
 from lorary.methods.melora import BlockDiagonal
+from lorary.methods.miss import SharedShards
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.pissa import SVDInit
 from lorary.methods.vera import SharedProjectionDelta
@@ -458,6 +460,32 @@ def test_joins_that_are_wrong_alone_are_caught() -> None:
             laws.merged_is_forward(Case(houlsby.replace(join=MergesAllTheSame(3)), kind("linear")))
         for join in (StartsFar(3), StartsExactlyUnsaid(3), StartsNearUnsaid(3)):
             caught(laws.nothing_moves_at_step_0, Case(houlsby.replace(join=join), kind("linear")))
+
+
+@dataclass(frozen=True)
+class AddsTheProduct(TimesWeight):
+    """Adds B A to the weight, as LoRA does."""
+
+    def merged(self, params: Any, W: Tensor, b: Tensor | None, BA: Any) -> tuple[Tensor, Tensor | None]:
+        return W + params["B"] @ params["A"], b
+
+
+@dataclass(frozen=True)
+class ShardsSideBySide(SharedShards):
+    """Sums r blocks of neighbouring inputs, as the paper's text says, where its equations sum shards of r."""
+
+    def factors(self, site: Any, params: Any) -> Any:
+        B, A = super().factors(site, params)
+        return B, A.sort(1, descending=True)[0].flip(0)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        return y + x.unflatten(-1, (self.r, -1)).sum(-1) @ layer.params["D"].T
+
+
+def test_hadamard_products_and_shards_that_are_wrong_are_caught() -> None:
+    with known(AddsTheProduct, ShardsSideBySide):
+        caught(laws.merged_is_forward, Case(made_of("hira").replace(join=AddsTheProduct()), kind("linear")))
+        caught(laws.factors_are_the_delta, Case(made_of("miss").replace(delta=ShardsSideBySide(3)), kind("linear")))
 
 
 def test_wrong_serving_forms_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

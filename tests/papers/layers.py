@@ -37,7 +37,7 @@ EACH_EVEN = pytest.mark.parametrize(("make", "x"), [row[1:] for row in EVEN], id
 def attached(layer: nn.Module, *names: str, r: int = 3, **options: Any) -> Adapted:
     """One layer in double precision with a method attached at step 0; alpha is 6 where the scale has one."""
     model = nn.Sequential(layer.double())
-    if "vera" not in names:
+    if not {"vera", "hira", "miss"} & set(names):
         options = {"alpha": 6.0} | options
     lorary.attach(model, lorary.plan(model, lorary.method(*names, r=r, **options), "0"), dtype=torch.float64)
     return adapted_layers(model)["0"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.grouped import Groups, grouped_product
 from lorary.kernels.torch_internals import children_of, parameters_of
+from lorary.layers.parameter_layer import ParameterLayer
 from lorary.layers.transformers_internals import (
     EXPERTS_FUNCTION,
     apply_gate,
@@ -77,20 +78,21 @@ def _listed(cls: type) -> ExpertLayout | None:
     return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(ParameterLayer):
     """Base class of layers that hold one matrix of every expert. The rows of their input are sorted by expert.
 
     Attributes:
         count: E.
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
-        order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
+        layout: of the experts module's class.
+        order: of the experts module, on which PEFT's files depend.
     """
 
     weight: nn.Parameter
+    layout: ExpertLayout
     count: int
     interleaved: bool
-    order: tuple[str, ...]
     swapped: bool
 
     def __setstate__(self, state: Any) -> None:
@@ -109,7 +111,7 @@ class ExpertMatrix(ExpertLayer):
 
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.layout = weight, layout
         self.count = weight.shape[0]
         self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
         self.swapped = layout.transposed and not layout.interface

@@ -21,7 +21,7 @@ import lorary
 from lorary.adapters import AdapterWarning
 from lorary.adapters.intake.convert import convert
 from lorary.adapters.intake.diffusers import split
-from tests.adapters.intake.test_made import KOHYA, MADE, part, stand_in, updates
+from tests.adapters.intake.test_made import KOHYA, LYCORIS, MADE, lycoris, part, stand_in, updates
 from tests.adapters.models import BASES
 
 LLAMA = BASES[0]
@@ -120,6 +120,12 @@ def pipe(folder: Path) -> Path:
     return folder / "x.safetensors"
 
 
+def dotted(folder: Path) -> Path:
+    path = folder / "dotted.safetensors"
+    save_file({k.replace("lycoris_blocks_", "transformer.blocks."): t for k, t in load_file(LYCORIS).items()}, path)
+    return path
+
+
 def without_config(folder: Path) -> Path:
     shutil.copy(MADE / "torchtune" / "own" / "adapter_model.safetensors", folder)
     return folder / "adapter_model.safetensors"
@@ -127,6 +133,7 @@ def without_config(folder: Path) -> Path:
 
 Q = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 KO = ("kohya", "lora.safetensors")
+LY = ("lycoris", "lycoris.safetensors")
 DI = ("diffusers", "pytorch_lora_weights.safetensors")
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 Case = tuple[Callable[[Path], Path], Callable[[], nn.Module] | None, str]
@@ -143,12 +150,64 @@ CASES: dict[str, Case] = {
     "kohya, alpha of two numbers": (changed(*KO, put(f"{Q}.alpha", torch.ones(2))), text_encoder, "not a number"),
     "kohya, alpha NaN": (changed(*KO, put(f"{Q}.alpha", torch.tensor(float("nan")))), text_encoder, "alpha: is nan"),
     "kohya, alpha negative": (changed(*KO, put(f"{Q}.alpha", torch.tensor(-1.0))), text_encoder, "alpha: is -1.0"),
-    "kohya, LoHa": (
+    "kohya, LoHa beside LoRA": (
         changed(*KO, put(f"{Q}.hada_w1_a", torch.ones(2, 2))),
         text_encoder,
-        f"{Q}.hada_w1_a: belongs to LoHa, which is not read from such a file",
+        f"{Q}: has tensors of several methods: LoRA, LoHa and LoKr are each for a layer of its own",
     ),
-    "kohya, LoKr": (changed(*KO, put(f"{Q}.lokr_w1", torch.ones(2))), text_encoder, "lokr_w1: belongs to LoKr"),
+    # LyCORIS
+    "lycoris without a base": (lambda f: LYCORIS, None, "has `_` for every `.` in the paths"),
+    "lycoris with dots, without a base": (dotted, None, "do not say which layers are convolutions"),
+    "lycoris, a factor is missing": (
+        changed(*LY, drop("lycoris_blocks_hada_linear.hada_w2_b")),
+        lycoris,
+        "lycoris_blocks_hada_linear: hada_w2_b: is missing, and the others are useless alone",
+    ),
+    "lycoris, a core is missing": (
+        changed(*LY, drop("lycoris_blocks_hada_core.hada_t2")),
+        lycoris,
+        "lycoris_blocks_hada_core.hada_t2: is missing",
+    ),
+    "lycoris, half a product": (
+        changed(*LY, drop("lycoris_blocks_kron_both.lokr_w1_b")),
+        lycoris,
+        "lycoris_blocks_kron_both: lokr_w1_b: is missing",
+    ),
+    "lycoris, a matrix and its product": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w2", torch.ones(6, 4))),
+        lycoris,
+        "does not belong to such a layer beside its other tensors",
+    ),
+    "lycoris, a vector": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w1", torch.ones(6))),
+        lycoris,
+        r"lokr_w1: has the shape \[6\]: no layer has such a factor",
+    ),
+    "lycoris, sizes that do not divide": (
+        changed(*LY, put("lycoris_blocks_kron_linear.lokr_w1", torch.ones(5, 4))),
+        lycoris,
+        r"sizes = \(5, 4\) does not divide its 36 output and 16 input features",
+    ),
+    "lycoris, another layer's shape": (
+        changed(*LY, put("lycoris_blocks_hada_linear.hada_w1_a", torch.ones(15, 2))),
+        lycoris,
+        r"hada_w1_a: has the shape \[15, 2\], expected \[16, 2\]",
+    ),
+    "lycoris, no such layer": (
+        changed(*LY, lambda t: [t.update({k.replace("hada_root", "roof"): t.pop(k)}) for k in list(t) if "root" in k]),
+        lycoris,
+        "lycoris_blocks_roof: adapts a layer that the model does not have",
+    ),
+    "lycoris, NaN": (
+        changed(*LY, lambda t: t["lycoris_blocks_kron_core.lokr_t2"].fill_(float("nan"))),
+        lycoris,
+        "lokr_t2: 9 of 9 values are NaN",
+    ),
+    "lycoris, alpha infinite": (
+        changed(*LY, put("lycoris_blocks_kron_core.alpha", torch.tensor(float("inf")))),
+        lycoris,
+        "alpha: is inf",
+    ),
     "kohya, Tucker": (changed(*KO, put(f"{Q}.lora_mid.weight", torch.ones(2))), text_encoder, "a Tucker decomposition"),
     "kohya, a whole change": (changed(*KO, put(f"{Q}.diff_b", torch.ones(2))), text_encoder, "change of a whole param"),
     "kohya, shapes": (
@@ -331,7 +390,7 @@ def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
     with pytest.raises(lorary.FileError) as caught:
         lorary.load_adapter(changed(*KO, change)(tmp_path), model=text_encoder())
     text = str(caught.value)
-    assert "belongs to LoHa" in text
+    assert "has tensors of several methods" in text
     assert "is missing, and its partner is useless alone" in text
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
-from lorary.adapters.peft.lora import is_dora
+from lorary.adapters.peft.joins import is_dora
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, MethodError
 from lorary.layers.adapted import unwrapped_modules

@@ -47,6 +47,7 @@ def convert(
     *,
     to: str = "lorary",
     model: nn.Module | None = None,
+    expert_layout: str | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Conversion:
     """Write an adapter of any tool as a folder of lorary's, or of PEFT's, and read it back.
@@ -56,6 +57,7 @@ def convert(
         folder: where to; nothing is written if the conversion is refused.
         to: `lorary`, whose folder PEFT reads too where it has the method; or `peft`, a plain LoRA or DoRA.
         model: the base, if at hand; some tools' names mean nothing without it.
+        expert_layout: see `load_adapter`; what is written has PEFT's own order.
         check: a further check of the written folder, before it takes its place.
 
     Raises:
@@ -67,7 +69,7 @@ def convert(
         what = f"{to!r} is not a form that lorary converts to"
         fix = did_you_mean(str(to), TARGETS) + "; other programs' forms: lorary export"
         raise ConfigError("cannot convert an adapter:", [Diagnostic("to", what, fix)])
-    adapter = load_adapter(source, model=model)
+    adapter = load_adapter(source, model=model, expert_layout=expert_layout)
     with atomic_directory(folder) as written:
         if to == "peft":
             export_peft(adapter, written, model=model)

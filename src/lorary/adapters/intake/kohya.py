@@ -5,11 +5,13 @@
     lora_unet_<path>.alpha             ()                              of DoRA <path>.dora_scale  (out, 1)
 
 y = W x + alpha / r up(down(x)). A path has `_` for every `.`, so that only the model tells where its dots were.
+LyCORIS writes the same, with the names of LoHa's and LoKr's tensors (`lycoris.py`) and `lycoris_` before the path.
 """
 
 from __future__ import annotations
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.intake import lycoris
 from lorary.adapters.intake.diffusion import explain, model_of, refuse_other_methods, scaled_layers
 from lorary.adapters.intake.layers import complete, group, read_layers
 from lorary.adapters.peft.config import PeftConfig
@@ -20,6 +22,7 @@ from lorary.files.tensor_file import Header, TensorSource
 from lorary.model.base import Base
 
 _LEAVES = {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha", ".dora_scale": "m"}
+_LEAVES |= lycoris.LEAVES
 # The beginning of a name -> the model. The longer ones first.
 _MODELS = {
     "lora_unet_": "unet",
@@ -28,6 +31,7 @@ _MODELS = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
     "lora_te_": "text_encoder",
+    "lycoris_": "model",
 }
 _SGM = ("input_blocks_", "middle_block_", "output_blocks_")  # the original UNet of SDXL
 
@@ -52,7 +56,8 @@ class Kohya:
             findings.raise_refused()
         assert base is not None
         written = _written(base)
-        grouped = dict(complete(group(names, _LEAVES), _LEAVES, findings))
+        plain, products = lycoris.apart(group(names, _LEAVES), findings)
+        grouped = dict(complete(plain, _LEAVES, findings)) | products
         parts: dict[str, list[str]] = {}
         for layer in grouped:
             parts.setdefault(_model(layer), []).append(layer)
@@ -62,7 +67,8 @@ class Kohya:
         findings.fatal += [_unknown(layer) for layer in wanted if _path(layer) not in written]
         findings.raise_refused()
         paths = {layer: written[_path(layer)] for layer in wanted}
-        layers = scaled_layers(wanted, paths, file, findings)
+        layers = scaled_layers({x: r for x, r in wanted.items() if x not in products}, paths, file, findings)
+        layers += lycoris.layers({x: r for x, r in wanted.items() if x in products}, paths, file, base, findings)
         used = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
         others = {n for layer, roles in grouped.items() if layer not in wanted for n in roles.values()}
         return read_layers(file, layers, base, findings, explain, known=used | others)
