@@ -203,4 +203,4 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         sizes[attention_of(adapted.site)] = (A.shape[-2], float(A.shape[-2]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
-    return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
+    return LoraFiles(config, writer.with_prefix(tensors, adapter, model), dict.fromkeys(sizes, 1.0))
