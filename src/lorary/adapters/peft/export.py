@@ -105,6 +105,7 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared) is LORA
+    exact = exact and not (folded and any(map(replaces_rows, adapter.sites)))  # which its readers do not know
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:
@@ -117,9 +118,9 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         inside = {a.site.name: INSIDE[a.site.kind] for a in adapter.sites if a.site.kind in INSIDE}
         what = "is of {}, which the readers of this form do not know"
         _refuse(folder, [Diagnostic(name, what.format(owner), fix) for name, owner in inside.items()])
-        files = LoraFiles(*folded_form(adapter, *files))
+        files = LoraFiles(*folded_form(written, *files))
         # a name of one component in the list of targets may end other paths
-        _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
+        _refuse(folder, misread_sites(without_empty_sites(written), model, LORA, files.config))
     # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
     tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
     _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
