@@ -66,7 +66,7 @@ class Diffusers:
             if role:
                 parts.setdefault(model, {}).setdefault(path, {})[role] = name
         fitting = {m: [p for p in paths if base is None or p in base.modules] for m, paths in parts.items()}
-        part = model_of(fitting, base, findings) if parts else ""
+        part = model_of(parts, fitting, base, findings) if parts else ""
         grouped = dict(complete(parts.get(part, {}), _LEAVES, findings))
         said = _config(file.header.metadata, part, findings)
         alphas = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
