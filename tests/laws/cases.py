@@ -203,9 +203,11 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "SequentialLoRA": lambda r: {"A": r * A, "B": r * B},  # and so do the earlier tasks
         "SVDDelta": lambda r: {"P": r * B, "E": r, "Q": r * A},
         "BlockDiagonal": lambda r: {"A": r * A, "B": r * B},  # whatever n is
+        "HadamardFactors": lambda r: {"A": r * A, "B": r * B},
+        "SharedShards": lambda r: {"D": B * r if delta.mini_r is None else kind.parts * delta.mini_r * r},
         "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         # one product for all parts of a fused weight
-        "HadamardProduct": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
+        "LowRankHadamard": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
         "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
         "GLoRADelta": lambda r: (
@@ -227,7 +229,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
         return sum(placed.trainable for placed in plan.sites)
     each = formulas[name](delta.r)
-    magnitudes = kind.out if "m" in method.roles else 0
+    magnitudes = (kind.out if "m" in method.roles else 0) + (B if "c" in method.roles else 0)
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
 
 
@@ -262,10 +264,13 @@ def methods() -> dict[str, lorary.Method]:
             continue
         if method not in made.values():
             made["+".join(chosen)] = method
+    made["lora with biases"] = made_of("lora", lora_bias=True)
+    made["vera with biases"] = made_of("vera", lora_bias=True)
     made["delta-lora at once"] = made_of("delta-lora", start=-1)
     made["delta-lora, written"] = made_of("delta-lora", mode="paper")
     made["loha whole, with cores"] = made_of("loha", r=7, tucker=True)
     made["lokr of two products, with cores"] = made_of("lokr", r=1, decompose_both=True, factor=4, tucker=True)
+    made["miss, mini"] = made_of("miss", mini_r=4)
     made["ia3 of inputs"] = made_of("ia3", feed_forward=("layer", "c_attn"))
     for kind, hard in (("", False), (", hard", True)):
         made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))

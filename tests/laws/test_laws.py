@@ -20,6 +20,7 @@ from lorary.methods.houlsby import Bottleneck
 from lorary.methods.lora import Kaiming
 from lorary.methods.lora_ga import GradientInit
 from lorary.methods.melora import BlockDiagonal
+from lorary.methods.miss import SharedShards
 from lorary.methods.token_rows import TokenRows
 from lorary.spec.calibration import CalibratedInit
 
@@ -91,6 +92,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
         if isinstance(method.delta, BlockDiagonal):
             odd = {k.name for k in KINDS if any(size % method.delta.n for size in (k.inp, *(k.adapted or (k.out,))))}
             expected |= {(name, k) for k in odd}
+        if isinstance(method.delta, SharedShards):  # sums of the inputs of linear layers
+            expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
         if isinstance(method.delta, SVDDelta):  # there is one budget for each layer
             expected |= {(name, k.name) for k in KINDS if k.adapted}
         if method.context is not None:  # a layer alone has no positions: see tests/papers/test_longlora.py

@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "multilora": ("multilora",),
     "loha": ("loha",),
     "lokr": ("lokr",),
+    "miss": ("miss",),
 }
 
 
@@ -132,6 +133,17 @@ def test_an_expert_without_a_token_has_a_gradient_of_exactly_zero() -> None:
     for e in range(16):
         assert bool(layer.params["B"].grad[e].any()) == (e in used)
         assert bool(layer.params["A"].grad[e].any()) == (e in used)
+
+
+def test_a_block_without_any_token() -> None:
+    model = moe()
+    lorary.attach(model, lorary.plan(model, method("lora")))
+    experts = model.model.layers[0].mlp.experts
+    x = torch.zeros(0, 16, requires_grad=True)
+    y = experts(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert all(not p.grad.any() for p in experts.parameters() if p.requires_grad)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -325,10 +337,11 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
         (("adalora",), {"target": 2}, "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"),
         (("ia3",), {}, "Rescaling has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
+        (("hira",), {}, "HadamardProduct has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
         (("delta-lora",), {}, "no rule works on fused experts yet (DeltaLoRARule)"),
         (("lora-ga",), {}, "no calibration pass measures fused experts yet (GradientInit)"),
-        (("loftq",), {}, "no storage quantises fused experts yet, whose error QuantizationErrorInit starts at"),
+        (("loftq",), {"r": 20}, "its matrix has no more than 16 singular directions, and r is 20"),
         (("rows",), {"tokens": [3]}, "TokenRows has no form for fused experts yet"),
         (("pissa",), {"r": 20}, "its matrix has no more than 16 singular directions, and r is 20"),
     ],
@@ -474,9 +487,9 @@ def test_the_memory_of_a_step_is_predicted_from_shapes_alone() -> None:
     assert whole.activations > attention.activations
 
 
-def test_a_base_in_4_bits_keeps_its_experts_and_says_so() -> None:
+def test_a_base_in_4_bits_that_keeps_its_experts_says_so() -> None:
     model = moe()
-    plan = lorary.plan(model, lorary.method("lora", "qlora", r=2))
+    plan = lorary.plan(model, lorary.method("lora", "qlora", r=2, experts=False))
     assert any("experts.down_proj stays dense: NF4 quantises linear layers" in note for note in plan.notes)
     lorary.attach(model, plan)
     before = logits(model)

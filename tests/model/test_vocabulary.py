@@ -101,6 +101,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ([""], None, "tokens: '' is not a text"),
     (["  "], None, "tokens: '  ' is not a text"),
     ([7], None, "tokens: 7 is not a text"),
+    (["<a>", "<\ud83d>"], None, r"tokens: '<\ud83d>' has half of a letter, which UTF-8 cannot write"),
     (
         ["</s>"],
         None,

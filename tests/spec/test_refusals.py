@@ -55,6 +55,7 @@ PISSA, OLORA = "pissa sets SVDInit", "olora sets QRInit"
 TERMS = "glora sets GLoRADelta"
 SPECTRAL, PROPAGATED, TASKS = "adalora sets SVDDelta", "delta-lora sets DeltaLoRADelta", "o-lora sets SequentialLoRA"
 PROJECTIONS = "vera sets SharedProjectionInit"
+HADAMARD, SHARDS = "hira sets HadamardFactors", "miss sets SharedShards"
 BY_GLORA = "{Ad, Au, Bd, Bu, Cd, Cu, D, E}"
 
 
@@ -222,6 +223,8 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
         "o-lora": TASKS,
     }
     return {
+        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets HadamardProduct", joins)),
+        ("miss", name): told(INVALID, two("delta", SHARDS, delta), two("init", "miss sets ZeroShards", init)),
         ("rslora", name): told(INVALID, two("scale", RSLORA, scale)),
         ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
         ("lora-fa", name): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {roles}"),
@@ -266,21 +269,77 @@ def a_start(name: str, source: str) -> dict[tuple[str, str], str]:
     """What refuses a preset that starts B and A in some way, beside presets that do in another or have none."""
     init = STARTS[name]
     others = {"glora": "glora sets ZeroDownInit", "vera": PROJECTIONS, "multilora": "multilora sets MultiLoRAInit"}
-    others |= {"adalora": "adalora sets SVDDeltaInit"}
+    others |= {"adalora": "adalora sets SVDDeltaInit", "miss": "miss sets ZeroShards"}
     others |= {other: STARTS[other] for other in list(STARTS)[: list(STARTS).index(name)]}
-    deltas = {"melora": "BlockDiagonal", "delta-lora": "DeltaLoRADelta", "o-lora": "SequentialLoRA"}
+    deltas = {
+        "melora": "BlockDiagonal",
+        "hira": "HadamardFactors",
+        "delta-lora": "DeltaLoRADelta",
+        "o-lora": "SequentialLoRA",
+    }
     sets = f"init: {init.rpartition(' ')[2]} sets B and A to {source}, which the factors of"
     return {
         **{(other, name): told(INVALID, two("init", text, init)) for other, text in others.items()},
         **{(other, name): told(INVALID, f"{sets} {delta} cannot hold") for other, delta in deltas.items()},
         **{
             (name, other): told(INVALID, two("init", init, f"{other} sets NoInit"))
-            for other in ("rows", "houlsby", "ia3", "prefix-tuning", "prompt-tuning")
+            for other in ("houlsby", "ia3", "prefix-tuning", "prompt-tuning", "rows")
         },
         (name, "full"): told(INVALID, everything_trains("LowRank")),
     }
 
 
+# HiRA multiplies the weight by B A, and MiSS has one matrix: what adds, starts, scales or splits another A and B
+PAIRS |= {
+    ("rslora", "hira"): told(INVALID, two("scale", RSLORA, "hira sets ConstantScale")),
+    ("rslora", "miss"): told(INVALID, two("scale", RSLORA, "miss sets ConstantScale")),
+    ("lora+", "miss"): told(INVALID, "lr: sets a learning rate for {B}, but only {D} trains"),
+    ("lora-fa", "miss"): told(INVALID, "frozen: {A} cannot be frozen: the tensors are {D}"),
+    ("dora", "hira"): told(INVALID, two("join", "dora sets MagnitudeDirection", "hira sets HadamardProduct")),
+    ("glora", "hira"): told(
+        INVALID, two("delta", TERMS, HADAMARD), two("join", "glora sets GLoRAJoin", "hira sets HadamardProduct")
+    ),
+    ("glora", "miss"): told(
+        INVALID, two("delta", TERMS, SHARDS), two("init", "glora sets ZeroDownInit", "miss sets ZeroShards")
+    ),
+    ("pissa", "hira"): at_the_weight("SVDInit", "HadamardFactors"),
+    ("olora", "hira"): at_the_weight("QRInit", "HadamardFactors"),
+    ("pissa", "miss"): told(INVALID, two("init", PISSA, "miss sets ZeroShards")),
+    ("olora", "miss"): told(INVALID, two("init", OLORA, "miss sets ZeroShards")),
+    ("vera", "hira"): told(INVALID, two("delta", "vera sets SharedProjectionDelta", HADAMARD)),
+    ("vera", "miss"): told(
+        INVALID,
+        two("delta", "vera sets SharedProjectionDelta", SHARDS),
+        two("init", PROJECTIONS, "miss sets ZeroShards"),
+    ),
+    ("melora", "hira"): told(INVALID, two("delta", "melora sets BlockDiagonal", HADAMARD)),
+    ("melora", "miss"): told(INVALID, two("delta", "melora sets BlockDiagonal", SHARDS)),
+    ("multilora", "hira"): told(INVALID, two("delta", "multilora sets ParallelLowRank", HADAMARD)),
+    ("multilora", "miss"): told(
+        INVALID,
+        two("delta", "multilora sets ParallelLowRank", SHARDS),
+        two("init", "multilora sets MultiLoRAInit", "miss sets ZeroShards"),
+    ),
+    ("hira", "miss"): told(INVALID, two("delta", HADAMARD, SHARDS)),
+    ("hira", "adalora"): told(
+        INVALID,
+        two("delta", HADAMARD, SPECTRAL),
+        two("scale", "hira sets ConstantScale", "adalora sets AlphaOverInitialRank"),
+    ),
+    ("miss", "adalora"): told(
+        INVALID,
+        two("delta", SHARDS, SPECTRAL),
+        two("init", "miss sets ZeroShards", "adalora sets SVDDeltaInit"),
+        two("scale", "miss sets ConstantScale", "adalora sets AlphaOverInitialRank"),
+    ),
+    ("hira", "full"): told(INVALID, everything_trains("HadamardFactors")),
+    ("miss", "full"): told(INVALID, everything_trains("SharedShards")),
+    **{
+        (name, other): told(INVALID, two("delta", delta, text))
+        for name, delta in (("hira", HADAMARD), ("miss", SHARDS))
+        for other, text in (("delta-lora", PROPAGATED), ("o-lora", TASKS))
+    },
+}
 PAIRS |= a_start("loftq", "a decomposition of W")
 for preset in ("lora-ga", "corda", "eva"):
     PAIRS |= a_start(preset, "directions of the training data")
@@ -316,7 +375,7 @@ PAIRS |= {
 }
 
 
-PRODUCTS = {"loha": ("HadamardProduct", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+PRODUCTS = {"loha": ("LowRankHadamard", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
 
 
 def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
@@ -331,6 +390,8 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
         "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
         "melora": ("melora sets BlockDiagonal", "", ""),
         "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+        "hira": (HADAMARD, "", "hira sets ConstantScale"),
+        "miss": (SHARDS, "miss sets ZeroShards", "miss sets ConstantScale"),
     }
     later: dict[str, tuple[str, str, str]] = {
         "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
@@ -354,7 +415,7 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
 PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
 PAIRS["loha", "lokr"] = told(
     INVALID,
-    two("delta", "loha sets HadamardProduct", "lokr sets KroneckerProduct"),
+    two("delta", "loha sets LowRankHadamard", "lokr sets KroneckerProduct"),
     two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
 )
 
@@ -366,6 +427,16 @@ def test_pairs_that_do_not_go_together(pair: tuple[str, str]) -> None:
     assert str(refusal.value) == PAIRS[pair]
     with pytest.raises(MethodError):  # in the other order too
         lorary.method(*reversed(pair))
+
+
+def test_a_scale_that_nothing_uses_is_refused() -> None:
+    with pytest.raises(MethodError) as refusal:
+        lorary.method("hira").replace(scale=AlphaOverRank(2.0))
+    assert str(refusal.value) == told(
+        INVALID,
+        "scale: AlphaOverRank(alpha=2.0) has no effect: HadamardProduct uses the tensors of HadamardFactors without "
+        "a scale\n      hint: set scale=ConstantScale(1.0)",
+    )
 
 
 def test_no_pair_is_refused_but_these() -> None:
@@ -392,6 +463,14 @@ KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lr"
 
 SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # values that a field cannot hold
+    (("hira",), {"r": 0}, told(INVALID, f"delta: HadamardFactors has r = 0; it takes {COUNTED}")),
+    (("miss",), {"r": 2.0}, told(INVALID, f"delta: SharedShards has r = 2.0; it takes {COUNTED}")),
+    (("miss",), {"mini_r": 0}, told(INVALID, f"delta: SharedShards has mini_r = 0; it takes {COUNTED}, or None")),
+    (
+        ("hira",),
+        {"alpha": 16},
+        told(INVALID, "alpha: hira sets ConstantScale(s=1.0), which has no alpha\n      hint: leave it out"),
+    ),
     (("melora",), {"n": 0}, told(INVALID, f"delta: BlockDiagonal has n = 0; it takes {COUNTED}")),
     (("melora",), {"n": 2.0}, told(INVALID, f"delta: BlockDiagonal has n = 2.0; it takes {COUNTED}")),
     (("multilora",), {"n": -1}, told(INVALID, f"delta: ParallelLowRank has n = -1; it takes {COUNTED}")),
@@ -851,6 +930,38 @@ PLANNED: dict[str, tuple[Any, lorary.Method, Any, dict[str, Any], str]] = {
         told(CANNOT, "0: its matrix has no more than 3 orthonormal columns, and r is 4"),
     ),
     # sizes that n does not divide
+    "miss, small and odd": (
+        lambda: nn.Sequential(nn.Linear(9, 8), nn.Linear(4, 9)),
+        lorary.method("miss", r=5, mini_r=2),
+        ["0", "1"],
+        {},
+        told(
+            CANNOT,
+            "1: it has 4 inputs, fewer than one shard of r = 5",
+            "1: mini_r = 2 does not divide its 9 output features",
+        ),
+    ),
+    "miss, vocabulary": (
+        lambda: only(nn.Embedding(9, 4)),
+        lorary.method("miss", r=2),
+        "0",
+        {},
+        told(CANNOT, "0: MiSS sums the input features of linear layers, and this is of kind embedding"),
+    ),
+    "miss, window": (
+        lambda: only(nn.Conv2d(3, 8, 3)),
+        lorary.method("miss", "dora", r=2),
+        "0",
+        {},
+        told(CANNOT, "0: MiSS sums the input features of linear layers, and this is of kind conv2d"),
+    ),
+    "hira and lora-fa, embedding": (
+        lambda: only(nn.Embedding(8, 4)),
+        lorary.method("hira", "lora-fa", r=1),
+        "0",
+        {},
+        told(CANNOT, f"0: {dead('A', 'embedding')}"),
+    ),
     "melora, in": (
         lambda: only(nn.Linear(9, 4)),
         lorary.method("melora", r=1, n=2),

@@ -276,7 +276,7 @@ def _tensors(
         at = {adapted.site.name for adapted in sites}
         layout, decode, shared = peft_type.layout, peft_type.decode, peft_type.shared
         parameters = {name: peft_keys.full_name(name, at) for name in record["full"]}
-        names = {peft_keys.short(name): name for name in file.header.tensors}
+        names = {peft_type.canonical_name(peft_keys.short(name)): name for name in file.header.tensors}
         names = from_file(names, [adapted.site for adapted in sites])
     else:
         layout, decode, shared = _layout, _decode, {role: f"|{role}" for role in shared_shapes(sites)}

@@ -143,8 +143,10 @@ def _site(record: Any) -> Site:
         raise ValueError(f"`experts` is {show(experts)} at a site of kind {kind}")
     if type(swapped := record.get("swapped", False)) is not bool:
         raise ValueError(f"`swapped` is {show(swapped)}")
+    if type(one_adapter := record.get("one_adapter", False)) is not bool or (one_adapter and not experts):
+        raise ValueError(f"`one_adapter` is {show(one_adapter)} at a site of kind {kind}")
     parts = tuple(_part(part, rows) for part in parts)
-    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped)
+    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped, one_adapter)
 
 
 def _part(record: Any, out: int) -> Part:

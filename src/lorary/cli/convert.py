@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+_LAYOUT = "Order of lora_B of fused experts, where the file does not say it: rank_major or grouped_by_expert."
 _FROM = "Adapter folder, run folder, or Hub id; or a .safetensors or .gguf file."
 
 
@@ -24,6 +25,7 @@ def convert(
         str | None,
         typer.Option("--base", help="Base model. Needed for files whose names only it explains; compares logits."),
     ] = None,
+    expert_layout: Annotated[str | None, typer.Option("--expert-layout", help=_LAYOUT)] = None,
 ) -> None:
     """Convert an adapter of another tool: PEFT, mlx-lm, torchtune, diffusers, kohya's sd-scripts, llama.cpp.
 
@@ -37,7 +39,8 @@ def convert(
     path = find_adapter(source, "convert")
     model = None if base is None else _model(base)
     with warnings_as_notes():
-        done = converted(path, output, to=to, model=model, check=None if model is None else _same_logits(path, model))
+        check = None if model is None else _same_logits(path, model, expert_layout)
+        done = converted(path, output, to=to, model=model, expert_layout=expert_layout, check=check)
     print_notes(done.adapter.notes)
     sites = len(done.adapter.sites)
     print(f"{sites} layers, {done.compared} updates compared: equal to {done.difference:.2g}", file=sys.stderr)
@@ -54,7 +57,7 @@ def _model(name: str) -> PreTrainedModel:
     return load_model(section, model_class=own_class(load_config(section)))
 
 
-def _same_logits(source: Path, model: PreTrainedModel) -> Callable[[Path], None]:
+def _same_logits(source: Path, model: PreTrainedModel, expert_layout: str | None) -> Callable[[Path], None]:
     """The comparison of a model's logits with the source and with the written folder, for models of text."""
 
     def check(written: Path) -> None:
@@ -67,8 +70,8 @@ def _same_logits(source: Path, model: PreTrainedModel) -> Callable[[Path], None]
             return
         (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
         found = []
-        for folder in (source, written):
-            lorary.load(model, folder)
+        for folder, layout in ((source, expert_layout), (written, None)):
+            lorary.load(model, folder, expert_layout=layout)
             found.append(logits(model, row))
             lorary.detach(model)
         difference = (found[0] - found[1]).abs().max().item()

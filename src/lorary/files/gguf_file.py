@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorary.errors import Diagnostic, FileError
 from lorary.files.safe_open import open_inside, read_exactly
-from lorary.files.strict_json import named
+from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import MOST_DIMENSIONS, MOST_EXTENT, MOST_TENSORS, Entry, Header, memory, name_problem
 
 MAGIC = b"GGUF"
@@ -151,6 +151,8 @@ def _read_header(source: _Bytes, size: int) -> tuple[dict[str, Any], Header]:
     found: dict[str, Any] = {}
     for _ in range(values):
         key, kind = source.text(), source.number("I")
+        if key in found:
+            raise _damaged(source.name, f"has two values of {show(key)}")
         found[key] = source.value(kind)
     described = list(_descriptions(source, tensors))
     alignment = found.get(_ALIGNMENT, 32)

@@ -85,7 +85,7 @@ def _is_fast(x: Tensor, M: Tensor) -> bool:
     """Whether PyTorch has a grouped kernel for these operands: rows, and matrices or more rows."""
     if _grouped_mm is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    if x.is_meta or isinstance(x, FakeTensor):  # without an address
+    if x.is_meta or isinstance(x, FakeTensor) or needs_plain_operations():  # without an address
         return False
     if x.device.type == "cuda" and x.dtype is not torch.bfloat16:
         return False

@@ -84,10 +84,12 @@ class ExpertLayer(nn.Module):
         count: E.
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
+        layout: of the experts module's class.
         order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
     """
 
     weight: nn.Parameter
+    layout: ExpertLayout
     count: int
     interleaved: bool
     order: tuple[str, ...]
@@ -109,7 +111,7 @@ class ExpertMatrix(ExpertLayer):
 
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.layout = weight, layout
         self.count = weight.shape[0]
         self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
         self.swapped = layout.transposed and not layout.interface
@@ -219,7 +221,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return weighted[back].view(len(hidden_states), k, -1).sum(1).to(hidden_states.dtype)
+    return weighted[back].view(len(hidden_states), k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _product(module: Any, name: str, x: Tensor, ids: Tensor) -> Tensor:

@@ -149,7 +149,8 @@ class Embedding:
 class Experts:
     """One matrix of every expert of a block: M is [E, out, in], A [E, R, in] and B [E, out, R].
 
-    The input's rows are sorted by expert (`lorary.layers.experts`).
+    The input's rows are sorted by expert (`lorary.layers.experts`). A [R, in] and B [out, R] are an adapter that all
+    experts share: it is the same for every row, and needs no groups.
     """
 
     rowwise = False
@@ -173,6 +174,8 @@ class Experts:
         return y if b is None else y + self.broadcast_over_rows(b)
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        if A.dim() == 2:
+            return add_low_rank(y, x, A, B, s, dropout)
         return add_grouped_low_rank(y, x, A, B, s, groups_now(), dropout)
 
 

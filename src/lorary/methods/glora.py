@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, MethodError
 from lorary.kernels.elementwise import add_scaled_linear, recomputed, scaled_linear
-from lorary.kernels.low_rank import autocasting
+from lorary.kernels.low_rank import autocasting, without_autocast
+from lorary.layers.quantized_weight import is_quantized
 from lorary.methods.glora_terms import DOWN, JOIN_ROLES, ROLES, GLoRADelta, pair, structures
 from lorary.methods.lora import ConstantScale
 from lorary.spec.fields import FLAG, SEED
@@ -74,7 +75,7 @@ class GLoRAJoin(Join):
         """(W + W * A) x + b + shift."""
         along, b, a = layer.kind.broadcast_over_rows, layer.bias, params.get("Ad")
         if a is not None and a.dim() == 2:
-            return _low_rank_scaled(layer, x, a, params["Au"], shift)
+            return low_rank_scaled(layer, x, a, params["Au"], shift)
         y = layer.run_base(x)
         if a is None:
             return y if shift is None else y + along(shift.to(y.dtype))
@@ -164,20 +165,21 @@ def _shift(layer: Layer, x: Tensor, params: Tensors, idle: Sequence[Tensor]) -> 
     return nothing[None] if change is None else change + nothing
 
 
-def _low_rank_scaled(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Tensor | None) -> Tensor:
-    """(W + W * (Ad Au)) x + b + shift, without keeping a matrix of W's size for backward."""
+def low_rank_scaled(
+    layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """(W + W * (Ad Au)) x + b + shift, without keeping a matrix of W's size for backward.
+
+    Dropout acts on the input of W * (Ad Au) alone, and not on token ids.
+    """
     kind, base, b = layer.kind, layer.base, layer.bias
-    W = kind.matrix(base)
     if layer.site.kind == "embedding":  # one column of W per token: scale the ones that are looked up
         y: Tensor = base(x)
         y = torch.addcmul(y, y, F.linear(F.embedding(x, Au.T), Ad).to(y.dtype))
-    elif W.dtype.itemsize < 4 or W.dtype != x.dtype or autocasting(x.device):
-        y = base(x)
-        if kind.rowwise:
-            y = add_scaled_linear(y, x, W, Ad, Au)
-        else:
-            y = y + recomputed(lambda x, Ad, Au: kind.run(base, x, W * (Ad @ Au).to(W.dtype), None), x, Ad, Au)
+    elif dropout or _apart(layer, x):
+        y = _added(layer, base(x), F.dropout(x, dropout), Ad, Au)
     else:
+        W = kind.matrix(base)
         bias, shift = (b, shift) if b is None or shift is None else ((b + shift).to(W.dtype), None)
         if kind.rowwise:
             y = scaled_linear(x, W, Ad, Au, bias)
@@ -186,6 +188,30 @@ def _low_rank_scaled(layer: Layer, x: Tensor, Ad: Tensor, Au: Tensor, shift: Ten
                 lambda x, Ad, Au: kind.run(base, x, torch.addcmul(W, W, (Ad @ Au).to(W.dtype)), bias), x, Ad, Au
             )
     return y if shift is None else y + kind.broadcast_over_rows(shift.to(y.dtype))
+
+
+def _apart(layer: Layer, x: Tensor) -> bool:
+    """Whether W + W * (Ad Au) as one matrix would be rounded, or has no dense W to be computed from."""
+    if is_quantized(layer.base):
+        return True
+    W = layer.matrix
+    return W.dtype.itemsize < 4 or W.dtype != x.dtype or autocasting(x.device)
+
+
+def _added(layer: Layer, y: Tensor, x: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+    """y + (W * (Ad Au)) x, the two terms in products of their own."""
+    kind, base = layer.kind, layer.base
+    if kind.rowwise and not is_quantized(base):
+        return add_scaled_linear(y, x, kind.matrix(base), Ad, Au)
+
+    def update(x: Tensor, Ad: Tensor, Au: Tensor) -> Tensor:
+        W = kind.matrix(base)  # dequantised again in backward
+        if not is_quantized(base):
+            return kind.run(base, x, W * (Ad @ Au).to(W.dtype), None)
+        with without_autocast(x.device):
+            return F.linear(x.to(y.dtype), W.to(y.dtype) * (Ad.to(y.dtype) @ Au.to(y.dtype)))
+
+    return y + recomputed(update, x, Ad, Au)
 
 
 @component

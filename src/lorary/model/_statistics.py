@@ -15,6 +15,7 @@ from lorary.errors import Diagnostic, PlanError
 from lorary.kernels.torch_internals import parameters_of, version_of
 from lorary.layers.kinds import KINDS
 from lorary.layers.wrappers import submodule
+from lorary.model.out_of_memory import is_out_of_memory
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
 from lorary.spec.placement import AdaptedSite
 
@@ -66,10 +67,22 @@ def _on(device: torch.device, batch: Any) -> Any:
     return tuple(map(move, batch)) if isinstance(batch, list | tuple) else move(batch)
 
 
-def _output(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+def _output(model: nn.Module, batch: Any, i: int) -> Any:
+    """The model's output for batch i.
+
+    Raises:
+        PlanError: the model refuses it, with the model's own reason.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        what = f"batch {i} fails in the model's forward pass: {type(error).__name__}: {reason}"
+        raise PlanError(HEADLINE, [Diagnostic("data", what, "pass what the model itself takes")]) from error
 
 
 def _kept_tokens(batch: Any, labelled_only: bool) -> Tensor | None:
@@ -113,17 +126,17 @@ def measure(
     if init.reads == "gradient":
         sums: dict[str, Tensor] = {}
         with _gradients(layers, sums), torch.enable_grad():
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 batch = _on(device, batch)
-                _loss(_output(model, batch), batch, loss).backward()
+                _loss(_output(model, batch, i), batch, loss).backward()
             return {name: _as_matrix(*layers[name], sums.get(name)) for name in layers}
     inputs: dict[str, Moments | None] = dict.fromkeys(layers)
     same = _LastMoments(init)
     with _input_hooks(layers, inputs, same), torch.no_grad():
-        for batch in batches:
+        for i, batch in enumerate(batches):
             batch = _on(device, batch)
             same.kept = _kept_tokens(batch, init.labelled_only)
-            _output(model, batch)
+            _output(model, batch, i)
     return dict(inputs)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, PlanError, StateError
+from lorary.errors import Diagnostic, PlanError, StateError, not_a
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
@@ -61,6 +62,8 @@ def calibrate(
         PlanError: there is no data, or it does not determine a start; every reason.
     """
     inner = changeable(model, "calibrate")
+    if problems := _wrong_types(plan, loss, seed, held_bytes):
+        raise PlanError(HEADLINE, problems)
     if state_of(inner) is not None:
         what = "something is attached already"
         raise StateError(HEADLINE, [Diagnostic("model", what, "detach it first: a start is that of the plain model")])
@@ -95,6 +98,13 @@ def _problems(model: nn.Module, sites: Sequence[AdaptedSite]) -> list[Diagnostic
         elif _calibrated(p.init).reads == "gradient" and is_quantized(layer):
             what = f"its weight is quantised, and {type(p.init).__name__} reads its gradient"
             problems.append(Diagnostic(p.site.name, what, "attach to the plain base: `qlora` quantises it afterwards"))
+    return problems
+
+
+def _wrong_types(plan: Any, loss: Any, seed: Any, held_bytes: Any) -> list[Diagnostic]:
+    problems = not_a(Plan, "a Plan", plan=plan) + not_a(Integral, "a whole number", seed=seed, held_bytes=held_bytes)
+    if loss is not None and not callable(loss):
+        problems.append(Diagnostic("loss", f"is a {type(loss).__name__}, not a function of the output and the batch"))
     return problems
 
 

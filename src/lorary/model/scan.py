@@ -44,6 +44,11 @@ class ScannedModule:
     bypass: Bypass | None = field(default=None, repr=False)
     owner: str | None = field(default=None, repr=False)
 
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight in the plain model."""
+        return self.path if self.kind == "experts" else f"{self.path}.weight"
+
     @cached_property
     def unrecognised(self) -> bool:
         """Whether it looks like a quantised layer of a class that is not registered."""

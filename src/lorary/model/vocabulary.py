@@ -90,6 +90,8 @@ def _unusable(tokenizer: Any, tokens: Any) -> list[Diagnostic]:
     for i, text in enumerate(tokens):
         if not isinstance(text, str) or not text.strip():
             problems.append(Diagnostic("tokens", f"{text!r} is not a text", "name what the token is written as"))
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(Diagnostic("tokens", f"{text!r} has half of a letter, which UTF-8 cannot write"))
         elif text in tokens[:i]:
             problems.append(Diagnostic("tokens", f"{text!r} is there twice", "name it once"))
         elif text in known:

@@ -48,6 +48,7 @@ class Site:
             the fused parameter, such as `model.layers.0.mlp.experts.down_proj`, and the sizes are of one expert.
         swapped: whether the class of these experts stores [E, in, out] and does not say so (Llama 4): PEFT takes their
             inputs for their outputs.
+        one_adapter: whether all experts share one adapter, in place of one for each.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Site:
     kernel_size: tuple[int, ...] = ()
     experts: int = 0
     swapped: bool = False
+    one_adapter: bool = False
 
     out = RenamedAttribute("out_features")
     inp = RenamedAttribute("in_features")
@@ -68,7 +70,19 @@ class Site:
     @cached_property
     def one(self) -> Site:
         """The site as a method's components see it: of a single expert, a linear layer; elsewhere the site itself."""
-        return replace(self, kind="linear", experts=0, swapped=False) if self.experts else self
+        if not self.experts:
+            return self
+        return replace(self, kind="linear", experts=0, swapped=False, one_adapter=False)
+
+    @property
+    def adapters(self) -> int:
+        """The leading dimension of its tensors: E where each expert has an adapter; 0 for an adapter without one."""
+        return 0 if self.one_adapter else self.experts
+
+    @property
+    def whole(self) -> Site:
+        """The site with one adapter for the whole matrix of each expert, or for the whole weight."""
+        return replace(self, parts=(), one_adapter=False)
 
     @property
     def weight_name(self) -> str:

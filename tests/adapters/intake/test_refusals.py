@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import lorary
 from lorary.adapters import AdapterWarning
+from lorary.adapters.intake.convert import convert
 from lorary.adapters.intake.diffusers import split
 from tests.adapters.intake.test_made import KOHYA, LYCORIS, MADE, lycoris, part, stand_in, updates
 from tests.adapters.models import BASES
@@ -98,6 +100,22 @@ def dotted(folder: Path) -> Path:
     path = folder / "dotted.safetensors"
     save_file({k.replace("lycoris_blocks_", "transformer.blocks."): t for k, t in load_file(LYCORIS).items()}, path)
     return path
+
+
+def with_heads(count: int) -> nn.Module:
+    model: Any = LLAMA.model()
+    model.config.num_attention_heads = count
+    return cast(nn.Module, model)
+
+
+def copied(file: str, name: str) -> Callable[[Path], Path]:
+    """A made file under another name."""
+    return lambda folder: Path(shutil.copy(MADE / file, folder / name))
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "x.safetensors")
+    return folder / "x.safetensors"
 
 
 def without_config(folder: Path) -> Path:
@@ -194,6 +212,36 @@ CASES: dict[str, Case] = {
         text_encoder,
         f"{Q}.lora_up.weight: 48 of 48 values are NaN",
     ),
+    "kohya, rank 0": (
+        changed(*KO, lambda t: t.update({f"{Q}.lora_down.weight": torch.ones(0, 16)})),
+        text_encoder,
+        f"{Q}.alpha: has rank 0",
+    ),
+    "kohya, a vector": (
+        changed(*KO, put(f"{Q}.lora_down.weight", torch.ones(16))),
+        text_encoder,
+        r"lora_down.weight: has the shape \[16\], expected \[16, 16\]",
+    ),
+    "kohya, whole numbers": (
+        changed(*KO, put(f"{Q}.lora_down.weight", torch.ones(3, 16, dtype=torch.int64))),
+        text_encoder,
+        "lora_down.weight: is 'I64'; accepted are F32, F16, BF16",
+    ),
+    "kohya, an alpha without a layer": (
+        changed(*KO, put("lora_te_foo.alpha", torch.ones(()))),
+        text_encoder,
+        "lora_te_foo.alpha: is not a tensor of this adapter",
+    ),
+    "kohya, names of diffusers too": (
+        changed(*KO, put("unet.a.lora_A.weight", torch.ones(2, 3))),
+        text_encoder,
+        "unet.a.lora_A.weight: is not a tensor of this adapter",
+    ),
+    "kohya, a layer under two prefixes": (
+        changed(*KO, lambda t: t.update({k.replace("lora_te_", "lora_te1_"): v.clone() for k, v in t.items()})),
+        text_encoder,
+        f"{Q}.lora_down.weight: is for text_model.encoder.layers.0.self_attn.q_proj, and so is lora_te1_text_model_enc",
+    ),
     "kohya, magnitudes per input": (
         changed(*KO, put(f"{Q}.dora_scale", torch.ones(1, 16))),
         text_encoder,
@@ -233,10 +281,28 @@ CASES: dict[str, Case] = {
         unet,
         "__metadata__: lora_adapter_metadata: use_qalora: is true: QA-LoRA pools its input",
     ),
+    # mlx-lm, and files of no kind
+    "mlx-lm without its configuration": (
+        copied("mlx/adapters.safetensors", "adapters.safetensors"),
+        LLAMA.model,
+        "has mlx-lm's names, and no adapter_config.json is beside it: the scale is missing",
+    ),
+    "a pickle": (copied("kohya/lora.safetensors", "x.ckpt"), text_encoder, "it is a pickle by its name"),
+    "a file of no kind": (
+        copied("kohya/lora.safetensors", "x"),
+        text_encoder,
+        "name its folder, or a file that ends in .safetensors or .gguf",
+    ),
+    "a pipe": (pipe, text_encoder, "it is a named pipe, not a file or a folder"),
     # torchtune
     "torchtune without a base": (tune(), None, "has torchtune's names: only the model tells its heads"),
     "torchtune without alpha": (without_config, LLAMA.model, "the file does not say alpha"),
     "torchtune, another model": (tune(), BASES[1].model, "lorary knows of llama, .*; the model is of 'gpt2'"),
+    "torchtune, heads that do not divide the rows": (
+        tune(),
+        lambda: with_heads(3),
+        "self_attn.q_proj: has 16 rows, and the model's configuration says 3 heads of an even width",
+    ),
     "torchtune, rank": (tune(r=4), LLAMA.model, r"lora_a.weight: has the shape \[3, 16\], expected \[4, 16\]"),
     "torchtune, DoRA without magnitudes": (tune(use_dora=True), LLAMA.model, "has no magnitudes, which DoRA needs"),
     # llama.cpp
@@ -270,6 +336,11 @@ CASES: dict[str, Case] = {
         bytes_of(lambda b: b.replace(b"blk.1.attn_q.weight.lora_a", b"blk.0.attn_q.weight.lora_a")),
         LLAMA.model,
         "blk.0.attn_q.weight.lora_a: is there twice",
+    ),
+    "gguf, alpha twice": (
+        bytes_of(lambda b: b.replace(b"general.type", b"adapter.type")),
+        LLAMA.model,
+        "has two values of 'adapter.type'",
     ),
     "gguf, another layer": (
         bytes_of(lambda b: b.replace(b"blk.1.attn_q", b"blk.7.attn_q")),
@@ -332,3 +403,39 @@ OLD = {
 @pytest.mark.parametrize("name", OLD)
 def test_the_names_of_older_releases_of_diffusers(name: str) -> None:
     assert split(name) == OLD[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("kohya/lora.safetensors", "x.SafeTensors"), ("gguf/adapter.gguf", "x.GGUF")]
+)
+def test_the_case_of_a_files_ending_says_nothing(file: str, name: str, tmp_path: Path) -> None:
+    base = text_encoder() if file.startswith("kohya") else LLAMA.model()
+    path = copied(file, name)(tmp_path)
+    assert lorary.load_adapter(path, model=base).sites == lorary.load_adapter(MADE / file, model=base).sites
+
+
+def test_an_alpha_that_is_a_whole_number(tmp_path: Path) -> None:
+    """sd-scripts writes the rank itself, where no alpha is given."""
+    path = changed(*KO, put(f"{Q}.alpha", torch.tensor(6)))(tmp_path)
+    (first, *_) = lorary.load_adapter(path, model=text_encoder()).sites
+    assert first.alpha == 6.0
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "sentence"),
+    [
+        (None, {}, "folder: is a NoneType, not a path"),
+        (5, {}, "folder: is a int, not a path"),
+        ("a\0b", {}, "it holds a null character"),
+        ("out", {"to": None}, "to: None is not a form that lorary converts to"),
+        ("out", {"to": ["peft"]}, r"to: \['peft'\] is not a form"),
+        ("out", {"model": "base"}, "model: is a str, not a torch.nn.Module"),
+    ],
+)
+def test_arguments_of_convert(
+    folder: Any, options: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lorary.LoraryError, match=sentence):
+        convert(MADE / "mlx", folder, **options)
+    assert not any(tmp_path.iterdir())

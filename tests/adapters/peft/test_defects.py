@@ -208,10 +208,14 @@ def test_a_forward_pass_leaves_attentions_weights_alone() -> None:
 
 
 def test_no_bias_is_merged_unscaled(tmp_path: Path) -> None:
-    """There, merging into 4 and 8 bits forgets the scale of a bias beside B; here no adapter has such a bias."""
-    peft(GPT2, target_modules=["c_fc"], lora_bias=True, fan_in_fan_out=True).save_pretrained(str(tmp_path))
-    with pytest.raises(FileError, match="biases beside B are not supported"):
-        lorary.load(GPT2.model(), tmp_path)
+    """There, merging into 4 and 8 bits forgets the scale of a bias beside B."""
+    theirs = peft(GPT2, target_modules=["c_fc"], lora_bias=True, fan_in_fan_out=True)
+    theirs.save_pretrained(str(tmp_path))
+    merged, base = lorary.merge(lorary.load(GPT2.model(), tmp_path)), GPT2.model()
+    change = merged.get_submodule("transformer.h.0.mlp.c_fc").bias - base.get_submodule("transformer.h.0.mlp.c_fc").bias
+    (layer,) = layers(theirs)[:1]
+    assert layer.scaling["default"] == 2
+    assert torch.allclose(change, 2 * layer.lora_B["default"].bias, atol=1e-6)
 
 
 # --- starts ------------------------------------------------------------------------------------------------------

@@ -255,3 +255,22 @@ def test_copies_in_one_file_must_agree(tmp_path: Path) -> None:
 def test_a_base_without_token_embeddings_is_refused(theirs: Path) -> None:
     with pytest.raises(FileError, match="names no layer, and the model has no input embedding"):
         lorary.load(nn.Sequential(nn.Linear(16, 16)), theirs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"wte": [3, 7]}, "embed_tokens.token_adapter.trainable_tokens_delta: is there, and `trainable_token_indices`"),
+        (
+            {"embed_tokens": [3, 7], "lm_head": [5, 6]},
+            "lm_head.token_adapter.trainable_tokens_delta: is missing, and `trainable_token_indices` names tokens",
+        ),
+    ],
+)
+def test_names_that_fit_no_tensor_are_refused_without_a_base_too(
+    asked: dict[str, list[int]], sentence: str, theirs: Path, tmp_path: Path
+) -> None:
+    folder = changed(theirs, tmp_path / "wrong", {"trainable_token_indices": asked}, {})
+    with pytest.raises(FileError) as caught:
+        lorary.load_adapter(folder)
+    assert sentence in str(caught.value)

@@ -120,6 +120,8 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "eva": ("all-linear", {"r": 3}),
     "vera": (EMBEDDINGS, {"r": 24}),
     "melora": (EMBEDDINGS, {"r": 2}),
+    "hira": (EMBEDDINGS, {"r": 3}),
+    "miss": ("all-linear", {"r": 5}),
     "adalora": ("all-linear", {"r": 5, "target": 3}),
     "longlora": (EMBEDDINGS, {"r": 9, "length": 4096}),
     "rows": (None, {"tokens": (35, 39, 3)}),

@@ -85,6 +85,8 @@ KINDS: dict[str, tuple[str, int | None]] = {
     "melora": ("low rank", 6),
     "multilora": ("low rank", 9),
     "loha": ("low rank", 9),
+    "hira": ("replica", None),
+    "miss": ("low rank", 3),
     "dora": ("low rank with gain, shift", 3),  # the shift takes the bias out of the gain
     "vera": ("shared projections", 3),
     "rows": ("low rank", 3),
@@ -99,7 +101,7 @@ KINDS: dict[str, tuple[str, int | None]] = {
 def test_a_form_says_what_it_is(name: str) -> None:
     form = serving_form(adapter_of(qwen(), made_of(name, **OPTIONS.get(name, {}))), qwen())
     assert (form.kind, form.rank) == KINDS[name]
-    assert form.additive == (name not in ("dora", "ia3", "longlora", "glora", "full"))
+    assert form.additive == (name not in ("dora", "ia3", "longlora", "glora", "hira", "full"))
     assert any("of their own" in note for note in form.notes) == bool(form.overrides)
 
 

@@ -118,7 +118,7 @@ def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate:
         return [Diagnostic(name, what, _GIVE)]
     if wrong := layer_mismatches(adapted.site, layer.layer):
         return wrong
-    if adapted.delta.changes_bias and not adapted.site.bias:
+    if adapted.changes_bias and not adapted.site.bias:
         what = f"{term.name} shifts the output, and the layer has no bias to hold the shift"
         return [Diagnostic(name, what, "merge it into the base instead")]
     return []

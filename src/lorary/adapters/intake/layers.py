@@ -205,7 +205,8 @@ def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, find
             path = paths.here(paths.without_wrappers(layer.path), layer=True)
             site = _site(path, layer, base, file)
             if path in placed:
-                raise FileError("", [Diagnostic(named(layer.path), f"is there twice: {placed[path][1].path} too")])
+                what = f"is for {path}, and so is {placed[path][1].stored['A'].name}"
+                raise FileError("", [Diagnostic(named(layer.stored["A"].name), what)])
             placed[path] = site, layer
     findings.fatal += [*paths.problems, *paths.ambiguous.values()]
     findings.notes += paths.notes()

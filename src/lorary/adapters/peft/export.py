@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
-from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
-from lorary.adapters.peft import writer
+from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
+from lorary.adapters.peft import keys, writer
 from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.factors import encode_factors
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.lora import LORA, is_dora, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -30,6 +31,7 @@ from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
+from lorary.layers.adapted import base_parameters
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import has_rank
@@ -111,16 +113,21 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
-        what = "is of fused experts, which the readers of this form do not know"
-        fix = "merge the adapter, and save the model"
-        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.experts])
         files = LoraFiles(*folded_form(adapter, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
-    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
-    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
-    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
-    return files._replace(tensors=tensors)
+    files = files._replace(tensors=files.tensors | _tied_copies(written, model))
+    _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
+    return files
+
+
+def _tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """Base parameters under the other names of their tie: Transformers' loader unties them by replacing only one."""
+    parameters = dict(base_parameters(model)) if model is not None and adapter.full else {}
+    first = {id(parameters[name]): name for name in adapter.full if name in parameters}
+    tied = {name: first[id(p)] for name, p in parameters.items() if id(p) in first and name not in adapter.full}
+    sites = {adapted.site.name for adapted in adapter.sites}
+    return {keys.full(keys.full_name(name, sites)): adapter.full[other].clone() for name, other in tied.items()}
 
 
 def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
@@ -179,8 +186,9 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         _refuse(folder, [Diagnostic("sites", what)])
     forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
-    what = "its output has a gain or a shift, which PEFT's LoRA does not have"
-    problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
+    what = "its output has a gain, which PEFT's LoRA does not have"
+    problems = [Diagnostic(name, what) for name, form in forms.items() if form.gain is not None]
+    bias = any(form.shift is not None for form in forms.values())  # at all sites or at none
     if forms and len(forms) < len(adapter.sites):
         what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
         problems.append(Diagnostic("sites", what))
@@ -191,8 +199,13 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         name, own = adapted.site.name, adapter.tensors[adapted.site.name]
         # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
         B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
-        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
+        tensors |= encode_factors(adapted.site, A, B, own.get("m"), _shift(forms[name]) if bias else None)
         sizes[name] = (A.shape[-2], float(A.shape[-2]))
-    fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+    fields = lora_fields(adapter, sizes, root=False, dora=not forms, bias=bias)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
     return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
+
+
+def _shift(form: LowRankForm) -> Tensor:
+    """[out] what a form adds to the output beside B A x."""
+    return form.B.new_zeros(form.B.shape[0]) if form.shift is None else form.shift

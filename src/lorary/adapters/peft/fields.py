@@ -89,9 +89,11 @@ def _typed(kind: type, expects: str) -> Field:
     return field({"check": lambda value: value is None or isinstance(value, kind), "expects": expects})
 
 
-def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
+def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern | None:
     if value is None:
         raise TolerableError("is null: nothing says which modules are adapted")
+    if value == "all-linear":  # the tensors tell
+        return None
     return Pattern(value, budget) if isinstance(value, str) else _names(value)
 
 

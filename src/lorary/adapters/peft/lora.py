@@ -4,6 +4,7 @@
     embedding            <site>.lora_embedding_A (R, vocabulary)  <site>.lora_embedding_B (width, R)
     convolution          <site>.lora_A.weight (R, in, *kernel)    <site>.lora_B.weight (out, R, 1, ...)
     DoRA                 and <site>.lora_magnitude_vector (out,), of a convolution (1, out, 1, ...)
+    `lora_bias`          and <site>.lora_B.bias (out,)
 
 A fused weight adapted in parts is, for PEFT, one LoRA of rank R = parts * r whose B is zero outside the parts' blocks:
 the same update, number for number. O-LoRA's earlier tasks follow as further rank directions.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import experts
 from lorary.adapters.peft.config import PeftConfig, json_number, value_patterns
+from lorary.adapters.peft.factors import bias_of_parts, blocks_of_parts, encode_factors, factor_layout, factor_names
 from lorary.adapters.peft.fields import (
     ALPHA,
     EXCLUDE,
@@ -37,6 +39,7 @@ from lorary.adapters.peft.fields import (
     tokens_by_name,
     unsupported,
 )
+from lorary.adapters.peft.keys import BIAS, MAGNITUDE
 from lorary.adapters.peft.token_rows import indices_field, rows_beside
 from lorary.adapters.peft.types import ROWS_FIELD, PeftType, register, without_rows
 from lorary.adapters.shared_tensors import SharedTensors
@@ -44,15 +47,15 @@ from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
 from lorary.files.strict_json import show
 from lorary.methods.dora import MagnitudeDirection
-from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
+from lorary.methods.lora import Add, AddWithBias, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
-from lorary.spec.fields import FLAG
+from lorary.spec.fields import FLAG, one_of
+from lorary.spec.interfaces import Join
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
 from lorary.spec.site import Site
 
-MAGNITUDE = "lora_magnitude_vector"
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function
     "enable_lora": "adapters on parts of a fused weight (files of 2023) are not supported",
@@ -89,7 +92,7 @@ class Lora(PeftType):
     """W + s B A, with DoRA's magnitudes at all layers or at none."""
 
     name, title = "LORA", "LoRA"
-    methods = ((LowRank, Add), (SequentialLoRA, Add), (LowRank, MagnitudeDirection))
+    methods = ((LowRank, Add), (SequentialLoRA, Add), (LowRank, MagnitudeDirection), (LowRank, AddWithBias))
     fields = {  # noqa: RUF012 (never written)
         **SHARED,
         **UNSUPPORTED,
@@ -101,10 +104,12 @@ class Lora(PeftType):
         "lora_dropout": field(PROBABILITY, 0.0),
         "use_rslora": field(FLAG, False),
         "use_dora": field(FLAG, False, nullable=True),
+        "lora_bias": field(FLAG, False, nullable=True),
         "exclude_modules": EXCLUDE,
         "rank_pattern": by_pattern(field(RANK)),
         "alpha_pattern": by_pattern(field(ALPHA, 8.0)),
         "init_lora_weights": Field(_init),
+        "lora_B_layout": field(one_of(*experts.LAYOUTS), nullable=True),
     }
     leaves = {  # noqa: RUF012
         "lora_A.weight": "A",
@@ -115,7 +120,7 @@ class Lora(PeftType):
     factors = (("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight"))
     refused_leaves = {  # noqa: RUF012
         MAGNITUDE: "belongs to DoRA, which the configuration does not name",
-        "lora_B.bias": "is a bias beside B, which is not supported",
+        BIAS: "is a bias beside B, which the configuration does not name (lora_bias)",
         "lora_diag": "belongs to KaSA, which is not supported",
     }
 
@@ -123,12 +128,21 @@ class Lora(PeftType):
         weight = site and config.targets_parameter(f"{site}.weight")
         name = f"{site}.weight" if weight else site  # as PEFT matches its patterns
         r, alpha = config.value_at("rank_pattern", "r", name), config.value_at("alpha_pattern", "lora_alpha", name)
-        return _method(r, alpha, config["use_rslora"], config["use_dora"], config["lora_dropout"])
+        return _method(r, alpha, config["use_rslora"], _join(config), config["lora_dropout"])
+
+    def site_mismatches(self, config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
+        if not config["lora_bias"]:
+            return []
+        dora = [("lora_bias", "is true, and so is use_dora: PEFT has no such adapter")] if config["use_dora"] else []
+        bare = [name for name in sorted(sites) if config.targets_parameter(f"{name}.weight")][:1]
+        return dora + [
+            ("lora_bias", f"is true, and {name} is in target_parameters: PEFT refuses both") for name in bare
+        ]
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
-            "PEFT's LoRA has DoRA's magnitudes at all layers or at none": len(
-                {is_dora(adapted) for adapted in without_rows(adapter)}
+            "PEFT's LoRA has DoRA's magnitudes or biases at all layers or at none": len(
+                {type(adapted.join) for adapted in without_rows(adapter)}
             )
             > 1,
             "PEFT's LoRA has one tensor for all tasks, and these are of two dtypes": any(
@@ -142,7 +156,7 @@ class Lora(PeftType):
         sites = without_rows(adapter)
         root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in sites)
         sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in sites}
-        fields = lora_fields(adapter, sizes, root=root, dora=is_dora(sites[0]))
+        fields = lora_fields(adapter, sizes, root=root, dora=is_dora(sites[0]), bias=has_bias(sites[0]))
         beside = len(sites) < len(adapter.sites)
         return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
 
@@ -153,15 +167,16 @@ class Lora(PeftType):
         return experts.why_not_in_peft(site, layer) if site.experts else super().why_not_adaptable(site, layer)
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
-        return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
+        own = ({MAGNITUDE: "m"} if config["use_dora"] else {}) | ({BIAS: "c"} if config["lora_bias"] else {})
+        return {**self.leaves, **own}
 
     def layout(self, adapted: AdaptedSite) -> Layout:
         if replaces_rows(adapted):
             return rows_beside(adapted)
-        return _layout(adapted.site, _rank(adapted), is_dora(adapted))
+        return factor_layout(adapted.site, _rank(adapted), dora=is_dora(adapted), bias=has_bias(adapted))
 
     def canonical_name(self, name: str) -> str:
-        # some programs write it as a module's weight
+        # written as a module's weight, for Transformers; PEFT itself writes it without this end
         return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
 
     def read_shape(
@@ -171,6 +186,8 @@ class Lora(PeftType):
 
         A row (1, out) differs from magnitudes per input, which other programs write, only if the layer is not square.
         """
+        if adapted.site.experts:
+            return experts.checked_shape(adapted.site, role, shape, found)
         if role != "m":
             return shape
         site, ones = adapted.site, (1,) * len(adapted.site.kernel_size)
@@ -195,7 +212,7 @@ class Lora(PeftType):
         if "A_past" in roles:
             B = torch.cat([adapted.site.place(B), roles["B_past"]], 1)
             A = torch.cat([A, roles["A_past"]])
-        return encode_factors(adapted.site, A, B, roles.get("m"))
+        return encode_factors(adapted.site, A, B, roles.get("m"), adapted.join.whole(adapted.site, roles).get("c"))
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if replaces_rows(adapted):
@@ -207,28 +224,31 @@ class Lora(PeftType):
             A = tensors[name_A].reshape(rank, site.in_features)
             B = tensors[name_B].reshape(site.out_features, rank)
         found = {"m": tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)} if is_dora(adapted) else {}
+        if has_bias(adapted):
+            found["c"] = bias_of_parts(adapted, tensors[f"{site.name}.{BIAS}"])
         if "A_past" in adapted.shapes:
             sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
             (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
-        if site.parts:
-            full = B
-            B = torch.cat([full[part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)])
-            if not torch.equal(site.place(B), full):
-                what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
-                raise FileError("", [Diagnostic(name_B, what)])
-        return {"A": A, "B": B} | found
+        return {"A": A, "B": blocks_of_parts(adapted, B, name_B)} | found
 
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks; typed: 8 and 8.0 are written as they were read
-def _method(r: int, alpha: float, root: bool, dora: bool, dropout: float) -> Method:
+def _method(r: int, alpha: float, root: bool, join: Join, dropout: float) -> Method:
     scale = AlphaOverSqrtRank(alpha) if root else AlphaOverRank(alpha)
-    return Method(LowRank(r), Kaiming(), scale, MagnitudeDirection() if dora else Add(), dropout=dropout)
+    return Method(LowRank(r), Kaiming(), scale, join, dropout=dropout)
+
+
+def _join(config: PeftConfig) -> Join:
+    """How a configuration's updates join the weight."""
+    if config["use_dora"]:
+        return MagnitudeDirection()
+    return AddWithBias() if config["lora_bias"] else Add()
 
 
 def with_rows_as_lora(adapter: Adapter) -> Adapter:
     """The adapter with every site of a LoRA's type, for the fields that name sites: rows are written as factors too."""
-    plain = _method(1, 1.0, False, False, 0.0)
+    plain = _method(1, 1.0, False, Add(), 0.0)
     sites = (dataclasses.replace(a, method=plain) if replaces_rows(a) else a for a in adapter.sites)
     return dataclasses.replace(adapter, sites=tuple(sites))
 
@@ -236,6 +256,11 @@ def with_rows_as_lora(adapter: Adapter) -> Adapter:
 def is_dora(adapted: AdaptedSite) -> bool:
     """Whether a site has DoRA's magnitudes."""
     return isinstance(adapted.method.join, MagnitudeDirection)
+
+
+def has_bias(adapted: AdaptedSite) -> bool:
+    """Whether a site has a bias beside B."""
+    return isinstance(adapted.method.join, AddWithBias)
 
 
 def _rank(adapted: AdaptedSite) -> int:
@@ -251,41 +276,9 @@ def _alpha(adapted: AdaptedSite, root: bool) -> float:
     return adapted.scale * rank
 
 
-def factor_names(site: Site) -> tuple[str, str]:
-    """The names of A and B of a site, without prefix."""
-    middle, ending = ("embedding_", "") if site.kind == "embedding" else ("", ".weight")
-    return f"{site.name}.lora_{middle}A{ending}", f"{site.name}.lora_{middle}B{ending}"
-
-
-def _layout(site: Site, r: int, dora: bool) -> Layout:
-    """role -> (name, shape) of a LoRA of rank r, or a DoRA."""
-    if site.experts:
-        return dict(zip("AB", zip(factor_names(site), experts.shapes(site, r), strict=True), strict=True))
-    channels, ones = site.in_features // math.prod(site.kernel_size), (1,) * len(site.kernel_size)
-    name_A, name_B = factor_names(site)
-    found = {"A": (name_A, (r, channels, *site.kernel_size)), "B": (name_B, (site.out_features, r, *ones))}
-    m = (1, site.out_features, *ones) if site.kernel_size else (site.out_features,)
-    return found | ({"m": (f"{site.name}.{MAGNITUDE}", m)} if dora else {})
-
-
-def encode_factors(site: Site, A: Tensor, B: Tensor, m: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors of a LoRA at one site by their names without prefix.
-
-    Args:
-        site: the site.
-        A: [R, in], or [E, R, in] for experts.
-        B: [out, R], or [rows of the parts, r] at a fused site, or [E, out, R].
-        m: [out], DoRA's magnitudes.
-    """
-    if site.experts:
-        return dict(zip(factor_names(site), experts.encode(site, A, B), strict=True))
-    B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
-    roles = {"A": A, "B": B} if m is None else {"A": A, "B": B, "m": m}
-    layout = _layout(site, A.shape[0], dora=m is not None)
-    return {name: roles[role].reshape(shape) for role, (name, shape) in layout.items()}
-
-
-def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, root: bool, dora: bool) -> dict[str, Any]:
+def lora_fields(
+    adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, root: bool, dora: bool, bias: bool = False
+) -> dict[str, Any]:
     """The LoRA-specific fields of a configuration.
 
     Args:
@@ -293,6 +286,7 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
         sizes: site -> (rank, alpha).
         root: whether the scale is alpha / sqrt(rank).
         dora: whether it has magnitudes.
+        bias: whether it has biases beside B.
     """
     ranks = {name: rank for name, (rank, _) in sizes.items()}
     alphas = {name: json_number(alpha) for name, (_, alpha) in sizes.items()}
@@ -303,7 +297,7 @@ def lora_fields(adapter: Adapter, sizes: Mapping[str, tuple[int, float]], *, roo
         "lora_dropout": adapter.method.dropout,
         "use_rslora": root,
         "use_dora": dora,
-        "lora_bias": False,
+        "lora_bias": bias,
         "init_lora_weights": True,
         "exclude_modules": None,
         "rank_pattern": value_patterns(ranks, r),

@@ -18,7 +18,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.format import Format
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
-from lorary.adapters.peft.experts import from_file
+from lorary.adapters.peft.experts import from_file, order_columns
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.per_expert import PerExpert
 from lorary.adapters.peft.routers import Routers
@@ -45,7 +45,13 @@ WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
 
 
-def read_peft(folder: Path, base: Base | None, findings: Findings, others: Iterable[Format] = ()) -> Adapter:
+def read_peft(
+    folder: Path,
+    base: Base | None,
+    findings: Findings,
+    others: Iterable[Format] = (),
+    expert_layout: str | None = None,
+) -> Adapter:
     """The adapter that PEFT saved in `folder`, or a tool that writes PEFT's configuration beside names of its own.
 
     Args:
@@ -53,6 +59,7 @@ def read_peft(folder: Path, base: Base | None, findings: Findings, others: Itera
         base: the base, if at hand.
         findings: collects the problems, and raises them.
         others: the formats of such tools.
+        expert_layout: the order of `lora_B` of fused experts, if the caller knows it.
 
     Raises:
         FileError: every reason why it cannot be used.
@@ -70,7 +77,7 @@ def read_peft(folder: Path, base: Base | None, findings: Findings, others: Itera
             if other.recognises(file.header):
                 findings.notes.append(f"read from the names of {other.title}")
                 return other.read(file, base, config, findings)
-        return _Reader(config, base, findings, file).adapter()
+        return _Reader(config, base, findings, file, expert_layout).adapter()
 
 
 def weights_name(folder: Path) -> str:
@@ -90,8 +97,10 @@ def weights_name(folder: Path) -> str:
 class _Reader:
     """The reading of one folder."""
 
-    def __init__(self, config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile) -> None:
-        self.config, self.findings, self.file = config, findings, file
+    def __init__(
+        self, config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile, expert_layout: str | None
+    ) -> None:
+        self.config, self.findings, self.file, self.expert_layout = config, findings, file, expert_layout
         self.type = PEFT_TYPES[config.peft_type]
         self.base = base
         self.leaves = self.type.leaves_of(config)
@@ -121,15 +130,21 @@ class _Reader:
         if named and not found:
             what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
             self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
+        if found and self.config.values.get("use_dora"):
+            what = "is true, and PEFT has no magnitudes for the experts in `target_parameters`"
+            self.findings.fatal.append(Diagnostic(f"{NAME}: use_dora", what))
+            self.findings.raise_refused()
         return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
-        findings = self.findings
+        findings, config = self.findings, self.config
         if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
             raise FileError("", other)
         sites = self._sites()
         single = PerExpert(self.config, self.type, self.base, self.found, findings)
+        what = "has factors of its own in this file, and factors of single experts too"
+        findings.fatal += [Diagnostic(a.site.name, what) for a in sites if a.site.name in single.sites]
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
@@ -141,6 +156,7 @@ class _Reader:
         findings.fatal += routers.problems()
         wanted = expected | single.expected | routers.expected | base
         values = read_tensors(self.file, self.names, wanted, findings, self._explain, vital, base)
+        order_columns([a.site for a in sites], values, config.values, self.expert_layout, findings)
         saved.check_copies(values, findings)
         findings.raise_refused()
         findings.notes += routers.notes() + single.notes()

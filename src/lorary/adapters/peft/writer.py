@@ -16,7 +16,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import target_modules
 from lorary.adapters.peft.experts import to_file
-from lorary.adapters.peft.lora import is_dora
+from lorary.adapters.peft.lora import has_bias, is_dora
 from lorary.adapters.peft.modules_to_save import modules_and_biases
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
@@ -55,7 +55,9 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors)
         shared: the tensors that its sites share.
     """
     found = peft_type_of(adapter.sites)
-    if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+    if any(a.starts or a.site.one_adapter for a in adapter.sites):
+        return None
+    if found is None or found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -93,13 +95,13 @@ def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> l
     problems = [
         Diagnostic(
             adapted.site.name,
-            "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer without DoRA",
+            "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer without DoRA or biases",
             "merge the adapter, and save the model",
         )
         for adapted in adapter.sites
         if adapted.site.weight_name.endswith(".weight")
         and adapted.site.weight_name in by_parameter
-        and (adapted.site.kind != "linear" or is_dora(adapted))
+        and (adapted.site.kind != "linear" or is_dora(adapted) or has_bias(adapted))
     ]
     return problems or misread_sites(adapter, model, peft_type, fields)
 

@@ -138,7 +138,8 @@ def product(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None) -> Tenso
                 tile = _scratch(work, bottom - top, width)
                 W = dequantize_tile(quantized, (top, bottom), (0, width), tile, x.dtype)
                 _multiply(work, W.t(), y[:, top:bottom], None if bias is None else bias[top:bottom])
-    return y.view(*x.shape[:-1], height)
+    # not a view: a model may write into the output in place, which autograd refuses of views (Llama 4 does)
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], height))  # type: ignore[no-any-return]
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
