@@ -37,6 +37,8 @@ class LowRankHadamard(Delta):
 
     roles = frozenset({"B1", "A1", "B2", "A2", "T1", "T2"})
     batched = True
+    chains = (("A1", "B1"), ("A2", "B2"))
+    chains_meet = "\N{CIRCLED DOT OPERATOR}"
 
     def shapes(self, site: Site) -> Shapes:
         window = math.prod(site.kernel_size) if has_core(site, self.tucker) else 1
