@@ -48,7 +48,7 @@ FILES = {
     "miss-own-0.6.0/lorary.json": "f7633f1d801ec3c65580a28e2bb2cdec7f4b5b4c664347027f7ee24b9262f515",
     "loha-0.6.0/adapter_config.json": "8130986ba236b43812c82a65561a20a29f2da3009e2d50dea3108bf9643957f0",
     "loha-0.6.0/adapter_model.safetensors": "e1668cad4716cc4ff48d9c463c7a9ddc907a9622e384df654e8c41308340dbb3",
-    "loha-0.6.0/lorary.json": "e94ae98805656e5b8788e547470dd8f8a018e1802f1327f3aad81ca8dd6fc748",
+    "loha-0.6.0/lorary.json": "89fb3689fd0f19c01e15f95fc6e988267c1aed65dc4d2f88f33d176f07d797c6",
     "lokr-0.6.0/adapter_config.json": "1afb2abfd1f1546f4757cddaf53005403a620b3e0a5291151cfb60c9929c117d",
     "lokr-0.6.0/adapter_model.safetensors": "7d49010a3dc0cf4191dc4759e4f35ef80f41e5357b35fe929ce7cb408267bf52",
     "lokr-0.6.0/lorary.json": "1acbc08b343b8db8faf05b6fea2d7e7a52d833a66e968db886458761bb2daaf0",
