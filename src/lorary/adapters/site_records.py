@@ -72,7 +72,9 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
         try:
             adapted = AdaptedSite(site, _own_method(method, record), record.get("share", ""))
             what = (
-                adapted.delta.problems(site.one) + adapted.join.problems(site.one) + _of_another_model(adapted.method, method)
+                adapted.delta.problems(site.one)
+                + adapted.join.problems(site.one)
+                + _of_another_model(adapted.method, method)
             )
             findings.fatal += [Diagnostic(where, w) for w in what]
             found.append(adapted)
