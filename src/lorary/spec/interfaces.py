@@ -91,6 +91,11 @@ def has_rank(delta: Delta | None) -> bool:
     return delta is not None and any(field.name == "r" for field in dataclasses.fields(cast(Any, delta)))
 
 
+def all_in_join(delta: Delta | type[Delta]) -> bool:
+    """Whether the join takes all of a delta's tensors, so that no product of factors is added to the weight (HiRA)."""
+    return bool(delta.join_roles) and delta.join_roles == delta.roles
+
+
 @functools.cache
 def is_fused(cls: type) -> bool:
     """Whether deltas of a class have a faster path. A class with factors of its own inherits none: it is of others."""

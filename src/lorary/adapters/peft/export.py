@@ -36,7 +36,7 @@ from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.attention_projections import PROJECTIONS
-from lorary.spec.interfaces import has_rank
+from lorary.spec.interfaces import all_in_join, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import replaces_rows
 
@@ -65,8 +65,8 @@ def export_peft(
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
-    base, with the scale in B, and with DoRA's magnitudes if it has them. A method without a rank is written as what it
-    is, if PEFT has it too ((IA)³, a prefix, a prompt).
+    base, with the scale in B, and with DoRA's magnitudes if it has them. A method that adds no B A is written as what
+    it is, if PEFT has it too (HiRA, (IA)³, a prefix, a prompt).
 
     PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
     to load the base, and a warning says so.
@@ -88,7 +88,7 @@ def export_peft(
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
-    files = _files_without_rank(adapter, folder, model) or lora_files(adapter, folder, model, folded)
+    files = _files_without_factors(adapter, folder, model) or lora_files(adapter, folder, model, folded)
     rope = writer.rope_overrides(adapter)
     write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
     if rope:
@@ -126,14 +126,16 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     return files
 
 
-def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
-    """PEFT's own files of a method without a rank; None for other methods, and for those that PEFT does not have."""
+def _files_without_factors(
+    adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None
+) -> LoraFiles | None:
+    """PEFT's own files of a method that adds no B A; None for other methods, and for those that PEFT does not have."""
     if has_virtual_tokens(adapter.sites):
         _refuse(folder, [*virtual_token_problems(adapter), *_would_lose(folder)])
         files = LoraFiles(*virtual_token_files(adapter, model), {})
         _refuse(folder, unwritable(files.tensors))
         return files
-    if not adapter.sites or any(has_rank(adapted.delta) for adapted in adapter.sites):
+    if not adapter.sites or any(has_rank(a.delta) and not all_in_join(a.delta) for a in adapter.sites):
         return None
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared)
