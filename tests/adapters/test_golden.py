@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "alora-0.6.0/adapter_config.json": "578728efc0521e1f864971daf3abf9bff8fbc7f6cde25f7afae98f6782030580",
+    "alora-0.6.0/adapter_model.safetensors": "7dbccd81640be9a5d0be0db98542aa3f1bdca794b8af76ead0da7d96205a2070",
+    "alora-0.6.0/lorary.json": "a7c5b53b20a2f1ca4d701bf10cdcb47ccf05203ab3b2353d236b7587db57f3e8",
     "lora-bias-0.6.0/adapter_config.json": "2d1b74120e4501f8593e057a87a261b5e488c9c898515def15cf297654c050c8",
     "lora-bias-0.6.0/adapter_model.safetensors": "94f67aa60101c73c42ab8bba4e72de031d4745ec61c204ce65f1a5984ce30dc2",
     "lora-bias-0.6.0/lorary.json": "c3cb00436e7be70a5210b33d8ee0b81e996c8bc860479c42cf6e922672a83a35",
@@ -403,6 +407,12 @@ def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
     return make
 
 
+def waiting() -> Adapter:
+    """An aLoRA, in PEFT's files: PEFT knows that the base is a causal language model."""
+    made = alone(QUERY, DOWN, name="alora", invocation=(5, 7), r=2, alpha=3)()
+    return replace(made, base=Fingerprint("LlamaForCausalLM"))
+
+
 QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
@@ -413,6 +423,7 @@ ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
     "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
     "lora-bias-0.6.0": alone(QUERY, DOWN, FUSED, name="lora", r=2, alpha=3, lora_bias=True),
+    "alora-0.6.0": waiting,
     "rows-0.6.0": alone(TOKENS, HEAD, name="rows", tokens=(3, 5)),
     "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
     "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),

@@ -89,6 +89,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k) for k in embeddings}
         if "bias" in method.full:
             expected |= {(name, k) for k in without_bias}
+        if method.join is not None and method.join.changes_bias:  # an embedding has no bias
+            expected |= {(name, k) for k in embeddings}
         if isinstance(method.delta, BlockDiagonal):
             odd = {k.name for k in KINDS if any(size % method.delta.n for size in (k.inp, *(k.adapted or (k.out,))))}
             expected |= {(name, k) for k in odd}

@@ -133,6 +133,7 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
+            "PEFT finds an invocation only in a model of the task CAUSAL_LM": joins.waits_in_vain(adapter),
             "PEFT's LoRA has DoRA's magnitudes, biases or an invocation at all layers or at none": len(
                 {type(adapted.join) for adapted in without_rows(adapter)}
             )
