@@ -31,11 +31,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "vera": ("vera",),
     "melora": ("melora",),
     "multilora": ("multilora",),
+    "adalora": ("adalora",),
+    "o-lora": ("o-lora",),
+    "delta-lora": ("delta-lora",),
+    "ia3": ("ia3",),
 }
 
 
 def method(name: str, **options: Any) -> Any:
-    return lorary.method(*METHODS[name], r=2, **options)
+    options = {"adalora": {"target": 2}, "delta-lora": {"start": 1}}.get(name, {}) | options
+    return lorary.method(*METHODS[name], **({} if name == "ia3" else {"r": 2}), **options)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -206,15 +211,27 @@ def test_shared_and_routed_experts_of_one_name() -> None:
     assert "4 experts" in plan.sites[0].site.matrix
 
 
-def test_a_rule_leaves_the_experts_of_a_preset_out_and_says_so() -> None:
-    adalora = lorary.method("adalora", target=2)
-    plan = lorary.plan(moe(), adalora)
+def test_a_projection_of_experts_is_named_and_so_refused() -> None:
+    """Not left out in silence, as by a preset."""
+    with pytest.raises(PlanError, match="Bottleneck has no form for fused experts yet"):
+        lorary.plan(moe(), lorary.method("houlsby"), "experts.gate_up_proj[gate]")
+
+
+def test_a_preset_leaves_out_the_experts_that_a_method_cannot_adapt_and_says_so() -> None:
+    plan = lorary.plan(moe(), lorary.method("delta-lora", r=2, mode="paper"))
     assert not any(p.site.experts for p in plan.sites)
     (note,) = [note for note in plan.notes if "experts" in note]
     assert note == (
         "the presets leave out model.layers.{0-1}.mlp.experts.gate_up_proj, model.layers.{0-1}.mlp.experts.down_proj: "
-        "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"
+        "DeltaLoRAPaperRule has no form for fused experts yet"
     )
+
+
+def test_ia3_rescales_the_inputs_of_the_last_matrix_and_the_outputs_of_others() -> None:
+    plan = lorary.plan(moe(), method("ia3"))
+    vectors = {p.site.name: p.shapes for p in plan.sites if p.site.experts}
+    assert set(vectors) == {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)}
+    assert all(shapes == {"l_ff": (4, 24)} for shapes in vectors.values())
 
 
 # --- the model around them --------------------------------------------------------------------------------------------
@@ -320,11 +337,9 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "sentence"),
     [
-        (("adalora",), {"target": 2}, "no rule works on fused experts yet (RankBudget, OrthogonalityPenalty)"),
-        (("ia3",), {}, "Rescaling has no form for fused experts yet"),
+        (("delta-lora",), {"mode": "paper"}, "DeltaLoRAPaperRule has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
-        (("delta-lora",), {}, "no rule works on fused experts yet (DeltaLoRARule)"),
         (("lora-ga",), {}, "no calibration pass measures fused experts yet (GradientInit)"),
         (("loftq",), {}, "no storage quantises fused experts yet, whose error QuantizationErrorInit starts at"),
         (("rows",), {"tokens": [3]}, "TokenRows has no form for fused experts yet"),

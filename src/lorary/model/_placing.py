@@ -115,7 +115,7 @@ def _without_experts(part: Part, matched: list[TargetMatch], wanted: Wanted) -> 
     why = {}
     for f in matched:
         reasons = why_not_per_expert(wanted.site_of(f), part.method) if expert_count(f.layer) else []
-        if reasons and not any(matches(str(entry), f.name) for entry in named):
+        if reasons and not f.parts and not any(matches(str(entry), f.name) for entry in named):
             why[f.name] = "; ".join(reasons)
     notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]
     return [f for f in matched if f.name not in why], notes

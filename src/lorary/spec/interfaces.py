@@ -40,7 +40,7 @@ class Delta(Protocol):
         fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
-        batched: whether `factors` also takes tensors with leading dimensions, where a site has no parts.
+        batched: whether `factors` and `add` also take tensors with a leading dimension of experts.
         decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 
@@ -119,7 +119,7 @@ class PrunableDelta(Protocol):
     """A delta that is a sum of rank directions, each of which can be removed.
 
     Attributes:
-        directions: role -> the dimension of its tensor that counts the directions.
+        directions: role -> the dimension of its tensor that counts the directions, from the end: -1 for the last.
     """
 
     directions: Mapping[str, int]
@@ -129,7 +129,7 @@ class PrunableDelta(Protocol):
         ...
 
     def active_directions(self, params: Tensors) -> Tensor:
-        """[R] bool: the directions that contribute to the update."""
+        """[..., R] bool: the directions that contribute to the update."""
         ...
 
 
@@ -186,10 +186,12 @@ class Rule(Protocol):
         needs: the roles that it works on.
         writes_base: whether it writes the base weights of the adapted layers.
         needs_optimizer: whether it changes the optimizer's state.
+        per_expert: whether it also works on layers of experts, whose tensors have a leading E.
     """
 
     writes_base: bool = False
     needs_optimizer: bool = False
+    per_expert: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...

@@ -31,7 +31,7 @@ def shapes_at(component: Delta | Join, site: Site, shared: Iterable[str] = ()) -
 
 def factors_at(delta: Delta, site: Site, tensors: Tensors) -> Factors:
     """(B [out, R], A [R, in]) of a site's adapter, or ([E, out, R], [E, R, in]) of those of its experts."""
-    if not site.adapters or (delta.batched and not site.parts):
+    if not site.adapters or delta.batched:
         return delta.factors(site.one, tensors)
     pairs = [delta.factors(site.one, expert) for expert in _each(site, tensors, delta.shared)]
     return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
@@ -75,7 +75,7 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
     why = []
     if not method.join.per_expert:
         why.append(f"{type(method.join).__name__} has no form for fused experts yet")
-    if method.delta.fused_for_all_kinds:
+    if method.delta.fused_for_all_kinds and not method.delta.batched:
         why.append(f"{type(method.delta).__name__} has no form for fused experts yet")
     if isinstance(method.init, CalibratedInit):
         why.append(f"no calibration pass measures fused experts yet ({type(method.init).__name__})")
@@ -83,9 +83,8 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
         why.append(f"no storage quantises fused experts yet, whose error {type(method.init).__name__} starts at")
     if site.one_adapter:
         why += _why_not_shared(method)
-    if method.rules:
-        rules = ", ".join(type(rule).__name__ for rule in method.rules)
-        why.append(f"no rule works on fused experts yet ({rules})")
+    if rules := ", ".join(type(rule).__name__ for rule in method.rules if not rule.per_expert):
+        why.append(f"{rules} has no form for fused experts yet")
     return why
 
 

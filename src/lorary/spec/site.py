@@ -123,9 +123,14 @@ class Site:
         return torch.cat([part.rows(device) for part in self.parts])
 
     def place(self, B: Tensor) -> Tensor:
-        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
+        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks.
+
+        Those of experts have a leading E.
+        """
         if not self.parts:
             return B
+        if B.dim() == 3:
+            return torch.stack([self.place(expert) for expert in B])
         blocks: Tensor = torch.block_diag(*B.split(self.rows))
         whole = blocks.new_zeros(self.out_features, blocks.shape[1])
         return whole.index_copy(0, self.part_rows(B.device), blocks)

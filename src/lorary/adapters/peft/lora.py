@@ -214,14 +214,14 @@ class Lora(PeftType):
             B = tensors[name_B].reshape(site.out_features, rank)
         found = {"m": tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)} if is_dora(adapted) else {}
         if "A_past" in adapted.shapes:
-            sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
-            (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
+            sizes = [adapted.shapes[role][-2] for role in ("A", "A_past")]
+            (A, A_past), (B, B_past) = A.split(sizes, -2), B.split(sizes, -1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         if site.parts:
             full = B
             blocks = [full[..., part.rows(), i * adapted.r : (i + 1) * adapted.r] for i, part in enumerate(site.parts)]
             B = torch.cat(blocks, -2)
-            if not torch.equal(adapted.factors({"A": A, "B": B})[0], full):
+            if not torch.equal(site.place(B), full):
                 what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
                 raise FileError("", [Diagnostic(name_B, what)])
         return {"A": A, "B": B} | found
