@@ -109,7 +109,7 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
         if (
             isinstance(method.join, (Bottleneck, GLoRAJoin, TokenRows))  # no form for experts yet
-            or isinstance(method.init, CalibratedInit)
+            or (isinstance(method.init, CalibratedInit) and method.init.reads == "inputs")
             or not method.storage.writable
             or method.context is not None
             or name == "delta-lora, written"

@@ -176,6 +176,39 @@ def test_a_start_of_each_expert_is_that_of_its_own_matrix() -> None:
         close(layer.params["B"][e] @ layer.params["A"][e], best)
 
 
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_a_start_from_gradients_is_that_of_each_expert(name: str) -> None:
+    """LoRA-GA's factors at an expert are those of a linear layer with its gradient."""
+    batch = {"input_ids": torch.arange(40).repeat(2, 1) % 40, "labels": torch.arange(40).repeat(2, 1) % 40}
+    plain = moe(name)
+    (weight,) = [p for n, p in plain.named_parameters() if n.endswith("layers.0.mlp.experts.down_proj")] or [
+        p for n, p in plain.named_parameters() if n.endswith("layers.0.feed_forward.experts.down_proj")
+    ]
+    plain(**batch).loss.backward()
+    model = moe(name)
+    before, base = state(model), logits(model)
+    plan = lorary.plan(model, lorary.method("lora-ga", r=2, niter=None), "experts.down_proj")
+    lorary.attach(model, plan, data=[batch])
+    close(logits(model), base, 1e-4 * float(base.abs().max()))
+    layer = next(iter(adapted_layers(model).values()))
+    gradient = weight.grad.mT if layer.base.transposed else weight.grad
+    for e, G in enumerate(gradient):
+        U, _, Vh = torch.linalg.svd(G)
+        B, A = layer.params["B"][e].detach(), layer.params["A"][e].detach()
+        close(A / A.norm(dim=1, keepdim=True) @ Vh[:2].T @ Vh[:2], A / A.norm(dim=1, keepdim=True), 1e-3)
+        close(U[:, 2:4] @ U[:, 2:4].T @ B, B, 1e-3 * float(B.abs().max()))
+    lorary.detach(model)
+    same(state(model), before)
+
+
+def test_a_start_from_gradients_needs_tokens_for_every_expert() -> None:
+    model = moe(num_local_experts=16)
+    plan = lorary.plan(model, lorary.method("lora-ga", r=2), "experts.down_proj")
+    batch = {"input_ids": IDS[:1, :3], "labels": IDS[:1, :3]}
+    with pytest.raises(PlanError, match=r"expert \d+ and \d+ more of 16 had no token of this data"):
+        lorary.attach(model, plan, data=[batch])
+
+
 def test_halves_of_a_fused_parameter_by_the_class_layout() -> None:
     for name, rows in (("MixtralForCausalLM", slice(0, 24)), ("GptOssForCausalLM", slice(0, 48, 2))):
         model = moe(name)
@@ -340,7 +373,8 @@ def test_two_adapters_at_once_are_the_sum_of_their_updates() -> None:
         (("delta-lora",), {"mode": "paper"}, "DeltaLoRAPaperRule has no form for fused experts yet"),
         (("houlsby",), {}, "Bottleneck has no form for fused experts yet"),
         (("glora",), {}, "GLoRAJoin has no form for fused experts yet"),
-        (("lora-ga",), {}, "no calibration pass measures fused experts yet (GradientInit)"),
+        (("eva",), {}, "no calibration pass measures the inputs of fused experts yet (InputDirectionsInit)"),
+        (("corda",), {}, "no calibration pass measures the inputs of fused experts yet"),
         (("loftq",), {}, "no storage quantises fused experts yet, whose error QuantizationErrorInit starts at"),
         (("rows",), {"tokens": [3]}, "TokenRows has no form for fused experts yet"),
         (("pissa",), {"r": 20}, "its matrix has no more than 16 singular directions, and r is 20"),
