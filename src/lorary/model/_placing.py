@@ -116,7 +116,7 @@ def _without_impossible(part: Part, matched: list[TargetMatch], wanted: Wanted) 
     for f in matched:
         at = wanted.site_of(f)
         reasons = why_not_per_expert(at, part.method) + why_not_in_attention(at, part.method)
-        if reasons and not any(matches(str(entry), f.name) for entry in named):
+        if reasons and not f.parts and not any(matches(str(entry), f.name) for entry in named):
             why[f.name] = "; ".join(reasons)
     notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]
     return [f for f in matched if f.name not in why], notes
