@@ -52,12 +52,12 @@ FILES = {
     "miss-own-0.6.0/lorary.json": "f7633f1d801ec3c65580a28e2bb2cdec7f4b5b4c664347027f7ee24b9262f515",
     "loha-0.6.0/adapter_config.json": "8130986ba236b43812c82a65561a20a29f2da3009e2d50dea3108bf9643957f0",
     "loha-0.6.0/adapter_model.safetensors": "e1668cad4716cc4ff48d9c463c7a9ddc907a9622e384df654e8c41308340dbb3",
-    "loha-0.6.0/lorary.json": "e94ae98805656e5b8788e547470dd8f8a018e1802f1327f3aad81ca8dd6fc748",
+    "loha-0.6.0/lorary.json": "89fb3689fd0f19c01e15f95fc6e988267c1aed65dc4d2f88f33d176f07d797c6",
     "lokr-0.6.0/adapter_config.json": "1afb2abfd1f1546f4757cddaf53005403a620b3e0a5291151cfb60c9929c117d",
     "lokr-0.6.0/adapter_model.safetensors": "7d49010a3dc0cf4191dc4759e4f35ef80f41e5357b35fe929ce7cb408267bf52",
     "lokr-0.6.0/lorary.json": "1acbc08b343b8db8faf05b6fea2d7e7a52d833a66e968db886458761bb2daaf0",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
-    "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
+    "loftq-0.6.0/lorary.json": "12cc538889d4d561ff905e85a611ba3007715bd134ed611462992b0fa24f9e3a",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "lora-ga-0.6.0/lorary.json": "8b6b02f563fe2dfc06391dd5c04befbfaa808ddfe63798ac6c3b57cdd4ddc626",
     "corda-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -262,7 +262,7 @@ def pissa() -> Adapter:
 
 def qlora() -> Adapter:
     """How the base was kept, beside PEFT's plain files, which do not say it."""
-    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True}
+    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True, "experts": False}
     method = lorary.method("qlora", "dora", "rslora", r=2, alpha=3, dropout=0.125, **words)
     sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 5, bias=True))
     placed = tuple(AdaptedSite(site, method) for site in sites)
@@ -271,7 +271,7 @@ def qlora() -> Adapter:
 
 def qpissa() -> Adapter:
     """Starts that were looked for in several rounds."""
-    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5)
+    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5, experts=False)
     placed = (AdaptedSite(Site("model.q", "linear", 4, 6, bias=False), method),)
     tensors = filled(placed)
     tensors["model.q"]["A0"] = -tensors["model.q"]["A0"]  # it has moved since
@@ -433,6 +433,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "start": 2, "final": 3},
     "glora": {"A": "lora"},
     "lokr": {"r": 1},
+    "qlora": {"experts": False},  # no release before had any other
     "delta-lora": {"start": 499},  # 500 steps go before, as then with start=500
 }
 PRESETS = [

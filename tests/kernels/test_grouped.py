@@ -114,3 +114,12 @@ def test_the_gradients_of_torch_func() -> None:
     expected = torch.autograd.grad(loss(A, B), [A, B])
     for a, b in zip(found, expected, strict=True):
         close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_gradients_are_laid_out_as_their_factors(counts: tuple[int, ...]) -> None:
+    """Autograd keeps such a gradient; it would copy one of another layout, which took longer than all products."""
+    y, x, A, B = tensors(torch.float32)
+    total = add_grouped_low_rank(y * 1.0, x, A, B, 0.5, groups_of(counts))
+    for factor, gradient in zip((A, B), torch.autograd.grad(total.sum(), (A, B)), strict=True):
+        assert gradient.stride() == factor.stride()

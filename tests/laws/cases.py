@@ -207,7 +207,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "SharedShards": lambda r: {"D": B * r if delta.mini_r is None else kind.parts * delta.mini_r * r},
         "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         # one product for all parts of a fused weight
-        "HadamardProduct": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
+        "LowRankHadamard": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
         "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
         "GLoRADelta": lambda r: (

@@ -407,26 +407,6 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
     assert "has 8 experts, expected 4" in str(error.value)
 
 
-def test_what_works_matrix_by_matrix_refuses() -> None:
-    model = moe()
-    lorary.attach(model, lorary.plan(model, method("lora"), targets="experts.down_proj"))
-    shake(model)
-    adapter = lorary.Adapter.of(model)
-    tasks: dict[str, Any] = {
-        "a change of rank": lambda: lorary.change_rank(adapter, 1),
-        "a compression": lambda: lorary.compress(adapter, rank=1),
-        "a comparison": lambda: lorary.diff(adapter, adapter),
-        "an inspection": lambda: lorary.inspect_adapter(adapter),
-        "any mix but an exact sum": lambda: lorary.mix([adapter, adapter], how="ties"),
-    }
-    for what, task in tasks.items():
-        with pytest.raises(lorary.MethodError) as error:
-            task()
-        assert f"model.layers.0.mlp.experts.down_proj: holds the matrices of 4 experts, and {what} takes one" in str(
-            error.value
-        )
-
-
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
 def test_the_loss_of_a_merge_in_16_bits_is_measured(name: str) -> None:
     model = moe(name)

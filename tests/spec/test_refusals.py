@@ -417,7 +417,7 @@ PAIRS |= {
     },
     ("alora", "full"): told(INVALID, everything_trains("LowRank")),
 }
-PRODUCTS = {"loha": ("HadamardProduct", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+PRODUCTS = {"loha": ("LowRankHadamard", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
 
 
 def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
@@ -432,6 +432,8 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
         "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
         "melora": ("melora sets BlockDiagonal", "", ""),
         "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+        "hira": (HADAMARD, "", "hira sets ConstantScale"),
+        "miss": (SHARDS, "miss sets ZeroShards", "miss sets ConstantScale"),
     }
     later: dict[str, tuple[str, str, str]] = {
         "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
@@ -455,7 +457,7 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
 PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
 PAIRS["loha", "lokr"] = told(
     INVALID,
-    two("delta", "loha sets HadamardProduct", "lokr sets KroneckerProduct"),
+    two("delta", "loha sets LowRankHadamard", "lokr sets KroneckerProduct"),
     two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
 )
 

@@ -65,12 +65,12 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(headline, [Diagnostic("", f"the path cannot be followed: {error}")]) from None
     if not folder.is_dir():
-        raise FileError(headline, [_no_folder(folder)])
+        raise FileError(headline, [why_no_folder(folder)])
     return folder
 
 
-def _no_folder(path: Path) -> Diagnostic:
-    """Why a path of something else than a folder is not an adapter."""
+def why_no_folder(path: Path) -> Diagnostic:
+    """Why something else than a folder, which exists, is not an adapter."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         return Diagnostic("", f"it is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file or a folder")

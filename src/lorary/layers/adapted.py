@@ -12,8 +12,10 @@ from lorary._deprecated import RenamedAttribute
 from lorary.kernels.low_rank import under_the_same_autocast
 from lorary.kernels.row_norms import linear
 from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
-from lorary.layers.experts import ExpertLayer, expert_matrices
+from lorary.layers.experts import ExpertLayer
 from lorary.layers.kinds import KINDS
+from lorary.layers.multihead_attention import InProjection
+from lorary.layers.parameters import parameter_layers
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.layers.wrappers import named_modules, unwrapped
@@ -304,14 +306,14 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the plain model by path; adapted layers appear as their bases, fused experts as layers."""
+    """The modules of the plain model by path; adapted layers appear as their bases, some parameters as layers."""
     layers = adapted_layers(model)
     inside = tuple(f"{name}." for name in layers)
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
         if name in layers or not name.startswith(inside):
             found[name] = layers[name].base if name in layers else module
-            found |= {f"{name}.{own}": layer for own, layer in expert_matrices(module).items()}
+            found |= {f"{name}.{own}".lstrip("."): layer for own, layer in parameter_layers(module).items()}
     return found
 
 
@@ -322,6 +324,6 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
         yield from base_parameters(model.base, prefix)
         return
     for name, parameter in model.named_parameters(recurse=False):
-        yield prefix[:-1] if isinstance(model, ExpertLayer) else f"{prefix}{name}", parameter
+        yield prefix[:-1] if isinstance(model, ExpertLayer | InProjection) else f"{prefix}{name}", parameter
     for name, child in model.named_children():
         yield from base_parameters(child, f"{prefix}{name}.")

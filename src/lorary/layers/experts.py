@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.grouped import Groups, grouped_product
 from lorary.kernels.torch_internals import children_of, parameters_of
+from lorary.layers.parameter_layer import ParameterLayer
 from lorary.layers.transformers_internals import (
     EXPERTS_FUNCTION,
     apply_gate,
@@ -77,7 +78,7 @@ def _listed(cls: type) -> ExpertLayout | None:
     return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(ParameterLayer):
     """Base class of layers that hold one matrix of every expert. The rows of their input are sorted by expert.
 
     Attributes:
@@ -85,14 +86,13 @@ class ExpertLayer(nn.Module):
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
         layout: of the experts module's class.
-        order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
+        order: of the experts module, on which PEFT's files depend.
     """
 
     weight: nn.Parameter
     layout: ExpertLayout
     count: int
     interleaved: bool
-    order: tuple[str, ...]
     swapped: bool
 
     def __setstate__(self, state: Any) -> None:

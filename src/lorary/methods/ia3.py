@@ -44,6 +44,7 @@ class Rescaling(Join):
     roles = frozenset({"l", "l_ff"})
     supports_dropout = False
     adds_delta = False
+    scales_bias = True
     targets = ("attention-kv", "mlp-output")
 
     def scales_input(self, name: str) -> bool:

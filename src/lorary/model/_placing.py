@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorary.errors import Diagnostic, MethodError, suggestion
-from lorary.layers.experts import expert_count
 from lorary.layers.kinds import site
 from lorary.model._full_parameters import without_full_layers
 from lorary.model._parts import Part, joined
@@ -17,6 +16,7 @@ from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, grouped, resolve
+from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.per_expert import why_not_per_expert
@@ -59,7 +59,7 @@ def adapted_sites(
         problems.append(Diagnostic("experts", what, suggestion(str(wanted.experts), (EACH, SHARED))))
     for part in parts:
         matched, unresolved = resolve(scanned, part.targets, wanted.exclude)
-        matched, left_out = _without_experts(part, matched, wanted)
+        matched, left_out = _without_impossible(part, matched, wanted)
         notes += left_out
         found.append(without_full_layers(scanned, matched, part.targets, part.method))
         if matched and not found[-1]:
@@ -109,12 +109,13 @@ def _shared_experts(sites: Sequence[AdaptedSite], wanted: Wanted) -> tuple[list[
     return [f"all {E} experts of {names} share one adapter: {trained:,} numbers in place of {apart:,}"], []
 
 
-def _without_experts(part: Part, matched: list[TargetMatch], wanted: Wanted) -> tuple[list[TargetMatch], list[str]]:
-    """The matches without the fused experts that a preset names and the method cannot adapt, and a note about these."""
+def _without_impossible(part: Part, matched: list[TargetMatch], wanted: Wanted) -> tuple[list[TargetMatch], list[str]]:
+    """The matches without the experts and projections that a preset names and the method cannot adapt, and a note."""
     named = [entry for entry in as_list(part.targets) if entry not in PRESETS]
     why = {}
     for f in matched:
-        reasons = why_not_per_expert(wanted.site_of(f), part.method) if expert_count(f.layer) else []
+        at = wanted.site_of(f)
+        reasons = why_not_per_expert(at, part.method) + why_not_in_attention(at, part.method)
         if reasons and not any(matches(str(entry), f.name) for entry in named):
             why[f.name] = "; ".join(reasons)
     notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]

@@ -41,6 +41,8 @@ class Delta(Protocol):
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
         batched: whether `factors` also takes tensors with leading dimensions, where a site has no parts.
+        chains: the roles of each of several products that make the update, in the order in which an input meets them.
+        chains_meet: how these products meet, as a sign.
         decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 
@@ -55,6 +57,8 @@ class Delta(Protocol):
     needs_dense_weight: bool = False
     batched: bool = False
     decayed_vectors: frozenset[str] = frozenset()
+    chains: tuple[tuple[str, ...], ...] = ()
+    chains_meet: str = "+"
 
     @property
     def roles(self) -> frozenset[str]: ...
@@ -85,6 +89,11 @@ class Fused(Protocol):
 def has_rank(delta: Delta | None) -> bool:
     """Whether a delta has a rank; `NoUpdate` has none."""
     return delta is not None and any(field.name == "r" for field in dataclasses.fields(cast(Any, delta)))
+
+
+def all_in_join(delta: Delta | type[Delta]) -> bool:
+    """Whether the join takes all of a delta's tensors, so that no product of factors is added to the weight (HiRA)."""
+    return bool(delta.join_roles) and delta.join_roles == delta.roles
 
 
 @functools.cache

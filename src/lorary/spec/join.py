@@ -35,6 +35,7 @@ class Join(Protocol):
         keeps_ties: whether its tensors mean the same at every use of a weight, so that tied layers share one set of
             them and are still tied when merged.
         per_expert: whether `forward` also works on the fused matrices of experts.
+        scales_bias: whether the bias of the plain layer with the same function is the base's times something.
     """
 
     roles: frozenset[str] = frozenset()
@@ -50,6 +51,7 @@ class Join(Protocol):
     exact_start: bool = True
     keeps_ties: bool = False
     per_expert: bool = False
+    scales_bias: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

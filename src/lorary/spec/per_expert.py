@@ -8,7 +8,8 @@ experts one by one, stacked. Elsewhere each function asks the component itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,27 @@ def _why_not_shared(method: Any) -> list[str]:
     if method.init.residual_init:
         why.append(f"{type(method.init).__name__} starts at the matrix of each expert, which share one adapter: {fix}")
     return why
+
+
+def experts_of(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[tuple[Site, dict[str, Tensor]]]:
+    """Each expert's matrix as a site of its own, and the tensors there; a site without experts itself."""
+    if not site.experts:
+        return [(site, dict(tensors))]
+    each = enumerate(_each(site, tensors, shared))
+    return [(replace(site.one, name=expert_name(site.name, e)), own) for e, own in each]
+
+
+def expert_name(name: str, e: int) -> str:
+    """The name of one expert's matrix, as where experts are layers: `experts.3.down_proj` of `experts.down_proj`."""
+    owner, dot, own = name.rpartition(".")
+    return f"{owner}{dot}{e}.{own}"
+
+
+def stack_experts(site: Site, each: Sequence[Tensors], shared: Iterable[str] = ()) -> dict[str, Tensor]:
+    """role -> tensor of a site from those of its experts, as `experts_of` gives them."""
+    if not site.experts:
+        return dict(each[0])
+    return {r: t if r in shared else torch.stack([own[r] for own in each]) for r, t in each[0].items()}
 
 
 def no_experts(sites: Iterable[Site], what: str) -> list[Diagnostic]:

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from lorary._deprecated import RenamedAttribute
 
+PARAMETERS = ("experts", "in_projection")
+"""The kinds of sites that are parameters of the plain model, not modules; the site has the parameter's name."""
+_LINEAR_INSIDE = ("experts", "in_projection", "out_projection")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -37,7 +41,8 @@ class Site:
 
     Args:
         name: the module's path in the model, such as `model.layers.0.self_attn.q_proj`.
-        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d`, `embedding` or `experts`.
+        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d`, `embedding` or `experts`; or
+            `in_projection` and `out_projection` of nn.MultiheadAttention.
         out_features: rows of the weight matrix: output features, channels, or the embedding's width.
         in_features: columns: input features, input channels per group times the kernel's size, or the vocabulary.
         bias: whether the layer has a bias.
@@ -69,8 +74,8 @@ class Site:
 
     @cached_property
     def one(self) -> Site:
-        """The site as a method's components see it: of a single expert, a linear layer; elsewhere the site itself."""
-        if not self.experts:
+        """The site as a method's components see it: a linear layer, of a single expert or inside an attention."""
+        if self.kind not in _LINEAR_INSIDE:
             return self
         return replace(self, kind="linear", experts=0, swapped=False, one_adapter=False)
 
@@ -87,7 +92,7 @@ class Site:
     @property
     def weight_name(self) -> str:
         """The name of the weight among the plain model's parameters."""
-        return self.name if self.experts else f"{self.name}.weight"
+        return self.name if self.kind in PARAMETERS else f"{self.name}.weight"
 
     @property
     def numbers(self) -> int:
@@ -99,7 +104,7 @@ class Site:
         """The layer's matrix in words: `linear [64, 32]`. GPT-2's transposed layer is the same as a linear one."""
         if self.experts:
             return f"{self.experts} experts [{self.out_features}, {self.in_features}]"
-        kind = "linear" if self.kind == "transposed" else self.kind
+        kind = "linear" if self.kind in ("transposed", *_LINEAR_INSIDE) else self.kind
         window = f", kernel {self.kernel_size}, {self.groups} groups" if self.kernel_size else ""
         return f"{kind} [{self.out_features}, {self.in_features}]{window}"
 

@@ -61,6 +61,14 @@ def bytes_of(change: Callable[[bytes], bytes]) -> Callable[[Path], Path]:
     return make
 
 
+def second_offset(data: bytes, offset: int) -> bytes:
+    """The made file with another offset of a tensor: the eight bytes before the length of the next one's name."""
+    name = b"blk.1.attn_q.weight.lora_b"
+    at = data.index(name) - 16
+    assert struct.unpack("<Q", data[at : at + 8])[0] > 0
+    return data[:at] + struct.pack("<Q", offset) + data[at + 8 :]
+
+
 def text_encoder() -> nn.Module:
     found = part(updates("kohya"), "lora_te_")
     return stand_in({KOHYA["te"][name]: t for name, t in found.items()}, {})
@@ -250,7 +258,7 @@ CASES: dict[str, Case] = {
     "kohya, the original names of SDXL": (
         changed(*KO, lambda t: [t.update({k.replace("te_text_model", "te_input_blocks"): t.pop(k)}) for k in list(t)]),
         text_encoder,
-        "this is the original name in SDXL's UNet",
+        "it is an original name of a Stable Diffusion UNet",
     ),
     # diffusers
     "diffusers without a model": (
@@ -341,6 +349,11 @@ CASES: dict[str, Case] = {
         bytes_of(lambda b: b.replace(b"general.type", b"adapter.type")),
         LLAMA.model,
         "has two values of 'adapter.type'",
+    ),
+    "gguf, a tensor in the place of another": (
+        bytes_of(lambda b: second_offset(b, 0)),
+        LLAMA.model,
+        "begins at byte 0, and the tensors before it end at [1-9]",
     ),
     "gguf, another layer": (
         bytes_of(lambda b: b.replace(b"blk.1.attn_q", b"blk.7.attn_q")),

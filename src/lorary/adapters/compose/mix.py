@@ -29,6 +29,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.checks import changeable
 from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
 from lorary.model.state import state_of, value_before
+from lorary.model.vocabulary import added_tokens
 from lorary.spec.interfaces import Unquantized
 from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite
@@ -295,7 +296,7 @@ def _with_provenance(
     errors: Mapping[str, tuple[float, float]],
 ) -> Adapter:
     parents = tuple(Parent(base_name(t.name) if named else "", content_hash(t.adapter), t.weight) for t in terms)
-    notes = result.notes
+    notes = (*result.notes, *_lost_tokens(result, terms))
     if errors:
         each = {name: relative([pair]) for name, pair in errors.items()}
         total, worst = relative(list(errors.values())), max(each, key=lambda name: each[name])
@@ -306,3 +307,10 @@ def _with_provenance(
             f"({each[worst]:.2%})",
         )
     return dataclasses.replace(result, notes=notes, provenance=Provenance(how, parents, settings))
+
+
+def _lost_tokens(result: Adapter, terms: Sequence[Term]) -> tuple[str, ...]:
+    """A note on the tokens that parents added: the result has their change of the tables, and not their names."""
+    added = {text: i for term in terms if term.weight for text, i in added_tokens(term.adapter.sites).items()}
+    lost = ", ".join(f"{text!r} ({i})" for text, i in added.items() if text not in added_tokens(result.sites))
+    return (f"its record does not name the tokens that were added for it: {lost}",) if lost else ()

@@ -21,7 +21,7 @@ from lorary.files.bounded_regex import MOST_CHARACTERS, Budget, Pattern
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named, show
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.experts import ExpertLayer
+from lorary.layers.parameter_layer import ParameterLayer
 
 NAME = "adapter_config.json"
 
@@ -145,7 +145,7 @@ def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str
         # a name of one component may be the end of others
         exact = all("." in name for name in names) or len(pattern) > MOST_CHARACTERS
         return names if exact else pattern
-    modules = [path for path, m in unwrapped_modules(model).items() if not isinstance(m, ExpertLayer)]
+    modules = [path for path, m in unwrapped_modules(model).items() if not isinstance(m, ParameterLayer)]
     for entries in (sorted({name.rpartition(".")[2] for name in names}), names):
         if {m for m in modules if _names(tuple(entries), m)} == set(names):
             return entries

@@ -18,9 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.adapters.peft.config import NAME as CONFIG
+from lorary.adapters.peft.config import PeftConfig
 from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
+from lorary.files.strict_json import show
 from lorary.layers.experts import ExpertLayer
+from lorary.model.base import Base
 from lorary.spec.site import Site
 
 RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"  # as Unsloth writes it into the configuration
@@ -152,3 +155,28 @@ def why_not_in_peft(site: Site, layer: nn.Module | None) -> str:
     if LAST in order and order.index(LAST) < order.index(site.name.rpartition(".")[2]):
         return f"is registered after {LAST}, and the order of PEFT's wrappers is not known"
     return ""
+
+
+def experts_named(config: PeftConfig, base: Base | None, findings: Findings) -> list[Site]:
+    """The fused experts that `target_parameters` names in the base.
+
+    Raises:
+        FileError: it names some, and the base is not at hand.
+    """
+    named = [name for name in config.values.get("target_parameters") or () if not name.endswith(".weight")]
+    if named and base is None:
+        what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
+        fix = "read it onto its base: lorary.load(model, folder)"
+        raise FileError("", [Diagnostic(f"{CONFIG}: target_parameters", what, fix)])
+    if base is None:
+        return []
+    fused = [path for path, kind in base.kinds.items() if kind == "experts"]
+    found = [path for path in fused if config.targets_parameter(path)]
+    if named and not found:
+        what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
+        findings.fatal.append(Diagnostic(f"{CONFIG}: target_parameters", what))
+    if found and config.values.get("use_dora"):
+        what = "is true, and PEFT has no magnitudes for the experts in `target_parameters`"
+        findings.fatal.append(Diagnostic(f"{CONFIG}: use_dora", what))
+        findings.raise_refused()
+    return [base.site(path) for path in found]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorary.adapters.peft import experts
+from lorary.adapters.peft import attention, experts
 from lorary.adapters.peft.keys import BIAS, MAGNITUDE
 from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic, FileError
@@ -86,6 +86,7 @@ def encode_factors(
     if site.experts:
         return dict(zip(factor_names(site), experts.encode(site, A, B), strict=True))
     B = site.place(B) if site.parts and tuple(B.shape) != (site.out_features, A.shape[0]) else B
+    B = attention.up_factor_in_file(site, B)
     roles = {role: t for role, t in {"A": A, "B": B, "m": m, "c": c}.items() if t is not None}
     packed = factor_layout(site, A.shape[0], dora=m is not None, bias=c is not None)
     return {name: roles[role].reshape(shape) for role, (name, shape) in packed.items()}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft import experts, joins
+from lorary.adapters.peft import attention, experts, joins
 from lorary.adapters.peft.config import PeftConfig, json_number, value_patterns
 from lorary.adapters.peft.factors import bias_of_parts, blocks_of_parts, encode_factors, factor_layout, factor_names
 from lorary.adapters.peft.fields import (
@@ -48,6 +48,7 @@ from lorary.files.strict_json import show
 from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
+from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.fields import FLAG, one_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
@@ -141,22 +142,29 @@ class Lora(PeftType):
                 adapted.delta.fixed_roles and len({t.dtype for t in adapter.tensors[adapted.site.name].values()}) > 1
                 for adapted in without_rows(adapter)
             ),
+            "PEFT has one rank and alpha for both projections of nn.MultiheadAttention": attention.differ(
+                {adapted.site.name: (_rank(adapted), adapted.scale) for adapted in without_rows(adapter)},
+                without_rows(adapter),
+            ),
         }
         return [what for what, holds in reasons.items() if holds]
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:
         sites = without_rows(adapter)
         root = all(isinstance(adapted.method.scale, AlphaOverSqrtRank) for adapted in sites)
-        sizes = {adapted.site.name: (_rank(adapted), _alpha(adapted, root)) for adapted in sites}
+        sizes = {attention.attention_of(p.site): (_rank(p), _alpha(p, root)) for p in sites}
         fields = lora_fields(adapter, sizes, root=root, dora=joins.is_dora(sites[0]), bias=joins.has_bias(sites[0]))
         beside = len(sites) < len(adapter.sites)
         fields |= joins.join_fields(adapter)
         return fields | {ROWS_FIELD: indices_field(adapter)} if beside else fields
 
     def targets(self, adapter: Adapter) -> list[str]:
-        return [adapted.site.name for adapted in without_rows(adapter) if not adapted.site.experts]
+        sites = [adapted.site for adapted in without_rows(adapter) if not adapted.site.experts]
+        return list(dict.fromkeys(map(attention.attention_of, sites)))
 
     def why_not_adaptable(self, site: Site, layer: nn.Module | None = None) -> str:
+        if site.kind in PROJECTIONS:
+            return attention.why_not_in_peft(site)
         return experts.why_not_in_peft(site, layer) if site.experts else super().why_not_adaptable(site, layer)
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:
@@ -199,7 +207,7 @@ class Lora(PeftType):
             A, B = experts.decode(site, tensors[name_A], tensors[name_B])
         else:
             A = tensors[name_A].reshape(rank, site.in_features)
-            B = tensors[name_B].reshape(site.out_features, rank)
+            B = attention.up_factor_here(site, tensors[name_B].reshape(site.out_features, rank))
         found = {}
         if joins.is_dora(adapted):
             found["m"] = tensors[f"{site.name}.{MAGNITUDE}"].reshape(site.out_features)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.format import Format
-from lorary.adapters.peft import keys
+from lorary.adapters.peft import attention, keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
-from lorary.adapters.peft.experts import from_file, order_columns
+from lorary.adapters.peft.experts import experts_named, from_file, order_columns
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.per_expert import PerExpert
 from lorary.adapters.peft.routers import Routers
@@ -31,7 +31,6 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
-from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
@@ -109,32 +108,10 @@ class _Reader:
         findings.notes += translation.notes
         if translation.ambiguous:
             raise FileError("", translation.ambiguous.values())
-        self.names, self.inner = from_file(translation.names, self._experts()), translation.inner
+        self.attentions = attention.attentions_in(translation.names)
+        names = attention.from_file(translation.names, self.attentions)
+        self.names, self.inner = from_file(names, experts_named(config, base, findings)), translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
-
-    def _experts(self) -> list[Site]:
-        """The fused experts that `target_parameters` names in the base.
-
-        Raises:
-            FileError: it names some, and the base is not at hand.
-        """
-        named = [name for name in self.config.values.get("target_parameters") or () if not name.endswith(".weight")]
-        if named and self.base is None:
-            what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
-            fix = "read it onto its base: lorary.load(model, folder)"
-            raise FileError("", [Diagnostic(f"{NAME}: target_parameters", what, fix)])
-        if self.base is None:
-            return []
-        fused = [path for path, kind in self.base.kinds.items() if kind == "experts"]
-        found = [path for path in fused if self.config.targets_parameter(path)]
-        if named and not found:
-            what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
-            self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
-        if found and self.config.values.get("use_dora"):
-            what = "is true, and PEFT has no magnitudes for the experts in `target_parameters`"
-            self.findings.fatal.append(Diagnostic(f"{NAME}: use_dora", what))
-            self.findings.raise_refused()
-        return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
@@ -159,7 +136,7 @@ class _Reader:
         order_columns([a.site for a in sites], values, config.values, self.expert_layout, findings)
         saved.check_copies(values, findings)
         findings.raise_refused()
-        findings.notes += routers.notes() + single.notes()
+        findings.notes += routers.notes() + single.notes() + attention.notes(self.attentions)
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         tensors, differing = rejoined(sites, tensors)
@@ -236,7 +213,8 @@ class _Reader:
             if not name or name not in in_file or not self._targeted(name):
                 continue
             found = base.site(name)
-            if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            owner = name.rpartition(".")[0]
+            if owner not in self.attentions and isinstance(base.modules.get(owner), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
             elif self.config.targets_parameter(f"{name}.weight") and found.kind != "linear":
@@ -264,6 +242,8 @@ class _Reader:
 
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""
+        owner = site.rpartition(".")[0]
+        site = owner if owner in self.attentions else site
         return self.inner.get(site, site)
 
     def _sites_in_names(self) -> dict[str, None]:
@@ -290,7 +270,8 @@ class _Reader:
                 what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
                 self.findings.fatal.append(Diagnostic(pair[0], what))
                 continue
-            yield site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            found = site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            yield attention.projection(found, self.attentions)
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""

@@ -181,7 +181,7 @@ def _sites_of_names(asked: Any, found: Mapping[str, Entry], leaf: str, findings:
     for path, entry in ((n.removesuffix(f".{leaf}"), entry) for n, entry in found.items() if n.endswith(f".{leaf}")):
         tokens = asked
         if isinstance(asked, Mapping):
-            tokens = next((value for key, value in reversed(asked.items()) if path.endswith(key)), None)
+            tokens = next((value for key, value in reversed([*asked.items()]) if path.endswith(key)), None)
         if tokens is None:
             what = f"is there, and `trainable_token_indices` names {', '.join(map(repr, asked))}"
             findings.fatal.append(Diagnostic(f"{path}.{leaf}", what))
