@@ -16,11 +16,10 @@ from lorary.model.layer_ranges import LayerChoice, Layers, choose_layers
 from lorary.model.patterns import expression_problems, is_expression, matches
 from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, grouped, resolve
-from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.per_expert import EACH, SHARED, why_not_per_expert
-from lorary.spec.placement import AdaptedSite, with_rank
+from lorary.spec.placement import AdaptedSite, why_not_in_attention, with_rank
 from lorary.spec.site import Site
 
 

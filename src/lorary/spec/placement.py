@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from lorary.errors import Diagnostic, MethodError, StateError
-from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
 from lorary.spec.per_expert import experts_of, factors_at, for_every_expert, merged_at, shapes_at, why_not_per_expert
-from lorary.spec.site import Site
+from lorary.spec.site import PROJECTIONS, Site
 
 
 class Adaptation(NamedTuple):
@@ -247,3 +246,17 @@ def with_rank(method: Method, r: int | None = None, alpha: float | None = None) 
     if alpha is not None:
         components["scale"] = dataclasses.replace(cast(Any, method.scale), alpha=alpha)
     return method.replace(**components) if components else method
+
+
+def why_not_in_attention(site: Site, method: Any) -> list[str]:
+    """The reasons why a method cannot adapt a projection of nn.MultiheadAttention."""
+    if site.kind not in PROJECTIONS:
+        return []
+    why = []
+    changing = method.delta if method.delta.changes_bias else method.join
+    if site.kind == "in_projection" and (changing.changes_bias or method.join.scales_bias):
+        what = f"{type(changing).__name__} changes the bias of a layer"
+        why.append(f"{what}, and that of an in-projection belongs to nn.MultiheadAttention (in_proj_bias)")
+    if isinstance(method.init, CalibratedInit):
+        why.append(f"no calibration pass measures a projection of nn.MultiheadAttention ({type(method.init).__name__})")
+    return why

@@ -13,7 +13,9 @@ from lorary._deprecated import RenamedAttribute
 
 PARAMETERS = ("experts", "in_projection")
 """The kinds of sites that are parameters of the plain model, not modules; the site has the parameter's name."""
-_LINEAR_INSIDE = ("experts", "in_projection", "out_projection")
+PROJECTIONS = ("in_projection", "out_projection")
+"""The kinds of sites of nn.MultiheadAttention, whose forward in PyTorch reads their weights and never calls them."""
+_LINEAR_INSIDE = ("experts", *PROJECTIONS)
 
 
 @dataclass(frozen=True)

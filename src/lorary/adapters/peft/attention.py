@@ -20,9 +20,8 @@ from torch import Tensor
 
 from lorary.errors import Diagnostic
 from lorary.layers.multihead_attention import FUSED, OUT_PROJECTION
-from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.placement import AdaptedSite
-from lorary.spec.site import Site
+from lorary.spec.site import PROJECTIONS, Site
 
 _INSIDE = ".base_layer."
 OUTSIDE = f"{_INSIDE}{OUT_PROJECTION}"

@@ -35,10 +35,10 @@ from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
-from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.interfaces import all_in_join, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import replaces_rows
+from lorary.spec.site import PROJECTIONS
 
 _ABSORBED = ".kv_b_proj"  # of multi-head latent attention (DeepSeek)
 SERVE = "serve.sh"  # beside the files of an export for an engine

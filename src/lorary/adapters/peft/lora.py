@@ -48,11 +48,10 @@ from lorary.files.strict_json import show
 from lorary.methods.lora import Add, AlphaOverRank, Kaiming, LowRank
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.methods.rslora import AlphaOverSqrtRank
-from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.fields import FLAG, one_of
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, replaces_rows
-from lorary.spec.site import Site
+from lorary.spec.site import PROJECTIONS, Site
 
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they change the base
 _UNSUPPORTED_FEATURES = {  # features that change the adapter's function

@@ -25,8 +25,8 @@ from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
-from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.placement import replaces_rows
+from lorary.spec.site import PROJECTIONS
 
 INSIDE = {"experts": "fused experts", **dict.fromkeys(PROJECTIONS, "nn.MultiheadAttention")}
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling

@@ -37,10 +37,10 @@ from lorary.serve.forms._overrides import foreign_rows, trained_values
 from lorary.serve.forms._summary import kind_of_form, notes_of
 from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
-from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import presets_of
+from lorary.spec.site import PROJECTIONS
 
 _HEADLINE = "this adapter cannot be served beside others:"
 _NOT_FINITE = "check its training; or serve the base in a precision of more range"
