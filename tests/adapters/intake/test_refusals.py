@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
     "lycoris, a layer twice": (
         twice,
         lycoris,
-        "hada_w1_a: is for blocks.hada_linear, and so is transformer.blocks.hada",
+        "hada_w1_a: is for blocks.hada_linear, and so is transformer",
     ),
     "lycoris, a factor is missing": (
         changed(*LY, drop("lycoris_blocks_hada_linear.hada_w2_b")),
