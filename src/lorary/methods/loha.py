@@ -114,6 +114,7 @@ class HadamardInit(Init):
 @preset(
     "loha",
     citation="Hyeon-Woo et al. 2021, arXiv:2108.06098",
+    lr=1e-3,
     when="For a high rank from few parameters, and for the files of diffusion tools.",
 )
 def loha(r: int = 4, alpha: float = 1.0, tucker: bool = False) -> dict[str, Any]:

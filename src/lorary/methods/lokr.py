@@ -143,6 +143,7 @@ class KroneckerInit(Init):
 @preset(
     "lokr",
     citation="Yeh et al. 2023, arXiv:2309.14859",
+    lr=3e-3,
     when="For a high rank from very few parameters, and for the files of diffusion tools.",
 )
 def lokr(

@@ -169,6 +169,7 @@ def merged_updates(base: nn.Module, adapter: lorary.Adapter) -> dict[str, Tensor
 RENAMED = {
     "as LyCORIS writes them": lambda name: name,
     "as in sd-scripts": lambda name: name.replace("lycoris_", "lora_unet_"),
+    "of a compiled model": lambda name: name.replace("lycoris_blocks_", "transformer._orig_mod.blocks."),
     "with dots": lambda name: name.replace("lycoris_blocks_", "transformer.blocks."),
 }
 

@@ -120,6 +120,13 @@ def pipe(folder: Path) -> Path:
     return folder / "x.safetensors"
 
 
+def twice(folder: Path) -> Path:
+    tensors = load_file(dotted(folder))
+    again = {k.replace(".blocks", "._orig_mod.blocks"): t.clone() for k, t in tensors.items() if "hada_linear" in k}
+    save_file(tensors | again, folder / "twice.safetensors")
+    return folder / "twice.safetensors"
+
+
 def dotted(folder: Path) -> Path:
     path = folder / "dotted.safetensors"
     save_file({k.replace("lycoris_blocks_", "transformer.blocks."): t for k, t in load_file(LYCORIS).items()}, path)
@@ -158,6 +165,11 @@ CASES: dict[str, Case] = {
     # LyCORIS
     "lycoris without a base": (lambda f: LYCORIS, None, "has `_` for every `.` in the paths"),
     "lycoris with dots, without a base": (dotted, None, "do not say which layers are convolutions"),
+    "lycoris, a layer twice": (
+        twice,
+        lycoris,
+        "hada_w1_a: is for blocks.hada_linear, and so is transformer",
+    ),
     "lycoris, a factor is missing": (
         changed(*LY, drop("lycoris_blocks_hada_linear.hada_w2_b")),
         lycoris,

@@ -1,7 +1,7 @@
 """A PEFT type that comes from outside the package: one file has the method and its PEFT form, for both directions.
 
-LoHa is a method that lorary does not have and PEFT does: its update is the elementwise product of two low-rank
-matrices, which has rank r^2 and two factors of that rank.
+LoHa stands for a method that PEFT has and lorary does not: its own LoHa is taken out of the registry here. The update
+is the elementwise product of two low-rank matrices, which has rank r^2 and two factors of that rank.
 """
 
 from __future__ import annotations
@@ -104,10 +104,14 @@ class LoHa(PeftType):
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """As importing a file of one's own would leave it; taken back, for other tests list what there is."""
+    before = dict(PEFT_TYPES)
+    del PEFT_TYPES["LOHA"]
     component(Hadamard), component(HadamardStart)
     register(LoHa())
     yield
-    del PEFT_TYPES["LOHA"], COMPONENTS["Hadamard"], COMPONENTS["HadamardStart"]
+    del COMPONENTS["Hadamard"], COMPONENTS["HadamardStart"]
+    PEFT_TYPES.clear()
+    PEFT_TYPES.update(before)
 
 
 def loha(base: Base, targets: Any = None, **words: Any) -> torch.nn.Module:
@@ -222,7 +226,8 @@ def test_two_types_of_one_name_or_method_are_refused() -> None:
     for other in (Named(), Same()):
         with pytest.raises(TypeError, match="the PEFT type LOHA has the name or a method of"):
             register(other)
-    assert [*PEFT_TYPES] == ["LORA", "ADALORA", "VERA", "IA3", "TRAINABLE_TOKENS", "LOHA"]
+    known = ["LORA", "ADALORA", "VERA", "LOKR", "IA3", "HIRA", "MISS", "TRAINABLE_TOKENS"]
+    assert [*PEFT_TYPES] == [*known, "LOHA"]
 
 
 def test_pefts_files_of_a_method_that_it_lacks_are_refused(tmp_path: Path) -> None:

@@ -197,6 +197,11 @@ def _peft_layout(adapted: AdaptedSite) -> Layout:
     return {"m": (f"{adapted.site.name}.m", adapted.shapes["m"])} | found if "m" in adapted.shapes else found
 
 
+def _first_name(layer: Layer) -> str:
+    """The name of a layer's A in the file, or of the first of its tensors."""
+    return (layer.stored.get("A") or next(iter(layer.stored.values()))).name
+
+
 def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, findings: Findings) -> _Placed:
     """The layers at their sites; those without one become findings."""
     paths, placed = ModulePaths(base), dict[str, tuple[Site, Layer]]()
@@ -205,8 +210,8 @@ def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, find
             path = paths.here(paths.without_wrappers(layer.path), layer=True)
             site = _site(path, layer, base, file)
             if path in placed:
-                what = f"is for {path}, and so is {placed[path][1].stored['A'].name}"
-                raise FileError("", [Diagnostic(named(layer.stored["A"].name), what)])
+                what = f"is for {path}, and so is {_first_name(placed[path][1])}"
+                raise FileError("", [Diagnostic(named(_first_name(layer)), what)])
             placed[path] = site, layer
     findings.fatal += [*paths.problems, *paths.ambiguous.values()]
     findings.notes += paths.notes()

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorary.adapters.intake.diffusion import alphas_of, stored
 from lorary.adapters.intake.layers import Layer
+from lorary.adapters.module_paths import ModulePaths
 from lorary.adapters.peft.lycoris import LOHA, LOKR, hadamard_method, kronecker_method
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
@@ -68,7 +69,9 @@ def layers(
     if not grouped or base is None:
         return []
     shapes = {x: {role: file.header.tensors[n].shape for role, n in roles.items()} for x, roles in grouped.items()}
-    known = {layer: base.site(path) for layer, path in paths.items() if path in base.kinds and layer in grouped}
+    modules = ModulePaths(base)
+    here = {layer: modules.here(modules.without_wrappers(paths[layer]), layer=True) for layer in grouped}
+    known = {layer: base.site(path) for layer, path in here.items() if path in base.kinds}
     for layer in grouped.keys() - known.keys():
         findings.fatal.append(Diagnostic(named(layer), "adapts a layer that the model does not have"))
     usable = [layer for layer in grouped if layer in known and not _incomplete(layer, shapes[layer], findings)]
