@@ -480,6 +480,15 @@ def test_a_dora_of_single_experts_that_lacks_magnitudes_is_refused(tmp_path: Pat
         lorary.load_adapter(tmp_path / "v4", model=moe("Qwen3MoeForCausalLM"), strict=False)
 
 
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj"], ".*up_proj", ""])
+def test_single_experts_that_the_configuration_does_not_name_are_refused(targets: Any, tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "layers.0.mlp.experts.0.down_proj: adapts a module that the configuration does not name" in text
+
+
 def test_one_projection_under_two_names_is_refused(tmp_path: Path) -> None:
     old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
     rewritten(

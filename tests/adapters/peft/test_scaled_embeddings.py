@@ -29,7 +29,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "Gemma3": _SMALL,
     "Gemma3n": _SMALL
     | _PER_LAYER
-    | {"intermediate_size": [24, 24], "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    | {
+        "intermediate_size": [24, 24],
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
     "Gemma4": _SMALL | _PER_LAYER | {"global_head_dim": 4},
 }
 

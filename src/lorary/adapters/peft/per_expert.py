@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.peft import keys
-from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.experts import OTHER_RANK
 from lorary.adapters.peft.types import PeftType
 from lorary.adapters.tensor_checks import Layout
 from lorary.adapters.transformers_names import OldNames
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import Entry
@@ -104,6 +104,9 @@ class PerExpert:
             if path in base.modules or joined is None or base.kinds.get(joined.name) != "experts":
                 continue
             fused = joined.name
+            if not self._targeted(path, findings):
+                findings.fatal.append(Diagnostic(named(path), "adapts a module that the configuration does not name"))
+                continue
             expert = int(_EXPERT.findall(path)[-1])
             if expert >= (E := base.site(fused).experts):
                 findings.fatal.append(Diagnostic(named(path), f"is of expert {expert}, and {fused} has {E}"))
@@ -170,6 +173,13 @@ class PerExpert:
             if count < wanted:
                 what = f"has magnitudes for {count:,} of its {wanted:,} projections, and DoRA needs all"
                 yield Diagnostic(fused, what)
+
+    def _targeted(self, path: str, findings: Findings) -> bool:
+        try:
+            return self.config.targets_module(path)
+        except ValueError as error:  # the patterns' budget
+            findings.fatal.append(Diagnostic(NAME, str(error)))
+            raise FileError("") from None
 
     @staticmethod
     def _parts_of(fused: str, base: Base, count: int) -> tuple[Part, ...] | None:
