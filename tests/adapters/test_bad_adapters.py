@@ -200,7 +200,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         header("{}", length=2**63),
         (
             "  - adapter_model.safetensors: announces a header of 9,223,372,036,854,775,808 bytes, more than "
-            "the 10,485,760 that are accepted"
+            "the 41,943,040 that are accepted"
         ),
     ),
     (
@@ -348,8 +348,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
     ),
     (
         "too many tensors",
-        header({f"t{i}": entry((0,), 0, 0) for i in range(20_001)}),
-        "  - adapter_model.safetensors: 20,001 tensors, more than the 20,000 that are accepted",
+        header({f"t{i}": entry((0,), 0, 0) for i in range(100_001)}),
+        "  - adapter_model.safetensors: 100,001 tensors, more than the 100,000 that are accepted",
     ),
     (
         "several faults of a header",

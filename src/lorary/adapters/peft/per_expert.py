@@ -229,8 +229,8 @@ class PerExpert:
     def tensors(self, values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Fused parameter -> role -> tensor; experts that the file does not name do not change."""
         found: dict[str, dict[str, Tensor]] = {}
+        dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
         for fused, adapted in self.sites.items():
-            dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
             own = found[fused] = {role: torch.zeros(shape, dtype=dtype) for role, shape in adapted.shapes.items()}
             for p in self._projections[fused]:
                 layout = self._layout(adapted, p)
