@@ -56,7 +56,7 @@ def test_all_linear_of_peft(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_linear_reaches_the_weights_of_the_experts(name: str) -> None:
-    """At least 99 % of them, with the shared experts; routers are left alone."""
+    """At least 99 % of them, with the shared experts, in numbers that its sites cover; routers are left alone."""
     model = moe(name)
     covered = {p.site.weight_name: p.site.numbers for p in lorary.plan(model, lorary.method("lora", r=2)).sites}
     other = ("bias", "gate.weight")  # vectors of each expert, and routers
