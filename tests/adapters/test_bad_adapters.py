@@ -200,7 +200,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         header("{}", length=2**63),
         (
             "  - adapter_model.safetensors: announces a header of 9,223,372,036,854,775,808 bytes, more than "
-            "the 10,485,760 that are accepted"
+            "the 41,943,040 that are accepted"
         ),
     ),
     (
@@ -348,8 +348,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
     ),
     (
         "too many tensors",
-        header({f"t{i}": entry((0,), 0, 0) for i in range(20_001)}),
-        "  - adapter_model.safetensors: 20,001 tensors, more than the 20,000 that are accepted",
+        header({f"t{i}": entry((0,), 0, 0) for i in range(100_001)}),
+        "  - adapter_model.safetensors: 100,001 tensors, more than the 100,000 that are accepted",
     ),
     (
         "several faults of a header",
@@ -384,7 +384,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         without("peft_type"),
         (
             "  - adapter_config.json: has no `peft_type`\n"
-            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, TRAINABLE_TOKENS, PREFIX_TUNING, "
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, LOHA, LOKR, IA3, HIRA, MISS, "
+            "TRAINABLE_TOKENS, PREFIX_TUNING, "
             "PROMPT_TUNING adapters"
         ),
     ),
@@ -393,7 +394,8 @@ PEFT: list[tuple[str, Spoil, str]] = [
         say(peft_type="EVIL"),
         (
             "  - adapter_config.json: is of type 'EVIL'\n"
-            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, IA3, TRAINABLE_TOKENS, PREFIX_TUNING, "
+            "      hint: lorary reads PEFT's LORA, ADALORA, VERA, LOHA, LOKR, IA3, HIRA, MISS, "
+            "TRAINABLE_TOKENS, PREFIX_TUNING, "
             "PROMPT_TUNING adapters"
         ),
     ),
@@ -445,7 +447,7 @@ PEFT: list[tuple[str, Spoil, str]] = [
         raw("lora_alhpa", "8"),
         (
             "  - adapter_config.json: lora_alhpa: is not a field that lorary knows\n"
-            "      hint: did you mean `lora_alpha` or `lora_bias`?"
+            "      hint: did you mean `lora_alpha` or `lora_bias` or `lora_B_layout`?"
         ),
     ),
     (
@@ -865,7 +867,7 @@ NATIVE: list[tuple[str, Spoil, str]] = [
         site(lambda s: s.update(kind="quantum")),
         (
             "  - lorary.json: sites[0]: 'quantum' is not a kind of site; the kinds are linear, transposed, conv1d, "
-            "conv2d, conv3d, embedding, experts"
+            "conv2d, conv3d, embedding, experts, in_projection, out_projection"
         ),
     ),
     (

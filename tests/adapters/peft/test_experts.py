@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import lorary
 from lorary.adapters import export_peft
 from lorary.adapters.export.engines import export_for_engine
 from lorary.adapters.intake.convert import convert
+from lorary.adapters.peft.lora import Lora
 from lorary.errors import FileError
+from lorary.files.tensor_file import TensorFile
 from lorary.model.scan import scan
 from tests.experts import MODELS, logits, moe, shake
 
@@ -480,6 +483,15 @@ def test_a_dora_of_single_experts_that_lacks_magnitudes_is_refused(tmp_path: Pat
         lorary.load_adapter(tmp_path / "v4", model=moe("Qwen3MoeForCausalLM"), strict=False)
 
 
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj"], ".*up_proj", ""])
+def test_single_experts_that_the_configuration_does_not_name_are_refused(targets: Any, tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "layers.0.mlp.experts.0.down_proj: adapts a module that the configuration does not name" in text
+
+
 def test_one_projection_under_two_names_is_refused(tmp_path: Path) -> None:
     old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
     rewritten(
@@ -507,3 +519,19 @@ def test_dora_of_target_parameters_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
     (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     assert "use_dora: is true, and PEFT has no magnitudes for the experts" in refusal(tmp_path / "p")
+
+
+def test_the_work_grows_with_the_number_of_single_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Qwen3-30B-A3B has 18,432 projections: each is looked at a few times, and not once for every block."""
+    calls: list[str] = []
+    layout = Lora.layout
+    monkeypatch.setattr(Lora, "layout", lambda self, adapted: calls.append(adapted.site.name) or layout(self, adapted))
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    lorary.load_adapter(tmp_path / "v4", model=moe("Qwen3MoeForCausalLM"))
+    assert 0 < max(Counter(calls).values()) <= 6
+
+
+def test_as_many_tensors_as_a_large_mixture_has(tmp_path: Path) -> None:
+    save_file({f"layers.{i}": torch.zeros(0) for i in range(36_864)}, tmp_path / "adapter_model.safetensors")
+    with TensorFile(tmp_path, "adapter_model.safetensors") as file:
+        assert len(file.header.tensors) == 36_864

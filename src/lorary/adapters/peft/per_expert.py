@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lorary.adapters.peft import keys
-from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.experts import OTHER_RANK
 from lorary.adapters.peft.types import PeftType
 from lorary.adapters.tensor_checks import Layout
 from lorary.adapters.transformers_names import OldNames
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import Entry
@@ -104,6 +104,9 @@ class PerExpert:
             if path in base.modules or joined is None or base.kinds.get(joined.name) != "experts":
                 continue
             fused = joined.name
+            if not self._targeted(path, findings):
+                findings.fatal.append(Diagnostic(named(path), "adapts a module that the configuration does not name"))
+                continue
             expert = int(_EXPERT.findall(path)[-1])
             if expert >= (E := base.site(fused).experts):
                 findings.fatal.append(Diagnostic(named(path), f"is of expert {expert}, and {fused} has {E}"))
@@ -171,6 +174,13 @@ class PerExpert:
                 what = f"has magnitudes for {count:,} of its {wanted:,} projections, and DoRA needs all"
                 yield Diagnostic(fused, what)
 
+    def _targeted(self, path: str, findings: Findings) -> bool:
+        try:
+            return self.config.targets_module(path)
+        except ValueError as error:  # the patterns' budget
+            findings.fatal.append(Diagnostic(NAME, str(error)))
+            raise FileError("") from None
+
     @staticmethod
     def _parts_of(fused: str, base: Base, count: int) -> tuple[Part, ...] | None:
         """The halves of a fused parameter in the order of the rule; () for a whole one, None if they are unknown."""
@@ -219,8 +229,8 @@ class PerExpert:
     def tensors(self, values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Fused parameter -> role -> tensor; experts that the file does not name do not change."""
         found: dict[str, dict[str, Tensor]] = {}
+        dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
         for fused, adapted in self.sites.items():
-            dtype = next((values[name].dtype for name in self.expected if name in values), torch.float32)
             own = found[fused] = {role: torch.zeros(shape, dtype=dtype) for role, shape in adapted.shapes.items()}
             for p in self._projections[fused]:
                 layout = self._layout(adapted, p)
