@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lorary
+from lorary.adapters.compose.merging import MERGINGS
 from lorary.errors import LoraryError
 from lorary.layers.adapted import adapted_layers
 from tests.experts import logits, moe, shake
@@ -69,9 +70,7 @@ def test_a_comparison_has_the_figures_of_each_expert(presets: tuple[str, ...]) -
 
 
 def test_adapters_of_other_numbers_of_experts_have_other_sizes() -> None:
-    model = moe(num_local_experts=6)
-    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=3), targets="experts.down_proj"))
-    found = lorary.diff(adapter(), lorary.Adapter.of(model))
+    found = lorary.diff(adapter(), other_count())
     assert found.other_shapes[DOWN] == "4 experts [16, 24] in A, 6 experts [16, 24] in B"
     assert not found.sites
 
@@ -168,6 +167,47 @@ def test_a_lower_rank_is_the_best_approximation_of_each_expert(presets: tuple[st
         close(cut, U[:, :2] * S[:2] @ Vh[:2], 1e-4)
 
 
+# --- mix --------------------------------------------------------------------------------------------------------------
+
+
+def best(M: Tensor, r: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(M)
+    return U[:, :r] * S[:r] @ Vh[:r]
+
+
+def test_a_sum_of_a_lower_rank_is_the_best_of_each_expert() -> None:
+    a, b = adapter(), adapter(seed=2)
+    mixed = lorary.mix([a, b], [0.5, 2.0], rank=2)
+    for e, found in enumerate(update(mixed)):
+        close(found, best(0.5 * update(a)[e] + 2.0 * update(b)[e], 2), 1e-4)
+    assert 0 < mixed.provenance.settings["errors"][DOWN] < 1
+    kept = lorary.mix([a, b], energy=0.9999)
+    close(update(kept), update(a) + update(b), 5e-2)
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude", "slerp"])
+def test_other_mixes_are_those_of_each_experts_matrix(how: str) -> None:
+    a, b = adapter(), adapter(seed=2)
+    found = update(lorary.mix([a, b], [0.5, 0.5], how=how))
+    for e in range(4):
+        pair = [update(x)[e].float() for x in (a, b)]
+        dense = MERGINGS[how].dense(pair, [0.5, 0.5], 0.2, "") if how != "slerp" else on_the_arc(*pair)
+        close(found[e].float(), best(dense, 6), 1e-3)
+
+
+def on_the_arc(a: Tensor, b: Tensor) -> Tensor:
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return torch.sin(angle / 2) / torch.sin(angle) * (a + b)
+
+
+def test_a_change_that_is_no_product_is_approximated_expert_by_expert() -> None:
+    a, b = adapter("dora"), adapter(seed=2)
+    mixed = lorary.mix([a, b], base=moe(), approximate=True, rank=16)
+    dora, plain = trained("dora"), moe().get_parameter(DOWN).detach()
+    expected = adapted_layers(dora)[DOWN].merged()[0] - plain + update(b)
+    close(update(mixed), expected.double(), 1e-3)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +221,13 @@ def spoiled(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> lorary.
 def with_nan(roles: dict[str, Tensor]) -> dict[str, Tensor]:
     roles["B"][3, 0, 0] = torch.nan
     return roles
+
+
+def other_count() -> lorary.Adapter:
+    model = moe(num_local_experts=6)
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=3), targets="experts.down_proj"))
+    shake(model)
+    return lorary.Adapter.of(model)
 
 
 def fewer(roles: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,10 +261,9 @@ def without_a(roles: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda: lorary.change_rank(adapter("vera"), 2), "SharedProjectionDelta has no other rank"),
         (lambda: lorary.inspect_adapter(adapter(), moe(num_local_experts=6)), "has 6 experts, expected 4"),
         (lambda: lorary.inspect_adapter(adapter("dora")), "changes its weight by an amount that depends on the weight"),
-        (
-            lambda: lorary.mix([adapter(), adapter(seed=2)], how="ties"),
-            "experts.gate_up_proj: holds the matrices of 4 experts, and any mix but an exact sum takes one",
-        ),
+        (lambda: lorary.mix([adapter(), spoiled(with_nan)], rank=2), "1 of 192 values are NaN or infinite"),
+        (lambda: lorary.mix([adapter(), adapter("dora")], how="ties"), "gives its output a gain or a shift of its own"),
+        (lambda: lorary.mix([adapter(), other_count()], how="ties"), "4 experts"),
     ],
 )
 def test_refusals(act: Callable[[], Any], sentence: str) -> None:
