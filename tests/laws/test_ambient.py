@@ -399,7 +399,7 @@ def test_the_same_bits_in_every_mode(function: str, mode: str, folder: Path) -> 
 VALUES = {"ConfigError", "DataError", "Diagnostic", "FileError", "LoraryError", "MethodError", "PlanError"}
 VALUES |= {"StateError", "TrainingError", "Attachment", "EvolutionConfig", "Importance", "LowRankForm", "MergeError"}
 VALUES |= {"Method", "AdaptedSite", "Plan", "Preset", "SearchResult", "Site", "method", "presets", "__version__"}
-VALUES |= {"Adapted", "NF4", "Comparison", "with_prompt_text"}
+VALUES |= {"Adapted", "NF4", "Comparison", "with_invocation", "with_prompt_text"}
 VALUES |= {
     "AdapterDiff",
     "AdapterInspection",

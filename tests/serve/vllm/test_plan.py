@@ -192,7 +192,7 @@ def damage(folder: Path, how: str) -> None:
         ("not JSON", "adapter_config.json: not JSON: expecting property name"),
         (
             "an invocation",
-            "model.layers.0.self_attn.q_proj and 5 more: FromInvocation does more than add B A x, and an adapter for vLLM",
+            "model.layers.0.self_attn.q_proj and 5 more: FromInvocation does more than add B A x, and an adapter",
         ),
     ],
 )
