@@ -159,9 +159,8 @@ class Lora(PeftType):
         return self.leaves | ({MAGNITUDE: "m"} if config["use_dora"] else {})
 
     def layout(self, adapted: AdaptedSite) -> Layout:
-        if replaces_rows(adapted):
-            return rows_beside(adapted)
-        return _layout(adapted.site, _rank(adapted), is_dora(adapted))
+        rows = replaces_rows(adapted)
+        return rows_beside(adapted) if rows else _layout(adapted.site, _rank(adapted), is_dora(adapted))
 
     def canonical_name(self, name: str) -> str:
         # some programs write it as a module's weight
@@ -264,10 +263,10 @@ def blocks_of_parts(adapted: AdaptedSite, B: Tensor, name: str) -> Tensor:
     if not site.parts:
         return B
     blocks = torch.cat([B[part.rows(), i * r : (i + 1) * r] for i, part in enumerate(site.parts)])
-    if not torch.equal(site.place(blocks), B):
-        what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
-        raise FileError("", [Diagnostic(name, what)])
-    return blocks
+    if torch.equal(site.place(blocks), B):
+        return blocks
+    what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
+    raise FileError("", [Diagnostic(name, what)])
 
 
 def factor_shapes(site: Site, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
