@@ -222,7 +222,7 @@ def test_two_types_of_one_name_or_method_are_refused() -> None:
     for other in (Named(), Same()):
         with pytest.raises(TypeError, match="the PEFT type LOHA has the name or a method of"):
             register(other)
-    assert [*PEFT_TYPES] == ["LORA", "ADALORA", "VERA", "IA3", "TRAINABLE_TOKENS", "LOHA"]
+    assert [*PEFT_TYPES] == ["LORA", "ADALORA", "VERA", "IA3", "HIRA", "MISS", "TRAINABLE_TOKENS", "LOHA"]
 
 
 def test_pefts_files_of_a_method_that_it_lacks_are_refused(tmp_path: Path) -> None:
