@@ -76,9 +76,17 @@ def lanes(placed: AdaptedSite) -> list[list[Piece]]:
 
     Those that are given have a lane of their own beneath the others.
     """
-    delta = placed.delta
-    factors = set(delta.shapes(placed.site)) - delta.join_roles
+    delta, shapes = placed.delta, placed.delta.shapes(placed.site)
+    if delta.chains:
+        chains = [[role for role in product if role in shapes] for product in delta.chains]
+        return [[_matrix(placed, role, shapes[role]) for role in chain] for chain in chains]
+    factors = set(shapes) - delta.join_roles
     return [_lane(placed, roles) for roles in (factors - delta.fixed_roles, factors & delta.fixed_roles) if roles]
+
+
+def _matrix(placed: AdaptedSite, role: str, shape: tuple[int, ...]) -> Piece:
+    """A factor of a product of its own."""
+    return Piece(role, shape, shape[1], shape[0], state(placed, role))
 
 
 def _lane(placed: AdaptedSite, roles: set[str]) -> list[Piece]:
@@ -259,7 +267,7 @@ class _Picture(_Canvas):
             for end, y in ends:
                 below = [(x + 50, y), (x + 50, _LANE + 15)]
                 self.arrow((end + 2, y), *([(x + 35, y)] if y == _LANE else below))
-            self.node(x + 50, _LANE, "+")
+            self.node(x + 50, _LANE, placed.delta.chains_meet)
             x += 64
         self.arrow((x + 2, _LANE), (x + 37, _LANE))
         self.node(x + 52, _LANE, "\N{MULTIPLICATION SIGN}s")

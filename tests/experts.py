@@ -43,6 +43,15 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "Lfm2MoeForCausalLM": _TEXT | {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1},
 }
+_DELTA = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    **{"linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
+# Further classes, whose layouts are among those above.
+MORE: dict[str, dict[str, Any]] = {
+    "Qwen2MoeForCausalLM": _TEXT | {"num_experts": 4, "shared_expert_intermediate_size": 12},
+    "Qwen3NextForCausalLM": _TEXT | _DELTA | {"num_experts": 4, "shared_expert_intermediate_size": 12},
+}
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6, 5], [35, 8, 9, 7, 9, 3, 23]])
 
 
@@ -50,7 +59,7 @@ def moe(name: str = "MixtralForCausalLM", **changed: Any) -> Any:
     """A model of this class in evaluation mode, with weights large enough for every expert to matter."""
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**(MODELS[name] | changed))).eval()
+    model = cls(cls.config_class(**((MODELS | MORE)[name] | changed))).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.05)

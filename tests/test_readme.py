@@ -32,7 +32,8 @@ def test_the_first_block_has_five_lines() -> None:
 
 
 def test_it_is_read_in_five_minutes() -> None:
-    assert len(TEXT.splitlines()) <= 160
+    before, _, after = TEXT.split("<!-- The methods; written by docs/generate.py. -->")
+    assert len((before + after).splitlines()) <= 133  # the table of methods is looked up, not read
 
 
 def test_the_table_is_the_registry() -> None:

@@ -97,6 +97,7 @@ _HOMES = {
     "unmerge": "model.merge",
     "untie_embeddings": "model.vocabulary",
     "verify": "analysis.verify.verify",
+    "with_invocation": "methods.alora",
     "with_prompt_text": "methods.prompt_tuning",
 }
 
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     from lorary.errors import TrainingError as TrainingError
     from lorary.layers.adapted import Adapted as Adapted
     from lorary.layers.nf4 import NF4 as NF4
+    from lorary.methods.alora import with_invocation as with_invocation
     from lorary.methods.lora_drop import Importance as Importance
     from lorary.methods.prompt_tuning import with_prompt_text as with_prompt_text
     from lorary.model.attach import attach as attach

@@ -144,6 +144,13 @@ def by_peft(base: Base, folder: Path) -> Tensor:
     return outputs(PeftModel.from_pretrained(base.model(), str(folder)).eval())
 
 
+def by_transformers(base: Base, folder: Path) -> Tensor:
+    """The outputs of the base with Transformers' reading of an adapter folder."""
+    model: Any = base.model()
+    model.load_adapter(str(folder))
+    return outputs(model.eval())
+
+
 def close(a: Tensor, b: Tensor) -> None:
     """Equal to a millionth of the largest logit."""
     assert torch.isfinite(a).all()

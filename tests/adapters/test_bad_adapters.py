@@ -476,9 +476,21 @@ PEFT: list[tuple[str, Spoil, str]] = [
         ),
     ),
     (
-        "biases beside B",
+        "biases beside B that are missing",
         say(lora_bias=True),
-        "  - adapter_config.json: lora_bias: is true: biases beside B are not supported",
+        "\n".join(
+            f"  - model.layers.{i}.self_attn.{name}_proj.lora_B.bias: is missing" for i in (0, 1) for name in "qv"
+        ),
+    ),
+    (
+        "biases beside B that are no booleans",
+        say(lora_bias="all"),
+        "  - adapter_config.json: lora_bias: is 'all'; it takes true or false",
+    ),
+    (
+        "biases beside B and DoRA",
+        say(lora_bias=True, use_dora=True),
+        "  - adapter_config.json: lora_bias: is set beside use_dora: here an adapter has one of the two",
     ),
     (
         "bare parameters",

@@ -4,8 +4,9 @@ The folders under `tests/golden` are never rewritten: a release that changes the
 reads the old ones. Their numbers come from arithmetic alone, so they are the same on every machine.
 
 Releases up to 0.5 wrote format 1 of `lorary.json`, with other names for components and for the fields of a site. Of
-those folders, the tensors and PEFT's files are still written byte for byte, and `lorary.json` up to the new names. The
-folders of 0.6.0 pin the bytes of format 2, one for each structurally different kind.
+those folders, the tensors and PEFT's files are still written byte for byte, and `lorary.json` up to the new names; only
+DoRA's magnitudes have a name in them that Transformers' `load_adapter` passes over. The folders of 0.6.0 pin the bytes
+of format 2, one for each structurally different kind.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lorary
 from lorary import AdaptedSite, Adapter, Fingerprint, Site, _deprecated
+from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.shared_tensors import leading_slices
+from lorary.files.tensor_file import write_tensors
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.longlora import LongContext
 from lorary.methods.o_lora import SequentialLoRA
@@ -31,16 +36,28 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "alora-0.6.0/adapter_config.json": "578728efc0521e1f864971daf3abf9bff8fbc7f6cde25f7afae98f6782030580",
+    "alora-0.6.0/adapter_model.safetensors": "7dbccd81640be9a5d0be0db98542aa3f1bdca794b8af76ead0da7d96205a2070",
+    "alora-0.6.0/lorary.json": "a7c5b53b20a2f1ca4d701bf10cdcb47ccf05203ab3b2353d236b7587db57f3e8",
+    "lora-bias-0.6.0/adapter_config.json": "2d1b74120e4501f8593e057a87a261b5e488c9c898515def15cf297654c050c8",
+    "lora-bias-0.6.0/adapter_model.safetensors": "94f67aa60101c73c42ab8bba4e72de031d4745ec61c204ce65f1a5984ce30dc2",
+    "lora-bias-0.6.0/lorary.json": "c3cb00436e7be70a5210b33d8ee0b81e996c8bc860479c42cf6e922672a83a35",
     "hira-0.6.0/adapter_config.json": "0bb27603838d8d82f8356482edff395c2ec0a16601d95c828af44d6a70b91864",
     "hira-0.6.0/adapter_model.safetensors": "9b95051dbd824fdc9ad290ab40949e6a117e52b2550ee68d7cf43d24d486b0ca",
-    "hira-0.6.0/lorary.json": "ed80c50f3b4f7e9e46bf585b4ab7422ad88e0d5f8ecc132950f19081c065c1b6",
+    "hira-0.6.0/lorary.json": "188f33b16f334dbe25677bd6dbf11665ce90c7ead68d83efd9be06963041afd2",
     "miss-0.6.0/adapter_config.json": "5fc35345a2ffa61b4e0364fa9449eedbec311651a5e7876a9390af04feaae220",
     "miss-0.6.0/adapter_model.safetensors": "cfdc87a8b08f0a3a59a3d6adb49472e4675154b74843cd02cd276fd0e6d98842",
     "miss-0.6.0/lorary.json": "af35df5e393477f7f082951beee2e07971e1ab63f68c33840fc5a3c5ace6d7fb",
     "miss-own-0.6.0/adapter.safetensors": "4b1eae5ecac6b2208d2d5a9cc02c25f0a1b96c4dd7c2f5ff2b21b8bda0df859d",
     "miss-own-0.6.0/lorary.json": "f7633f1d801ec3c65580a28e2bb2cdec7f4b5b4c664347027f7ee24b9262f515",
+    "loha-0.6.0/adapter_config.json": "8130986ba236b43812c82a65561a20a29f2da3009e2d50dea3108bf9643957f0",
+    "loha-0.6.0/adapter_model.safetensors": "e1668cad4716cc4ff48d9c463c7a9ddc907a9622e384df654e8c41308340dbb3",
+    "loha-0.6.0/lorary.json": "89fb3689fd0f19c01e15f95fc6e988267c1aed65dc4d2f88f33d176f07d797c6",
+    "lokr-0.6.0/adapter_config.json": "1afb2abfd1f1546f4757cddaf53005403a620b3e0a5291151cfb60c9929c117d",
+    "lokr-0.6.0/adapter_model.safetensors": "7d49010a3dc0cf4191dc4759e4f35ef80f41e5357b35fe929ce7cb408267bf52",
+    "lokr-0.6.0/lorary.json": "1acbc08b343b8db8faf05b6fea2d7e7a52d833a66e968db886458761bb2daaf0",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
-    "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
+    "loftq-0.6.0/lorary.json": "12cc538889d4d561ff905e85a611ba3007715bd134ed611462992b0fa24f9e3a",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "lora-ga-0.6.0/lorary.json": "8b6b02f563fe2dfc06391dd5c04befbfaa808ddfe63798ac6c3b57cdd4ddc626",
     "corda-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -112,6 +129,9 @@ FILES = {
     "lora-0.1.0/lorary.json": "eb129f67d5c9ea58c68be35ad0f93987af619e8f1e8fbb3e13702643b19d7d5c",
     "grouped-0.1.0/adapter.safetensors": "d6a91fc931fc5f19e49770779e83fa644cb1fdad83a290f6ac2f443e56aa49b6",
     "grouped-0.1.0/lorary.json": "fc0d9c43744d7a53b4d56c4227a250e5e7f752e5eda5e8a8f038e12206cbbb67",
+    "dora-0.6.0/adapter_config.json": "6c9f6b69d9261101d2fd211f600e1e193a003b6e0a9ec5864f502b44ee06af6d",
+    "dora-0.6.0/adapter_model.safetensors": "78f5996188cfd61608749fd966be646c967b0f7e9b396232b1e6fc4dcad0231a",
+    "dora-0.6.0/lorary.json": "9717e9c8808ca9aa71ac23499bdae49d20aa7c3bce50797305aa5e5d2656a1a8",
     "dora-0.2.0/adapter_config.json": "6c9f6b69d9261101d2fd211f600e1e193a003b6e0a9ec5864f502b44ee06af6d",
     "dora-0.2.0/adapter_model.safetensors": "87862a68a92035ad1f88ff02b30b3663af0d7f423e61678512974bf44ff0fe2f",
     "dora-0.2.0/lorary.json": "1dcd177ed25968df9b554e4fa5fd2c3498cfb923057caf3f246a43fc4ef4a6a9",
@@ -242,7 +262,7 @@ def pissa() -> Adapter:
 
 def qlora() -> Adapter:
     """How the base was kept, beside PEFT's plain files, which do not say it."""
-    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True}
+    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True, "experts": False}
     method = lorary.method("qlora", "dora", "rslora", r=2, alpha=3, dropout=0.125, **words)
     sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 5, bias=True))
     placed = tuple(AdaptedSite(site, method) for site in sites)
@@ -251,7 +271,7 @@ def qlora() -> Adapter:
 
 def qpissa() -> Adapter:
     """Starts that were looked for in several rounds."""
-    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5)
+    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5, experts=False)
     placed = (AdaptedSite(Site("model.q", "linear", 4, 6, bias=False), method),)
     tensors = filled(placed)
     tensors["model.q"]["A0"] = -tensors["model.q"]["A0"]  # it has moved since
@@ -365,7 +385,7 @@ def of_preset(name: str) -> Callable[[], Adapter]:
             full = {"norm.weight": numbers(6), "model.down.bias": numbers(6)}
             return Adapter(lorary.method(name), (), {}, full, Fingerprint("Net"))
         alpha: dict[str, Any] = {} if name in ("vera", "glora") else {"alpha": 3}
-        method = lorary.method(name, r=2, **alpha, **OPTIONS.get(name, {}))
+        method = lorary.method(name, **{"r": 2} | alpha | OPTIONS.get(name, {}))
         sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 4, bias=True))
         placed = tuple(AdaptedSite(site, method) for site in sites)
         tensors = filled(placed)
@@ -387,14 +407,23 @@ def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
     return make
 
 
+def waiting() -> Adapter:
+    """An aLoRA, in PEFT's files: PEFT knows that the base is a causal language model."""
+    made = alone(QUERY, DOWN, name="alora", invocation=(5, 7), r=2, alpha=3)()
+    return replace(made, base=Fingerprint("LlamaForCausalLM"))
+
+
 QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
-FUSED = Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
+FUSED = Site("attn.c_attn", "transposed", 12, 8, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
+NARROW = Site("attn.c_attn", "transposed", 12, 4, bias=True, parts=(Part("q", 0, 4), Part("v", 8, 4)))
 HEAD = Site("head", "linear", 9, 6, bias=False)
 ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
     "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
+    "lora-bias-0.6.0": alone(QUERY, DOWN, FUSED, name="lora", r=2, alpha=3, lora_bias=True),
+    "alora-0.6.0": waiting,
     "rows-0.6.0": alone(TOKENS, HEAD, name="rows", tokens=(3, 5)),
     "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
     "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),
@@ -403,6 +432,8 @@ ALONE = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "start": 2, "final": 3},
     "glora": {"A": "lora"},
+    "lokr": {"r": 1},
+    "qlora": {"experts": False},  # no release before had any other
     "delta-lora": {"start": 499},  # 500 steps go before, as then with start=500
 }
 PRESETS = [
@@ -413,9 +444,9 @@ SCALED = {
     # HiRA's and MiSS's files of PEFT, and what PEFT has no place for: parts of a fused weight, rows that repeat there
     "hira-0.6.0": alone(QUERY, DOWN, TOKENS, name="hira", r=2, dropout=0.125),
     "miss-0.6.0": alone(QUERY, DOWN, name="miss", r=3),
-    "miss-own-0.6.0": alone(FUSED, name="miss", r=3, mini_r=2),
+    "miss-own-0.6.0": alone(NARROW, name="miss", r=3, mini_r=2),
 }
-STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva")}
+STARTS = {f"{name}-0.6.0": of_preset(name) for name in ("loftq", "lora-ga", "corda", "eva", "loha", "lokr")}
 ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in PRESETS} | {
     "longlora-0.5.0": longlora,
     "qlora-0.4.0": qlora,
@@ -434,6 +465,7 @@ ADAPTERS = {f"{name.replace('+', '-plus')}-0.5.0": of_preset(name) for name in P
     "vera-drawn-0.2.0": vera_drawn,
     "several-0.2.0": several,
     "lora-0.6.0": lora,
+    "dora-0.6.0": dora,
     "grouped-0.6.0": grouped,
     "pissa-0.6.0": pissa,
     "vera-0.6.0": vera,
@@ -475,11 +507,30 @@ def test_todays_writer_gives_the_same_bytes(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("lorary.adapters.native.__version__", name.rpartition("-")[2])
     lorary.save_adapter(ADAPTERS[name](), written)
     assert {path.name for path in written.iterdir()} == {path.name for path in golden.iterdir()}
+    if name in MAGNITUDES:
+        golden = rename_magnitudes(golden, tmp_path / "golden")
     for path in sorted(written.iterdir()):
         if path.name == "lorary.json" and (record := json.loads((golden / path.name).read_text()))["format"] == 1:
             assert_same_record(json.loads(path.read_text()), record)
         else:
             assert path.read_bytes() == (golden / path.name).read_bytes(), path.name
+
+
+MAGNITUDES = ("dora-0.2.0", "qlora-0.4.0", "dora-0.5.0")  # their magnitudes have PEFT's own name
+
+
+def rename_magnitudes(golden: Path, folder: Path) -> Path:
+    """The files of an older release with DoRA's magnitudes under the name that they have since."""
+    folder.mkdir()
+    old = load_file(golden / WEIGHTS)
+    assert any(name.endswith(".lora_magnitude_vector") for name in old)
+    new = {f"{k}.weight" if k.endswith(".lora_magnitude_vector") else k: t for k, t in old.items()}
+    write_tensors(folder / WEIGHTS, new)
+    data, record = (folder / WEIGHTS).read_bytes(), json.loads((golden / "lorary.json").read_text())
+    record["files"][WEIGHTS] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "lorary.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_bytes((golden / "adapter_config.json").read_bytes())
+    return folder
 
 
 def assert_same_record(new: dict[str, Any], old: dict[str, Any]) -> None:
@@ -533,7 +584,11 @@ def in_format_1(value: Any) -> Any:
 
 def test_every_preset_has_a_golden_folder() -> None:
     """In the last release of format 1; a new preset needs a folder of the release that brings it."""
-    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS, *SCALED]} - {"prefix-network", "miss-own"}
+    newer = {name.rpartition("-")[0] for name in [*ALONE, *STARTS, *SCALED]} - {
+        "prefix-network",
+        "lora-bias",
+        "miss-own",
+    }
     assert {*PRESETS, "longlora", *newer} == set(lorary.presets())
 
 

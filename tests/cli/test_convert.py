@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -67,17 +68,47 @@ def test_it_refuses_and_writes_nothing(base: str, command: Command) -> None:
     gguf = str(MADE / "gguf" / "adapter.gguf")
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
-    save_file({"x.weight": torch.ones(2, 2)}, "other.safetensors")
+    files = ["other.ckpt", "other.safetensors", "other.txt"]
+    for name in files:
+        save_file({"x.weight": torch.ones(2, 2)}, name)
     cases = {
         ("nowhere", "out"): (4, "nowhere: there is no such folder"),
         (gguf, "out"): (4, "hint: read it onto its base: lorary.load(model, file), or lorary convert FILE OUT --base"),
         (gguf, "out", "--base", base, "--to", "mlx"): (2, "'mlx' is not a form that lorary converts to"),
         (gguf, "full", "--base", base): (4, "full"),
+        ("other.ckpt", "out"): (4, "other.ckpt: it is a pickle by its name, which can run code when it is read"),
+        ("other.txt", "out"): (4, "hint: name its folder, or a file that ends in .safetensors or .gguf"),
         ("other.safetensors", "out"): (4, "other.safetensors: is of no known tool"),
         ("base", "out"): (4, "there is no adapter in it: it is a whole model"),
     }
     for arguments, (code, text) in cases.items():
         ran = command("convert", *arguments)
         assert (ran.code, text in ran.err) == (code, True), ran.err
-    assert sorted(p.name for p in Path().iterdir()) == ["base", "full", "other.safetensors"]
+    assert sorted(p.name for p in Path().iterdir()) == ["base", "full", *files]
     assert [p.name for p in Path("full").iterdir()] == ["mine.txt"]
+
+
+def test_a_model_of_diffusers_is_loaded_by_diffusers(command: Command) -> None:
+    if importlib.util.find_spec("diffusers") is not None:
+        pytest.skip("diffusers is installed")
+    shutil.copyfile(MADE / "kohya" / "lora.safetensors", "style.safetensors")
+    Path("pipeline/unet").mkdir(parents=True)
+    Path("pipeline/unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    ran = command("convert", "style.safetensors", "out", "--base", "pipeline/unet")
+    assert ran.code == 2
+    assert "pipeline/unet holds a model of diffusers, which is not installed" in ran.err
+    assert "pip install diffusers" in ran.err
+    assert not Path("out").exists()
+
+
+def test_a_whole_pipeline_is_no_base(command: Command) -> None:
+    shutil.copyfile(MADE / "kohya" / "lora.safetensors", "style.safetensors")
+    for part in ("unet", "text_encoder"):
+        Path("pipeline", part).mkdir(parents=True)
+        Path("pipeline", part, "config.json").write_text("{}")
+    Path("pipeline/model_index.json").write_text("{}")
+    ran = command("convert", "style.safetensors", "out", "--base", "pipeline")
+    assert ran.code == 2
+    assert "pipeline is a pipeline of several models, and an adapter is read onto one of them" in ran.err
+    assert "name one: pipeline/text_encoder, pipeline/unet" in ran.err
+    assert not Path("out").exists()

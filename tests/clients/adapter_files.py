@@ -1,6 +1,7 @@
 """The files of `tests/adapters/intake/made`: written by the tools' own code, with the updates that it computes.
 
     python -m tests.clients.adapter_files mlx diffusers torchtune    where mlx-lm, diffusers and torchtune are installed
+    python -m tests.clients.adapter_files lycoris                    where lycoris-lora is installed
     python -m tests.clients.adapter_files kohya SD_SCRIPTS           with a checkout of kohya-ss/sd-scripts
     python -m tests.clients.adapter_files gguf LLAMA_CPP             with one of ggml-org/llama.cpp
 
@@ -170,6 +171,54 @@ def kohya(folder: Path, source: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def lycoris(folder: Path) -> dict[str, torch.Tensor]:
+    """LyCORIS' own modules: LoHa and LoKr in all of their forms, each on a layer of its own."""
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    def linear() -> torch.nn.Module:
+        return torch.nn.Linear(12, 16)
+
+    def conv() -> torch.nn.Module:
+        return torch.nn.Conv2d(8, 12, 3, groups=2)
+
+    layers: dict[str, tuple[Any, torch.nn.Module, dict[str, Any]]] = {
+        "hada_linear": (LohaModule, linear(), {"lora_dim": 2, "alpha": 1}),
+        "hada_conv": (LohaModule, conv(), {"lora_dim": 2, "alpha": 3}),
+        "hada_core": (LohaModule, conv(), {"lora_dim": 2, "use_tucker": True}),
+        "hada_along": (LohaModule, torch.nn.Conv1d(8, 12, 3), {"lora_dim": 2, "use_tucker": True}),
+        "hada_root": (LohaModule, linear(), {"lora_dim": 4, "alpha": 2, "rs_lora": True}),
+        "hada_dora": (LohaModule, linear(), {"lora_dim": 2, "weight_decompose": True}),
+        "kron_linear": (LokrModule, torch.nn.Linear(16, 36), {"lora_dim": 2, "alpha": 2}),
+        "kron_factor": (LokrModule, torch.nn.Linear(16, 36), {"lora_dim": 2, "alpha": 2, "factor": 2}),
+        "kron_large": (LokrModule, linear(), {"lora_dim": 1, "factor": 4}),
+        "kron_both": (LokrModule, torch.nn.Linear(36, 36), {"lora_dim": 2, "decompose_both": True, "alpha": 3}),
+        "kron_whole": (LokrModule, linear(), {"lora_dim": 8, "alpha": 1}),
+        "kron_full": (LokrModule, torch.nn.Linear(16, 36), {"lora_dim": 1, "full_matrix": True, "alpha": 3}),
+        "kron_turned": (LokrModule, torch.nn.Linear(36, 8), {"lora_dim": 1, "unbalanced_factorization": True}),
+        "kron_conv": (LokrModule, torch.nn.Conv2d(9, 16, 3), {"lora_dim": 1, "alpha": 1}),
+        "kron_core": (LokrModule, torch.nn.Conv2d(9, 16, 3), {"lora_dim": 1, "use_tucker": True}),
+        "kron_along": (LokrModule, torch.nn.Conv1d(8, 12, 3), {"lora_dim": 8}),
+        "kron_dora": (LokrModule, torch.nn.Linear(16, 36), {"lora_dim": 2, "weight_decompose": True}),
+    }
+    tensors, found, weights = {}, {}, {}
+    for name, (cls, layer, options) in layers.items():
+        module = cls(f"lycoris_blocks_{name}", layer, **options)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        for key, t in module.custom_state_dict().items():
+            tensors[f"lycoris_blocks_{name}.{key}"] = t.detach().clone().contiguous()
+        W = layer.weight.detach()
+        changed = W + module.get_weight(W.shape).detach()  # as in its forward: its merging multiplies by s twice
+        changed = module.apply_weight_decompose(changed).detach() if module.wd else changed
+        found[f"blocks.{name}"] = (changed - W).flatten(1)
+        if module.wd:  # whose update depends on it
+            weights[f"blocks.{name}"] = W.clone()
+    save_file(tensors, folder / "lycoris.safetensors")
+    save_file(weights, folder / "weights.safetensors")
+    return found
+
+
 def gguf(folder: Path, source: str) -> dict[str, torch.Tensor]:
     """llama.cpp's `convert_lora_to_gguf.py` of PEFT's LoRA of a Llama."""
     from peft import LoraConfig, get_peft_model
@@ -192,7 +241,7 @@ def gguf(folder: Path, source: str) -> dict[str, torch.Tensor]:
     return _deltas(model)
 
 
-TOOLS = {"gguf": gguf, "mlx": mlx, "diffusers": diffusers, "torchtune": torchtune, "kohya": kohya}
+TOOLS = {"gguf": gguf, "mlx": mlx, "diffusers": diffusers, "torchtune": torchtune, "kohya": kohya, "lycoris": lycoris}
 
 if __name__ == "__main__":
     main()

@@ -100,3 +100,26 @@ def test_no_rows_at_all() -> None:
     y, x = torch.zeros(0, 8), torch.zeros(0, 16)
     assert add_grouped_low_rank(y, x, A, B, 1.0, groups_of((0, 0, 0, 0))).shape == (0, 8)
     assert grouped_product(x, A.mT, groups_of((0, 0, 0, 0))).shape == (0, 4)
+
+
+def test_the_gradients_of_torch_func() -> None:
+    _, x, A, B = tensors(torch.float32)
+    groups = groups_of((3, 0, 4, 2))
+
+    def loss(A: Tensor, B: Tensor) -> Tensor:
+        y = grouped_product(x.detach(), torch.ones(4, 16, 8), groups)
+        return add_grouped_low_rank(y, x.detach(), A, B, 0.5, groups).square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1))(A.detach(), B.detach())
+    expected = torch.autograd.grad(loss(A, B), [A, B])
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_gradients_are_laid_out_as_their_factors(counts: tuple[int, ...]) -> None:
+    """Autograd keeps such a gradient; it would copy one of another layout, which took longer than all products."""
+    y, x, A, B = tensors(torch.float32)
+    total = add_grouped_low_rank(y * 1.0, x, A, B, 0.5, groups_of(counts))
+    for factor, gradient in zip((A, B), torch.autograd.grad(total.sum(), (A, B)), strict=True):
+        assert gradient.stride() == factor.stride()

@@ -19,7 +19,7 @@ from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.delta_lora import DeltaLoRADelta
 from lorary.methods.dora import MagnitudeDirection
-from lorary.methods.hira import HadamardProduct
+from lorary.methods.hira import TimesWeight
 from lorary.methods.houlsby import Bottleneck
 from lorary.methods.ia3 import Rescaling
 from lorary.methods.lora import Add, ConstantScale, Kaiming, LowRank
@@ -463,7 +463,7 @@ def test_joins_that_are_wrong_alone_are_caught() -> None:
 
 
 @dataclass(frozen=True)
-class AddsTheProduct(HadamardProduct):
+class AddsTheProduct(TimesWeight):
     """Adds B A to the weight, as LoRA does."""
 
     def merged(self, params: Any, W: Tensor, b: Tensor | None, BA: Any) -> tuple[Tensor, Tensor | None]:

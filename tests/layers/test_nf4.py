@@ -294,3 +294,13 @@ def test_its_scales_are_buffers_that_move_but_are_not_trained_or_reduced() -> No
     assert {name.rpartition(".")[2] for name in buffers} == {"absmax", "nested_absmax", "nested_offset"}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {"0.params.A", "0.params.B"}
+
+
+@pytest.mark.parametrize("shape", [(3, 72), (40, 72), (2, 3, 72)])
+def test_an_output_may_be_written_into(shape: tuple[int, ...]) -> None:
+    """Llama 4 adds its routed experts into the output of a shared one."""
+    x = torch.randn(*shape, requires_grad=True)
+    y = linear()(x)
+    y.add_(1.0)
+    (gx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gx, torch.autograd.grad(linear()(x).sum(), x)[0])

@@ -212,6 +212,18 @@ REFUSED: dict[str, tuple[Any, str, Any, str]] = {
         "it did not run on this data, so there is nothing to read of its inputs",
     ),
     "few tokens": (llama, "eva", [{"input_ids": tiny.ids()[:1, :4]}], "4 tokens have no 4 principal directions"),
+    "ids beyond the vocabulary": (
+        llama,
+        "corda",
+        [*data()[:1], {"input_ids": torch.full((1, 12), 99)}],
+        "data: batch 1 fails in the model's forward pass: IndexError: index out of range in self",
+    ),
+    "other names": (
+        llama,
+        "eva",
+        [{"inputs": tiny.ids()}],
+        "data: batch 0 fails in the model's forward pass: ValueError",
+    ),
     "nothing to read": (llama, "lora", data(), "data: no init of this plan reads data"),
     "meta": (lambda: tiny.model("LlamaForCausalLM", device="meta"), "corda", data(), "is on the meta device"),
 }
@@ -226,6 +238,33 @@ def test_refused_with_nothing_changed(case: str) -> None:
     with pytest.raises(PlanError, match=re.escape(said)):
         lorary.attach(model, plan, data=given)
     assert tiny.everything(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"plan": "eva"}, "plan: is a str, not a Plan"),
+        ({"seed": 1.5}, "seed: is a float, not a whole number"),
+        ({"held_bytes": "4 GB"}, "held_bytes: is a str, not a whole number"),
+        ({"loss": 5}, "loss: is a int, not a function of the output and the batch"),
+    ],
+)
+def test_arguments_of_other_types(options: dict[str, Any], said: str) -> None:
+    model = llama()
+    with pytest.raises(PlanError, match=said):
+        lorary.calibrate(model, **{"plan": planned(model, "eva"), "data": data()} | options)
+
+
+def test_rows_without_a_positive_input() -> None:
+    """As after a ReLU: CorDA divides the inputs of each row by the largest of them."""
+    net = nn.Sequential(nn.ReLU(), nn.Linear(6, 5))
+    x = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))
+    plan = lorary.plan(net, lorary.method("corda", r=1, alpha=1), ["1"])
+    alone = lorary.calibrate(net, plan, [x])
+    x[2] = -x[2].abs()
+    found = lorary.calibrate(net, plan, [x])
+    assert all(t.isfinite().all() for t in found.fixed_tensors["1"].values())
+    assert not equal(alone, found)
 
 
 def test_a_loss_that_is_none() -> None:

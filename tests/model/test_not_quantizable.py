@@ -90,9 +90,9 @@ def test_an_adapter_of_a_base_that_was_quantised_otherwise_says_so(tmp_path: Pat
     with pytest.warns(QuantizationWarning) as told:
         lorary.load(base, tmp_path / "adapter")
     assert str(told[0].message) == (
-        "the adapter was trained on a base in NF4(block=128, double=True, compute=None, embeddings=False); 14 of 14 "
-        "quantised layers here are in blocks of 64 with double=True, and have another quantisation error. Quantise the "
-        "base as the adapter says"
+        "the adapter was trained on a base in NF4(block=128, double=True, compute=None, embeddings=False, "
+        "experts=True); 14 of 14 quantised layers here are in blocks of 64 with double=True, and have another "
+        "quantisation error. Quantise the base as the adapter says"
     )
 
 

@@ -16,7 +16,7 @@ import lorary
 from lorary.analysis.memory.live_bytes import LiveBytes
 from lorary.errors import StateError
 from lorary.kernels.nf4 import CODE
-from lorary.layers.nf4 import NF4, NF4Embedding, NF4Linear
+from lorary.layers.nf4 import NF4, NF4Embedding, NF4Experts, NF4Linear
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.model.quantize import with_progress
 from tests import tiny
@@ -39,7 +39,7 @@ LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_p
         ("T5ForConditionalGeneration", ["k", "o", "q", "v", "wi"]),
         ("BertForSequenceClassification", ["dense", "key", "query", "value"]),
         ("ViTForImageClassification", None),
-        ("MixtralForCausalLM", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("MixtralForCausalLM", ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]),
     ],
 )
 def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) -> None:
@@ -51,7 +51,12 @@ def test_every_linear_layer_but_the_head(name: str, expected: list[str] | None) 
     assert found
     assert not {"lm_head", "classifier", "score", "pooler", "wo"} & set(found)
     for path, module in model.named_modules():
+        if isinstance(module, NF4Experts):
+            assert path.rpartition(".")[2] in before[path.rpartition(".")[0]][1]  # a parameter before
+            continue
         was, parameters = before[path]
+        if path.endswith(".experts"):
+            parameters = {}  # layers now
         if is_quantized(module):
             assert (was.__name__ in ("Linear", "Conv1D"), type(module)) == (True, NF4Linear), path
             assert module.bias is parameters.get("bias"), path

@@ -263,16 +263,15 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_names_refuse_it() -> Non
             self.last = nn.Linear(8, 2)
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 2))
 
-    assert found(Plain(), "all-linear") == ["last"]
+    attention = ["body.layers.0.self_attn.in_proj_weight", "body.layers.0.self_attn.out_proj"]
+    assert found(Plain(), "all-linear") == [*attention, "last"]
     assert refused(Plain(), ["linear1", "out_proj", "normed"]) == (
         "invalid plan:\n"
-        "  - body.layers.0.self_attn.out_proj: nn.MultiheadAttention reads its weight and never calls it: "
-        "an adapter there would do nothing\n"
         "  - body.layers.0.linear1: nn.TransformerEncoderLayer also reads its weight without calling it: "
         "an adapter would act on some paths only\n"
         "  - normed: its weight is computed from other parameters (weight_norm, spectral_norm or another "
         "parametrization)\n"
-        "      hint: name layers that an adapter can reach"
+        '      hint: exclude=["linear1", "normed"]'
     )
 
 

@@ -108,3 +108,38 @@ def test_a_model_of_one_part_has_no_towers(tower: str) -> None:
     assert "linear layers" not in str(lorary.plan(model, LORA))
     with pytest.raises(lorary.PlanError, match=f"`{tower}` matches no layer of this model"):
         lorary.plan(model, LORA, targets=tower)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a tower that it lacks": ("audio", {}, "targets: `audio` matches no layer of this model"),
+    "one of several": (["vision", "audio"], {}, "targets: `audio` matches no layer of this model"),
+    "a misspelt tower": ("vison", {}, "targets: `vison` matches no layer\n      hint: did you mean `vision`?"),
+    "in capitals": ("Vision", {}, "targets: `Vision` matches no layer\n      hint: did you mean `vision`?"),
+    "a part of a tower": ("vision[q]", {}, "targets: `vision[q]` matches no layer"),
+    "excluding what it lacks": ("vision", {"exclude": "audio"}, "exclude: `audio` matches no layer of this model"),
+    "excluding a misspelt one": ("vision", {"exclude": "languge"}, "hint: did you mean `language`?"),
+    "excluding all of it": ("projector", {"exclude": "linear_*"}, "exclude: excludes every layer that the targets"),
+    "a rank for a tower": (["language", "vision"], {"ranks": {"vision": 4}}, "ranks: `vision` matches no adapted site"),
+    "a tower in full": ("language", {"full": "vision"}, "full: `vision` matches no parameter"),
+    "two methods for one tower": (
+        {"vision": LORA, "all-linear": lorary.method("dora", r=2)},
+        {},
+        "(`vision`) and LowRank (`all-linear`) both adapt model.vision_tower.encoder.layers.{0-1}.self_attn.k_proj",
+    ),
+    "a prefix before pictures": (
+        {"vision": lorary.method("prefix-tuning", tokens=2)},
+        {},
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj: is not a projection of keys or values",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_plans_that_cannot_be_are_refused(case: str) -> None:
+    targets, options, sentence = REFUSED[case]
+    model = architectures.model("LlavaForConditionalGeneration", "meta")
+    before = tiny.everything(model)
+    with pytest.raises(lorary.PlanError) as caught:
+        lorary.plan(model, *([targets] if isinstance(targets, dict) else [LORA, targets]), **options)
+    assert sentence in str(caught.value)
+    assert tiny.everything(model) == before

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 import lorary
 from lorary.errors import LoraryError, PlanError, StateError
@@ -101,6 +102,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ([""], None, "tokens: '' is not a text"),
     (["  "], None, "tokens: '  ' is not a text"),
     ([7], None, "tokens: 7 is not a text"),
+    (["<a>", "<\ud83d>"], None, r"tokens: '<\ud83d>' has half of a letter, which UTF-8 cannot write"),
     (
         ["</s>"],
         None,
@@ -119,6 +121,32 @@ def test_tokens_that_cannot_be_added_change_nothing(tokens: Any, words: Any, sen
     assert sentence in str(caught.value)
     assert model.config.vocab_size == 300
     assert not before or len(words) == before
+
+
+def with_holes() -> PreTrainedTokenizerFast:
+    """A tokenizer of four tokens whose highest id is 4: the next new token would be token 4."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 3, "z": 4}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a")
+
+
+def test_a_new_token_never_gets_the_id_of_another_one() -> None:
+    model, words = llama(), with_holes()
+    with pytest.raises(PlanError, match="'<x>' would be token 4, which is 'z' already: the ids of this tokenizer have"):
+        lorary.add_tokens(model, words, ["<x>", "<y>"])
+    assert len(words) == 4
+    assert model.config.vocab_size == 40
+
+
+def test_a_model_that_cannot_grow_leaves_the_tokenizer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = llama(size=299), tokenizer()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model, "resize_token_embeddings", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        lorary.add_tokens(model, words, ["<a>", "<b>"])
+    assert "<a>" not in words.get_vocab()
 
 
 def test_models_that_cannot_be_resized_are_refused() -> None:

@@ -253,5 +253,5 @@ def test_what_asks_for_a_low_rank_form_is_refused() -> None:
 def test_drop_is_refused_as_the_update_is_another_one() -> None:
     model = tiny.seeded("LlamaForCausalLM")
     lorary.attach(model, lorary.plan(model, lorary.method("hira", r=2), "q_proj"))
-    with pytest.raises(lorary.errors.PlanError, match="HadamardProduct changes a layer's output by more than s B A x"):
+    with pytest.raises(lorary.errors.PlanError, match="TimesWeight changes a layer's output by more than s B A x"):
         layer_importance(model, [tiny.ids()])

@@ -223,7 +223,7 @@ def alone(name: str, join: str, roles: str) -> dict[tuple[str, str], str]:
         "o-lora": TASKS,
     }
     return {
-        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets HadamardProduct", joins)),
+        ("hira", name): told(INVALID, two("delta", HADAMARD, delta), two("join", "hira sets TimesWeight", joins)),
         ("miss", name): told(INVALID, two("delta", SHARDS, delta), two("init", "miss sets ZeroShards", init)),
         ("rslora", name): told(INVALID, two("scale", RSLORA, scale)),
         ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
@@ -295,9 +295,9 @@ PAIRS |= {
     ("rslora", "miss"): told(INVALID, two("scale", RSLORA, "miss sets ConstantScale")),
     ("lora+", "miss"): told(INVALID, "lr: sets a learning rate for {B}, but only {D} trains"),
     ("lora-fa", "miss"): told(INVALID, "frozen: {A} cannot be frozen: the tensors are {D}"),
-    ("dora", "hira"): told(INVALID, two("join", "dora sets MagnitudeDirection", "hira sets HadamardProduct")),
+    ("dora", "hira"): told(INVALID, two("join", "dora sets MagnitudeDirection", "hira sets TimesWeight")),
     ("glora", "hira"): told(
-        INVALID, two("delta", TERMS, HADAMARD), two("join", "glora sets GLoRAJoin", "hira sets HadamardProduct")
+        INVALID, two("delta", TERMS, HADAMARD), two("join", "glora sets GLoRAJoin", "hira sets TimesWeight")
     ),
     ("glora", "miss"): told(
         INVALID, two("delta", TERMS, SHARDS), two("init", "glora sets ZeroDownInit", "miss sets ZeroShards")
@@ -375,6 +375,93 @@ PAIRS |= {
 }
 
 
+# aLoRA joins the weight in a way of its own, at a part of the text: what moves the weight itself would act before it
+WAITS = "alora sets FromInvocation"
+PAIRS |= {
+    **{
+        (other, "alora"): told(INVALID, two("join", f"{other} sets {join}", WAITS))
+        for other, join in (("dora", "MagnitudeDirection"), ("glora", "GLoRAJoin"), ("hira", "TimesWeight"))
+    },
+    **{
+        pair: told(
+            INVALID,
+            f"init: {init} moves part of W into B A, and FromInvocation adds B A to a part of the text alone\n"
+            "      hint: use another start",
+        )
+        for pair, init in (
+            (("pissa", "alora"), "SVDInit"),
+            (("olora", "alora"), "QRInit"),
+            (("alora", "loftq"), "QuantizationErrorInit"),
+            (("alora", "lora-ga"), "GradientInit"),
+            (("alora", "corda"), "ContextInit"),
+        )
+    },
+    ("alora", "delta-lora"): told(
+        INVALID, "rules: Delta-LoRA takes the gradient of B A for that of W, and they differ under FromInvocation"
+    ),
+    ("alora", "o-lora"): told(
+        INVALID, "rules: O-LoRA adds up the updates of its tasks, and FromInvocation is not additive"
+    ),
+    ("alora", "longlora"): told(INVALID, two("context", "alora sets InvocationContext", "longlora sets LongContext")),
+    **{
+        ("alora", other): told(INVALID, two("join", WAITS, f"{other} sets {join}"))
+        for other, join in (("rows", "TokenRows"), ("houlsby", "Bottleneck"), ("ia3", "Rescaling"))
+    },
+    **{
+        ("alora", f"{name.lower()}-tuning"): told(
+            INVALID,
+            two("join", WAITS, f"{name.lower()}-tuning sets {name}"),
+            two("context", "alora sets InvocationContext", f"{name.lower()}-tuning sets {name}Context"),
+        )
+        for name in ("Prefix", "Prompt")
+    },
+    ("alora", "full"): told(INVALID, everything_trains("LowRank")),
+}
+PRODUCTS = {"loha": ("LowRankHadamard", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+
+
+def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
+    """What refuses LoHa and LoKr, which have a delta, a start and an alpha of their own."""
+    delta, init = (f"{name} sets {component}" for component in PRODUCTS[name])
+    scale = f"{name} sets AlphaOverRank"
+    others: dict[str, tuple[str, str, str]] = {  # its delta, init and scale, as far as it has them
+        "rslora": ("", "", RSLORA),
+        "glora": (TERMS, "glora sets ZeroDownInit", "glora sets ConstantScale"),
+        "pissa": ("", PISSA, ""),
+        "olora": ("", OLORA, ""),
+        "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
+        "melora": ("melora sets BlockDiagonal", "", ""),
+        "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+        "hira": (HADAMARD, "", "hira sets ConstantScale"),
+        "miss": (SHARDS, "miss sets ZeroShards", "miss sets ConstantScale"),
+    }
+    later: dict[str, tuple[str, str, str]] = {
+        "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
+        "delta-lora": (PROPAGATED, "", ""),
+        "o-lora": (TASKS, "", ""),
+        **{start: ("", STARTS[start], "") for start in ("loftq", "lora-ga", "corda", "eva")},
+        **{n: (f"{n} sets NoUpdate", f"{n} sets NoInit", f"{n} sets ConstantScale") for n in ("rows", *JOINS)},
+    }
+    found = {}
+    for other, components in (others | later).items():
+        pairs = zip(("delta", "init", "scale"), components, (delta, init, scale), strict=True)
+        both = [two(axis, *((mine, its) if other in later else (its, mine))) for axis, its, mine in pairs if its]
+        found[(name, other) if other in later else (other, name)] = told(INVALID, *both)
+    return found | {
+        ("lora+", name): told(INVALID, f"lr: sets a learning rate for {{B}}, but only {roles} trains"),
+        ("lora-fa", name): told(INVALID, f"frozen: {{A}} cannot be frozen: the tensors are {roles}"),
+        (name, "full"): told(INVALID, everything_trains(PRODUCTS[name][0])),
+    }
+
+
+PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
+PAIRS["loha", "lokr"] = told(
+    INVALID,
+    two("delta", "loha sets LowRankHadamard", "lokr sets KroneckerProduct"),
+    two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
+)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pairs_that_do_not_go_together(pair: tuple[str, str]) -> None:
     with pytest.raises(MethodError) as refusal:
@@ -389,7 +476,7 @@ def test_a_scale_that_nothing_uses_is_refused() -> None:
         lorary.method("hira").replace(scale=AlphaOverRank(2.0))
     assert str(refusal.value) == told(
         INVALID,
-        "scale: AlphaOverRank(alpha=2.0) has no effect: HadamardProduct uses the tensors of HadamardFactors without "
+        "scale: AlphaOverRank(alpha=2.0) has no effect: TimesWeight uses the tensors of HadamardFactors without "
         "a scale\n      hint: set scale=ConstantScale(1.0)",
     )
 
@@ -414,7 +501,7 @@ COUNTED, POSITIVE, SEEDED, FLAGGED = (
 )
 STEPPED = "a share of the steps below 1, or a whole number of them"
 AMOUNT = "a finite number of at least 0"
-KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lr"
+KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lora_bias, lr"
 
 SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # values that a field cannot hold
@@ -560,8 +647,8 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             INVALID,
             "projection_prng_key: is not an option of lora + vera\n"
-            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lr, r, rules, "
-            "save_projections, scale, seed, storage",
+            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lora_bias, lr, r, "
+            "rules, save_projections, scale, seed, storage",
         ),
     ),
     (

@@ -252,7 +252,7 @@ def _sum(model: nn.Module, weights: Mapping[HeldAdapter, float], modules: Mappin
 def _padded(total: Adapter, places: Sequence[AdaptedSite], rank: int) -> Adapter:
     """The same LoRA at all of these places and of this rank: the rest of its factors is zero."""
     places = list({p.site.name: p for p in [*places, *total.sites]}.values())
-    sites = [AdaptedSite(dataclasses.replace(p.site, parts=()), p.method) for p in places]
+    sites = [AdaptedSite(p.site.whole, p.method) for p in places]
     factors = {}
     for p in sites:
         name, shapes = p.site.name, shapes_at(LowRank(rank), p.site)

@@ -15,6 +15,7 @@ from lorary.layers.adapted import unwrapped_modules
 from lorary.layers.kinds import as_matrix
 from lorary.model.checks import layer_mismatches
 from lorary.model.residual_base import original_weight
+from lorary.spec.per_expert import joined_tensors
 from lorary.spec.placement import AdaptedSite, start_name
 
 
@@ -82,9 +83,8 @@ def form_at(adapted: AdaptedSite, tensors: Mapping[str, Tensor], layer: BaseLaye
         MethodError: the join has no such form, or none without the base; the base lacks the layer.
     """
     update = factors_on_base(adapted, tensors)
-    BA, gain, shift = adapted.join.on_output(
-        adapted.join.whole(adapted.site, tensors), layer.weight, layer.bias, update
-    )
+    own = joined_tensors(adapted.join, adapted.site, tensors, adapted.scale)
+    BA, gain, shift = adapted.join.on_output(own, layer.weight, layer.bias, update)
     return LowRankForm(*BA, gain, shift)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from lorary import __version__, _deprecated
 from lorary.adapters import shared_tensors
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.peft import attention
 from lorary.adapters.peft import keys as peft_keys
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.experts import from_file
@@ -276,7 +277,8 @@ def _tensors(
         at = {adapted.site.name for adapted in sites}
         layout, decode, shared = peft_type.layout, peft_type.decode, peft_type.shared
         parameters = {name: peft_keys.full_name(name, at) for name in record["full"]}
-        names = {peft_keys.short(name): name for name in file.header.tensors}
+        names = {peft_type.canonical_name(peft_keys.short(name)): name for name in file.header.tensors}
+        names = attention.from_file(names, attention.attentions_in(names))
         names = from_file(names, [adapted.site for adapted in sites])
     else:
         layout, decode, shared = _layout, _decode, {role: f"|{role}" for role in shared_shapes(sites)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from lorary.adapters.hub import adapter_folder as adapter_folder
 from lorary.adapters.hub import download, is_hub_id
 from lorary.errors import Diagnostic, FileError, suggested_path
+from lorary.files.safe_open import why_no_folder
 from lorary.model.loading.source import ModelClass, ModelSection
 
 RUN_RECORD = "run.json"  # the mark of a run folder
@@ -51,6 +53,8 @@ def find_adapter(name: str, action: str) -> Path:
 def _no_adapter(path: Path) -> Diagnostic:
     if not path.exists():
         return Diagnostic(str(path), "there is no such folder", suggested_path(path, folders=True))
+    if not path.is_dir():
+        return replace(why_no_folder(path), where=str(path))
     if (path / RUN_RECORD).is_file():
         return Diagnostic(str(path), "this run has no adapter yet", "finish it: lorary train CONFIG --resume")
     if (path / "config.json").is_file():
@@ -108,24 +112,18 @@ def with_tokens_of(section: ModelSection, adapters: Mapping[str, str | PathLike[
     """
     from lorary.adapters.save_load import load_adapter
     from lorary.errors import LoraryError
-    from lorary.model.vocabulary import added_tokens
+    from lorary.model.vocabulary import added_tokens, other_meanings
 
-    texts: dict[int, tuple[str, str]] = {}  # id -> its text, and the first adapter that says so
-    problems = []
+    sites = {}
     for name, folder in adapters.items():
-        try:
+        with suppress(LoraryError):
             found = adapter_folder(Path(folder)) or Path(folder)
-            added = added_tokens(load_adapter(found).sites) if _adds_tokens(found) else {}
-        except LoraryError:
-            continue
-        for text, i in added.items():
-            other, first = texts.setdefault(i, (text, name))
-            if other != text:
-                what = f"has trained the row of token {i} for {text!r}, and {first} for {other!r}"
-                problems.append(Diagnostic(name, what, "serve them on two bases, or merge one of them"))
-    if problems:
+            if _adds_tokens(found):
+                sites[name] = load_adapter(found).sites
+    if problems := other_meanings(sites, "serve them on two bases, or merge one of them"):
         raise FileError("these adapters cannot be served together:", problems)
-    return section.model_copy(update={"tokens": tuple(texts[i][0] for i in sorted(texts))}) if texts else section
+    texts = {i: text for own in sites.values() for text, i in added_tokens(own).items()}
+    return section.model_copy(update={"tokens": tuple(texts[i] for i in sorted(texts))}) if texts else section
 
 
 def _adds_tokens(folder: Path) -> bool:

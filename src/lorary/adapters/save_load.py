@@ -17,6 +17,7 @@ from lorary.adapters.mlx import is_mlx, read_mlx
 from lorary.adapters.peft import writer
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.adapters.peft.config import config_text
+from lorary.adapters.peft.experts import LAYOUTS
 from lorary.adapters.peft.reader import WEIGHTS, read_peft, weights_name
 from lorary.adapters.peft.virtual_tokens import is_exact, virtual_token_files
 from lorary.adapters.shared_tensors import SharedTensors, collect_shared, inconsistent_copies, rejoined, tie_problems
@@ -73,7 +74,7 @@ def save_adapter(
     if problems := unwritable(tensors, adapter.full) or _inconsistent(adapter, shared):
         raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
-    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared, copies=False)
     if peft_type is None and (reason := writer.why_misread(adapter, model)):
         warnings.warn(
             f"saved in lorary's own form, not as a PEFT adapter: {reason}",
@@ -101,7 +102,11 @@ def save_adapter(
 
 @mode_independent
 def load_adapter(
-    folder: str | os.PathLike[str], *, model: nn.Module | Base | None = None, strict: bool = True
+    folder: str | os.PathLike[str],
+    *,
+    model: nn.Module | Base | None = None,
+    strict: bool = True,
+    expert_layout: str | None = None,
 ) -> Adapter:
     """Read an adapter: a folder of lorary, PEFT, mlx-lm or torchtune, or a file of kohya, diffusers or llama.cpp.
 
@@ -113,6 +118,8 @@ def load_adapter(
         strict: refuse anything missing, unexpected, malformed or not finite. False tolerates what PEFT tolerates, with
             one warning that lists it all: a missing tensor is zero, an unexpected one is dropped and never overwrites a
             weight of the base.
+        expert_layout: the order of the columns of `lora_B` of fused experts in a PEFT folder that does not say it:
+            `rank_major` as PEFT has them, or `grouped_by_expert`.
 
     Returns:
         The adapter, with remarks about the files in its `notes`.
@@ -123,10 +130,13 @@ def load_adapter(
     checked_path(folder, "cannot load an adapter:")
     if problems := not_a(nn.Module | Base | None, "a torch.nn.Module", model=model):
         raise FileError(f"cannot load {subject(folder)}", problems)
+    if expert_layout not in (None, *LAYOUTS):
+        what = f"is {show(expert_layout)}; fused experts are {' or '.join(LAYOUTS)}"
+        raise FileError(f"cannot load {subject(folder)}", [Diagnostic("expert_layout", what)])
     path = _existing(folder if os.path.lexists(folder) else local_folder(folder))
     findings, base = Findings(subject(folder), strict), None if model is None else Base.of(model)
     try:
-        return _read(path, base, findings)
+        return _read(path, base, findings, expert_layout)
     except FileError as error:
         if error.headline:
             raise
@@ -149,14 +159,18 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return folder if recorded else folder / name
 
 
-def _read(path: Path, base: Base | None, findings: Findings) -> Adapter:
+def _read(path: Path, base: Base | None, findings: Findings, expert_layout: str | None) -> Adapter:
     """The adapter in a folder or a file."""
+    if expert_layout and not os.path.lexists(path / PEFT_CONFIG):
+        raise FileError("", [Diagnostic("expert_layout", "is told, and this is no folder of PEFT", "leave it out")])
     if path.is_file():
         return read_single_file(path, base, findings)
     if os.path.lexists(path / native.NAME):
         return native.read_native(path, findings)
     if os.path.lexists(path / PEFT_CONFIG):
-        return read_mlx(path, base, findings) if is_mlx(path) else read_peft(path, base, findings, [TORCHTUNE])
+        if is_mlx(path):
+            return read_mlx(path, base, findings)
+        return read_peft(path, base, findings, [TORCHTUNE], expert_layout)
     if os.path.lexists(path / DIFFUSERS):
         return read_single_file(path / DIFFUSERS, base, findings)
     weights_name(path)  # a lone pickle is the better reason

@@ -71,11 +71,8 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
         where = f"lorary.json: {site.name}"
         try:
             adapted = AdaptedSite(site, _own_method(method, record), record.get("share", ""))
-            what = (
-                adapted.delta.problems(site.one)
-                + adapted.join.problems(site.one)
-                + _of_another_model(adapted.method, method)
-            )
+            what = adapted.delta.problems(site.one) + adapted.join.problems(site.one)
+            what += _of_another_model(adapted.method, method)
             findings.fatal += [Diagnostic(where, w) for w in what]
             found.append(adapted)
         except MethodError as error:
@@ -145,8 +142,10 @@ def _site(record: Any) -> Site:
         raise ValueError(f"`experts` is {show(experts)} at a site of kind {kind}")
     if type(swapped := record.get("swapped", False)) is not bool:
         raise ValueError(f"`swapped` is {show(swapped)}")
+    if type(one_adapter := record.get("one_adapter", False)) is not bool or (one_adapter and not experts):
+        raise ValueError(f"`one_adapter` is {show(one_adapter)} at a site of kind {kind}")
     parts = tuple(_part(part, rows) for part in parts)
-    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped)
+    return Site(name, kind, rows, columns, bias, parts, groups, kernel_size, experts, swapped, one_adapter)
 
 
 def _part(record: Any, out: int) -> Part:

@@ -61,6 +61,7 @@ def load(
     force: bool = False,
     trainable: bool = False,
     quantize: bool = True,
+    expert_layout: str | None = None,
     pack: bool | None = None,
 ) -> nn.Module:
     """Attach a saved adapter, lorary's, PEFT's or mlx-lm's, to its base, in place. All or nothing.
@@ -74,6 +75,7 @@ def load(
         trainable: whether its parameters require gradients, for further training.
         quantize: quantise the layers that its method quantises (QLoRA). False keeps the base's own weights, which
             differ from those that the adapter was trained on.
+        expert_layout: see `load_adapter`.
         pack: deprecated name of `quantize`.
 
     Returns:
@@ -91,7 +93,7 @@ def load(
         raise StateError(
             "cannot load:", [Diagnostic("model", "something is attached already", "lorary.switch replaces it")]
         )
-    adapter = load_adapter(path, model=inner, strict=strict)
+    adapter = load_adapter(path, model=inner, strict=strict, expert_layout=expert_layout)
     put_on(inner, adapter, str(path), force=force, trainable=trainable, quantize=quantize)
     return base
 

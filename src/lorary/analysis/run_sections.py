@@ -52,11 +52,15 @@ def preference_sections(history: History) -> Iterator[Section]:
 
 
 def optimization_section(history: History) -> Section:
-    """The learning rate and the norm of the gradient."""
+    """The learning rate and the norm of the gradient; of adapted experts also the share without a token."""
     rate = curves_svg(history, {"learning_rate": "learning rate"}, "Learning rate", "learning rate", 1.9)
     norm = curves_svg(history, {"grad_norm": "gradient norm"}, "Gradient norm before clipping", "L2 norm", 1.9)
     words = "Of the optimizer's first group.", "Of all trained parameters, before clipping."
-    return Section("Optimization", [Picture(rate, words[0]), Picture(norm, words[1])])
+    pictures: list[Block] = [Picture(rate, words[0]), Picture(norm, words[1])]
+    if any("idle_experts" in record for record in history):
+        idle = curves_svg(history, {"idle_experts": "idle experts"}, "Experts without a token", "share of a step", 1.9)
+        pictures.append(Picture(idle, "Of all experts in all blocks, a mean over the logged steps."))
+    return Section("Optimization", pictures)
 
 
 def samples_section(samples: Sequence[Sample], about: str) -> Section:

@@ -226,7 +226,7 @@ def write_error(path: Path, error: OSError, needed: int | None = None) -> FileEr
 def _resolved(path: str | os.PathLike[str]) -> Path:
     try:
         resolved = Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links before Python 3.13; a null character
         raise _not_writable(path, f"the path cannot be resolved: {error}", "choose another folder") from error
     if Path.cwd().is_relative_to(resolved):
         what = "it is the working directory or contains it, and a replaced folder would take it away"

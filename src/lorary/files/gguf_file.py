@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorary.errors import Diagnostic, FileError
 from lorary.files.safe_open import open_inside, read_exactly
-from lorary.files.strict_json import named
+from lorary.files.strict_json import named, show
 from lorary.files.tensor_file import MOST_DIMENSIONS, MOST_EXTENT, MOST_TENSORS, Entry, Header, memory, name_problem
 
 MAGIC = b"GGUF"
@@ -151,18 +151,23 @@ def _read_header(source: _Bytes, size: int) -> tuple[dict[str, Any], Header]:
     found: dict[str, Any] = {}
     for _ in range(values):
         key, kind = source.text(), source.number("I")
+        if key in found:
+            raise _damaged(source.name, f"has two values of {show(key)}")
         found[key] = source.value(kind)
     described = list(_descriptions(source, tensors))
     alignment = found.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**16:
         raise _damaged(source.name, f"has the alignment {alignment!r}")
     start = -(-(size - source.left) // alignment) * alignment
-    entries, problems = {}, []
+    entries, problems, end = dict[str, Entry](), [], 0
     for name, shape, kind, offset in described:
         what = name_problem(name) or ("is there twice" if name in entries else "")
         dtype, bytes_ = _size(shape, kind)
         what = what or ("" if dtype else f"has the unknown type {kind}, or a size that does not fit it")
         what = what or ("reaches beyond the end of the file" if start + offset + bytes_ > size else "")
+        # llama.cpp reads no other order: what it refuses may be the bytes of another tensor
+        what = what or ("" if offset == end else f"begins at byte {offset:,}, and the tensors before it end at {end:,}")
+        end = offset + -(-bytes_ // alignment) * alignment
         problems += [Diagnostic(f"{source.name}: {named(name)}", what)] if what else []
         entries[name] = Entry(dtype, shape, offset, offset + bytes_)
     if problems:

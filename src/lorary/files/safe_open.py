@@ -20,6 +20,7 @@ from lorary.files.strict_json import show
 from lorary.files.syscalls import reason
 
 _SINGLE_FILES = (".safetensors", ".gguf")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -64,13 +65,27 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(headline, [Diagnostic("", f"the path cannot be followed: {error}")]) from None
     if not folder.is_dir():
-        raise FileError(headline, [Diagnostic("", "it is a file, and an adapter is a folder", "name its folder")])
+        raise FileError(headline, [why_no_folder(folder)])
     return folder
+
+
+def why_no_folder(path: Path) -> Diagnostic:
+    """Why something else than a folder, which exists, is not an adapter."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        return Diagnostic("", f"it is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not a file or a folder")
+    kinds = " or ".join(_SINGLE_FILES)
+    if path.suffix.lower() in _PICKLES:
+        what = "it is a pickle by its name, which can run code when it is read; it was not opened"
+        return Diagnostic("", what, f"save it as {_SINGLE_FILES[0]} with the tool that wrote it")
+    return Diagnostic(
+        "", "it is a file, and an adapter is a folder", f"name its folder, or a file that ends in {kinds}"
+    )
 
 
 def is_single_file(path: str | os.PathLike[str]) -> bool:
     """Whether a path is that of a file that may be an adapter by itself."""
-    return os.fspath(path).endswith(_SINGLE_FILES) and os.path.isfile(path)
+    return os.fspath(path).lower().endswith(_SINGLE_FILES) and os.path.isfile(path)
 
 
 def subject(path: str | os.PathLike[str]) -> str:

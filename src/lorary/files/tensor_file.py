@@ -29,7 +29,8 @@ from lorary.files.safe_open import open_inside, read_exactly
 from lorary.files.strict_json import named, show
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_COUNTER, _COUNTER_DTYPE = ".num_batches_tracked", "I64"  # of a batch norm that PEFT saved whole
+# numbers that may be whole: of a batch norm that PEFT saved, and the alphas of sd-scripts
+_COUNTERS, _COUNTER_DTYPE = (".num_batches_tracked", ".alpha"), "I64"
 _MOST_BYTES = 2**40  # the header and the memory set the real limits; this one only keeps numbers sane
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MOST_HEADER_BYTES = 10 * 2**20
@@ -114,7 +115,7 @@ class TensorFile:
         self._file.close()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, each in its own memory and dtype; a batch norm's counter in fp32.
+        """The tensors of these names, each in its own memory and dtype; whole numbers in fp32.
 
         Raises:
             FileError: they need more memory than the machine has, or the file was truncated meanwhile.
@@ -264,7 +265,7 @@ def _entry_problem(name: str, fields: Any) -> str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return "its entry must have exactly the fields dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    counter = name.endswith(_COUNTER) and dtype == _COUNTER_DTYPE
+    counter = name.endswith(_COUNTERS) and dtype == _COUNTER_DTYPE
     if not counter and (not isinstance(dtype, str) or dtype not in DTYPES):  # not every JSON value can be looked up
         known = isinstance(dtype, str) and dtype in ITEM_SIZES
         return f"{'is' if known else 'has the unknown dtype'} {show(dtype)}; accepted are {', '.join(DTYPES)}"

@@ -85,14 +85,15 @@ def _is_fast(x: Tensor, M: Tensor) -> bool:
     """Whether PyTorch has a grouped kernel for these operands: rows, and matrices or more rows."""
     if _grouped_mm is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    if x.is_meta or isinstance(x, FakeTensor):  # without an address
+    if x.is_meta or isinstance(x, FakeTensor) or needs_plain_operations():  # without an address
         return False
     if x.device.type == "cuda" and x.dtype is not torch.bfloat16:
         return False
     sizes = {n * x.element_size() % _ALIGNED for n in (*M.shape[1:], x.shape[1])}
     return (
         sizes == {0}
-        and len(x) > 0
+        and x.numel() > 0
+        and M.numel() > 0
         and x.is_contiguous()
         and (M.dim() == 3 or M.is_contiguous())
         and x.data_ptr() % _ALIGNED == 0
@@ -152,17 +153,17 @@ def _drawn(dropout: float) -> tuple[float, int]:
 def _add(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, groups: Groups, dropout: float, seed: int | None
 ) -> tuple[Tensor, Tensor, float]:
-    """(the sum, z, the scale of z B^T), without a graph."""
+    """(the sum, z times the scale, the scale), without a graph."""
     scale = s / (1.0 - dropout)
     with without_autocast(y.device):
-        z = grouped_product(dropped_rows(x, y.dtype, dropout, seed), A.to(y.dtype).mT, groups)  # [T, R]
+        z = grouped_product(dropped_rows(x, y.dtype, dropout, seed), A.to(y.dtype).mT, groups).mul_(scale)  # [T, R]
         up = B.to(y.dtype).mT
         total = y.detach() if may_overwrite(y, x) else y.detach().clone()
         if _is_fast(z, up):
-            total.add_(grouped_product(z, up, groups), alpha=scale)
+            total.add_(grouped_product(z, up, groups))
         else:
             for e, start, end in groups.rows:
-                total[start:end].addmm_(z[start:end], up[e], alpha=scale)
+                total[start:end].addmm_(z[start:end], up[e])
     return total, z, scale
 
 
@@ -195,7 +196,7 @@ class _AddGrouped(torch.autograd.Function):
             if ctx.seed is not None and (x_wants or a_wants):
                 kept = kept_mask(ctx.x_shape, g, ctx.dropout, ctx.seed)
             if b_wants:
-                gB = grouped_outer(z, g, groups).mul_(ctx.scale).mT  # [E, out, R]: faster this way round
+                gB = grouped_outer(g, z, groups)  # [E, out, R] as B is laid out: autograd would copy a view, slowly
             if x_wants or a_wants:
                 gz = grouped_product(g, B.to(dtype), groups).mul_(ctx.scale)  # [T, R]
             if x_wants:

@@ -99,16 +99,21 @@ def add_low_rank_reference(
     Outside compiled regions it drops the same elements as `add_low_rank` from the same random state.
     """
     with without_autocast(y.device):
-        dropped = x.to(y.dtype)
-        if dropout > 0.0 and torch.compiler.is_compiling():
-            dropped = F.dropout(dropped, dropout)
-        elif dropout > 0.0:
-            dropout = in_steps(dropout)
-            kept = kept_mask(dropped.shape, dropped, dropout, draw_seed())
-            dropped = dropped * kept / (1.0 - dropout)
+        dropped = dropped_plainly(x, y.dtype, dropout)
         if frozen is not None:
             A, B = torch.cat([A, frozen[0].detach()]), torch.cat([B, frozen[1].detach()], 1)
         return y + s * F.linear(F.linear(dropped, A.to(y.dtype)), B.to(y.dtype))
+
+
+def dropped_plainly(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
+    """drop(x) in plain operations, in this dtype, with the scale 1/(1-p)."""
+    x = x.to(dtype)
+    if dropout > 0.0 and torch.compiler.is_compiling():
+        return F.dropout(x, dropout)
+    if dropout > 0.0:
+        dropout = in_steps(dropout)
+        return x * kept_mask(x.shape, x, dropout, draw_seed()) / (1.0 - dropout)
+    return x
 
 
 def _add(

@@ -12,14 +12,16 @@ from lorary._deprecated import RenamedAttribute
 from lorary.kernels.low_rank import under_the_same_autocast
 from lorary.kernels.row_norms import linear
 from lorary.kernels.torch_internals import children_of, forward_hooks_of, is_replica, parameters_of
-from lorary.layers.experts import ExpertMatrix, expert_matrices
+from lorary.layers.experts import ExpertLayer
 from lorary.layers.kinds import KINDS
+from lorary.layers.multihead_attention import InProjection
+from lorary.layers.parameters import parameter_layers
 from lorary.layers.quantized_weight import is_quantized, stored_tensors, weight
 from lorary.layers.shared_projections import SharedProjections, leading_slice
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.spec.interfaces import Delta, Fused, Init, Join, is_fused
 from lorary.spec.layer import Kind
-from lorary.spec.per_expert import factors_at, fill, merged_at
+from lorary.spec.per_expert import factors_at, fill, for_every_expert, merged_at
 from lorary.spec.placement import AdaptedSite, adaptation, start_name
 from lorary.spec.site import Site
 
@@ -180,8 +182,8 @@ class Adapted(nn.Module):
                     self.start[role] = tensor.detach().to("cpu", copy=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(B [out, R], A [R, in]), without the scale."""
-        return factors_at(self.delta, self.site, self.tensors)
+        """(B [out, R], A [R, in]), without the scale; with a leading E for experts."""
+        return for_every_expert(self.site, factors_at(self.delta, self.site, self.tensors))
 
     def start_factors(self) -> tuple[Tensor, Tensor] | None:
         """(B [out, R], A [R, in]) of the initial delta that the base was reduced by; None for an unreduced base."""
@@ -224,7 +226,7 @@ class Adapted(nn.Module):
         dropout = self.dropout if dropout is None else dropout
         if self._fused is not None:
             return self._fused(self, y, x, dropout)
-        B, A = self.factors()
+        B, A = factors_at(self.delta, self.site, self.tensors)
         return self.kind.add(self.base, y, x, A, B, self.scale, dropout)
 
     def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
@@ -254,7 +256,7 @@ class Adapted(nn.Module):
         exact = torch.promote_types(W.dtype, torch.float32)
         B, A = (factor.to(exact) for factor in self.factors())
         b = None if self.bias is None else self.bias.to(exact)
-        return merged_at(self.join, self.site, self.tensors, W.to(exact), b, (self.scale * B, A))
+        return merged_at(self.join, self.site, self.tensors, W.to(exact), b, (self.scale * B, A), self.scale)
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, " + (f"r={self.delta.r}, s={self.scale:g}" if self.delta.r else str(self.join))
@@ -304,14 +306,14 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the plain model by path; adapted layers appear as their bases, fused experts as layers."""
+    """The modules of the plain model by path; adapted layers appear as their bases, some parameters as layers."""
     layers = adapted_layers(model)
     inside = tuple(f"{name}." for name in layers)
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
         if name in layers or not name.startswith(inside):
             found[name] = layers[name].base if name in layers else module
-            found |= {f"{name}.{own}": layer for own, layer in expert_matrices(module).items()}
+            found |= {f"{name}.{own}".lstrip("."): layer for own, layer in parameter_layers(module).items()}
     return found
 
 
@@ -322,6 +324,6 @@ def base_parameters(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
         yield from base_parameters(model.base, prefix)
         return
     for name, parameter in model.named_parameters(recurse=False):
-        yield prefix[:-1] if isinstance(model, ExpertMatrix) else f"{prefix}{name}", parameter
+        yield prefix[:-1] if isinstance(model, ExpertLayer | InProjection) else f"{prefix}{name}", parameter
     for name, child in model.named_children():
         yield from base_parameters(child, f"{prefix}{name}.")

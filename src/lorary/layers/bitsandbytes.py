@@ -40,7 +40,7 @@ class BnbNF4(Storage):
     writable = False
 
     def quantizes(self, layer: nn.Module) -> bool:
-        if not NF4().quantizes(layer):
+        if not NF4(experts=False).quantizes(layer):
             return False
         if importlib.util.find_spec("bitsandbytes") is None:
             what, fix = "BnbNF4 needs bitsandbytes, which is not installed", "install it, or set backend='lorary'"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from lorary.layers.fused_qkv import FUSED
 
 _PROJECTIONS = {
-    "q": {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q"},
-    "k": {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k"},
-    "v": {"v", "v_proj", "value", "value_proj", "v_lin", "wv", "to_v"},
+    "q": {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "q_proj_weight"},
+    "k": {"k", "k_proj", "key", "key_proj", "k_lin", "wk", "to_k", "k_proj_weight"},
+    "v": {"v", "v_proj", "value", "value_proj", "v_lin", "wv", "to_v", "v_proj_weight"},
 }
 _ATTENTION_OUTPUT = {"o", "o_proj", "out_proj", "out_lin", "to_out", "o_lin"}
 _AMBIGUOUS = {"dense", "c_proj", "proj", "Wo"}  # of attention or of an MLP, as the rest of the path says

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.grouped import Groups, grouped_product
 from lorary.kernels.torch_internals import children_of, parameters_of
+from lorary.layers.parameter_layer import ParameterLayer
 from lorary.layers.transformers_internals import (
     EXPERTS_FUNCTION,
     apply_gate,
@@ -77,20 +78,21 @@ def _listed(cls: type) -> ExpertLayout | None:
     return next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(ParameterLayer):
     """Base class of layers that hold one matrix of every expert. The rows of their input are sorted by expert.
 
     Attributes:
         count: E.
         interleaved: whether gate and up alternate row by row.
         swapped: see `Site`.
-        order: the names of the experts module's parameters as they were registered, which PEFT's files depend on.
+        layout: of the experts module's class.
+        order: of the experts module, on which PEFT's files depend.
     """
 
     weight: nn.Parameter
+    layout: ExpertLayout
     count: int
     interleaved: bool
-    order: tuple[str, ...]
     swapped: bool
 
     def __setstate__(self, state: Any) -> None:
@@ -109,7 +111,7 @@ class ExpertMatrix(ExpertLayer):
 
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.layout = weight, layout
         self.count = weight.shape[0]
         self.transposed, self.interleaved, self.order = layout.transposed, layout.interleaved, order
         self.swapped = layout.transposed and not layout.interface
@@ -219,14 +221,19 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     weighted = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return weighted[back].view(len(hidden_states), k, -1).sum(1).to(hidden_states.dtype)
+    return weighted[back].view(len(hidden_states), k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _product(module: Any, name: str, x: Tensor, ids: Tensor) -> Tensor:
     """[T, out] the rows times one of the module's matrices, with its bias."""
-    layer = children_of(module).get(name)
-    y: Tensor = _times(getattr(module, name), module.is_transposed, x) if layer is None else layer(x)
+    y = _without_bias(module, name, x, module.is_transposed)
     return y + getattr(module, f"{name}_bias")[ids] if module.has_bias else y
+
+
+def _without_bias(module: nn.Module, name: str, x: Tensor, transposed: bool) -> Tensor:
+    """[T, out] the rows times one of the module's matrices, or the output of the layer in its place."""
+    layer = children_of(module).get(name)
+    return cast(Tensor, _times(getattr(module, name), transposed, x) if layer is None else layer(x))
 
 
 def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
@@ -240,7 +247,5 @@ def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
     rows = hidden_states.reshape(-1, module.hidden_size)
     ids = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count)
     with grouped_by(Groups(ids, count)):
-        matrices = children_of(module) | expert_matrices(module)
-        gate, up = cast(nn.Module, matrices["gate_up_proj"])(rows).chunk(2, dim=-1)
-        y: Tensor = cast(nn.Module, matrices["down_proj"])(up * module.act_fn(gate))
-    return y
+        gate, up = _without_bias(module, "gate_up_proj", rows, True).chunk(2, dim=-1)
+        return _without_bias(module, "down_proj", up * module.act_fn(gate), True)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from lorary.layers.kinds import KINDS, kind_of
+from lorary.layers.multihead_attention import FUSED as IN_PROJECTION
 from lorary.spec.site import Part
 
-FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"}
+FUSED = {"c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", IN_PROJECTION}
 
 # Models that store q, k and v head by head; the others store q of all heads first.
 _HEAD_BY_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"}
@@ -25,6 +26,8 @@ def fused_parts(name: str, layer: nn.Module, config: Any) -> dict[str, Part]:
         return {"gate": Part("gate", 0, rows // 2), "up": Part("up", rows // 2, rows // 2)}
     if last not in FUSED:
         return {}
+    if last == IN_PROJECTION:
+        return _turns(rows, 1, 1)
     model = getattr(config, "model_type", "")
     if model == "codegen" and rows % 12 == 0:  # four blocks of q, v, k
         return {p: Part(p, i * (rows // 12), rows // 12, rows // 4, 4) for i, p in enumerate("qvk")}

@@ -1,7 +1,8 @@
 """Layer kinds: every layer with a weight, seen as an [out, in] matrix.
 
-Linear, transposed linear (GPT-2's Conv1D), convolution (grouped ones included), embedding and the fused matrices of
-experts each implement `lorary.spec.layer.Kind`; only this file knows how they lay out their weights.
+Linear, transposed linear (GPT-2's Conv1D), convolution (grouped too), embedding, the fused matrices of experts and the
+projections of nn.MultiheadAttention each implement `lorary.spec.layer.Kind`; only this file knows how they lay out
+their weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lorary.kernels.grouped import add_grouped_low_rank, grouped_product
 from lorary.kernels.low_rank import add_low_rank
 from lorary.kernels.torch_internals import padding_of, parameters_of
 from lorary.layers.experts import ExpertMatrix, expert_count, groups_now
+from lorary.layers.multihead_attention import InProjection
 from lorary.layers.quantized_weight import (
     is_quantized,
     is_unrecognised_quantized,
@@ -149,7 +151,8 @@ class Embedding:
 class Experts:
     """One matrix of every expert of a block: M is [E, out, in], A [E, R, in] and B [E, out, R].
 
-    The input's rows are sorted by expert (`lorary.layers.experts`).
+    The input's rows are sorted by expert (`lorary.layers.experts`). A [R, in] and B [out, R] are an adapter that all
+    experts share: it is the same for every row, and needs no groups.
     """
 
     rowwise = False
@@ -173,6 +176,8 @@ class Experts:
         return y if b is None else y + self.broadcast_over_rows(b)
 
     def add(self, layer: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+        if A.dim() == 2:
+            return add_low_rank(y, x, A, B, s, dropout)
         return add_grouped_low_rank(y, x, A, B, s, groups_now(), dropout)
 
 
@@ -184,18 +189,22 @@ KINDS: dict[str, Kind] = {
     "conv3d": Convolution(3),
     "embedding": Embedding(),
     "experts": Experts(),
+    "in_projection": Linear(),
+    "out_projection": Linear(),
 }
 
 # Linear layers that override forward and still compute W x + b.
 _PLAIN_FORWARD = {"FalconLinear"}
 
 _CLASSES: dict[str, type[nn.Module]] = {
+    "out_projection": nn.modules.linear.NonDynamicallyQuantizableLinear,  # of nn.MultiheadAttention
     "linear": nn.Linear,
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
     "embedding": nn.Embedding,
     "experts": ExpertMatrix,
+    "in_projection": InProjection,
 }
 
 

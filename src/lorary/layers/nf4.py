@@ -8,7 +8,7 @@ Dettmers et al. 2023, arXiv:2305.14314, equations 1 to 6; layout and values are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, cast
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from lorary.kernels.low_rank import autocasting
 from lorary.kernels.nf4 import QuantizedTensor, dequantize, dequantize_rows, linear
 from lorary.kernels.nf4 import quantize as quantize_tensor
+from lorary.kernels.nf4.experts import dequantize_experts, grouped_linear, quantize_experts
 from lorary.layers.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, write_state
+from lorary.layers.experts import ExpertLayer, ExpertMatrix, groups_now
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.quantized_weight import is_quantized, register_quantized, take_place_of
-from lorary.spec.fields import FLAG, one_of, optional
+from lorary.spec.fields import FLAG, added_later, one_of, optional
 from lorary.spec.interfaces import Storage, component
 
 BLOCKS: dict[str, Any] = {
@@ -33,19 +35,21 @@ COMPUTES = one_of("float32", "bfloat16", "float16")
 
 @component
 class NF4(Storage):
-    """Linear layers in 4 bits per number; the output head, norms and convolutions stay unquantised.
+    """Linear layers and fused experts in 4 bits per number; the head, norms and convolutions stay unquantised.
 
     Args:
         block: numbers that share one largest magnitude.
         double: quantise these magnitudes to 8 bits as well.
         compute: dtype of the matrix products; None for each input's dtype.
         embeddings: also quantise token embeddings that are not tied to another layer.
+        experts: also quantise fused experts, each matrix by itself.
     """
 
     block: int = field(default=64, metadata=BLOCKS)
     double: bool = field(default=True, metadata=FLAG)
     compute: str | None = field(default=None, metadata=optional(COMPUTES))
     embeddings: bool = field(default=False, metadata=FLAG)
+    experts: bool = field(default=True, metadata=added_later(FLAG, before=False))
 
     writable = False
 
@@ -53,6 +57,8 @@ class NF4(Storage):
         kind = kind_of(layer)
         if kind is None or is_quantized(layer) or why_not_adaptable(layer) is not None:
             return False
+        if kind == "experts":
+            return self.experts
         return kind in ("linear", "transposed") or (self.embeddings and type(layer) is nn.Embedding)
 
     def quantize(self, layer: nn.Module, W: Tensor | None = None) -> nn.Module:
@@ -61,6 +67,9 @@ class NF4(Storage):
         if isinstance(layer, nn.Embedding):
             rows = quantize_tensor(matrix.T.detach(), self.block, self.double)  # [vocabulary, width]
             return take_place_of(layer, NF4Embedding(rows, dtype, layer.padding_idx))
+        if isinstance(layer, ExpertMatrix):
+            experts = quantize_experts(matrix.detach(), self.block, self.double)  # [E, out, in]
+            return take_place_of(layer, NF4Experts(experts, dtype, layer, self.compute))
         weight = quantize_tensor(matrix.detach().contiguous(), self.block, self.double)
         bias = cast("nn.Parameter | None", getattr(layer, "bias", None))
         return take_place_of(layer, NF4Linear(weight, dtype, bias, self.compute, type(layer)))
@@ -83,6 +92,8 @@ class _NF4Layer(nn.Module):
         block: numbers in a block.
         dtype: of the original and of the dequantised weight.
     """
+
+    _keys: tuple[str, ...] = KEYS
 
     def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -110,18 +121,28 @@ class _NF4Layer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in write_state(self.quantized, self.dtype).items():
+        for key, value in self._written().items():
             destination[f"{prefix}weight.{key}"] = value
+
+    def _written(self) -> dict[str, Tensor]:
+        """The state beside the codes: its key below `weight.` -> tensor."""
+        return write_state(self.quantized, self.dtype)
+
+    def _read(
+        self, codes: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[QuantizedTensor | None, torch.dtype, list[str]]:
+        """(the weight or None, its original dtype, all errors) of the inverse."""
+        return read_state(codes, state)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         local_metadata, strict, _, unexpected_keys, error_msgs = args
         start = f"{prefix}weight."
         state = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         if strict:
-            unexpected_keys += [f"{start}{key}" for key in state if key.partition(".")[0] not in KEYS]
+            unexpected_keys += [f"{start}{key}" for key in state if key.partition(".")[0] not in self._keys]
         codes = state_dict.get(f"{prefix}weight")
         if codes is not None:
-            quantized, dtype, problems = read_state(codes, state)
+            quantized, dtype, problems = self._read(codes, state)
             if quantized is not None and (tuple(quantized.shape), quantized.block) != (self.shape, self.block):
                 what = f"holds {tuple(quantized.shape)} in blocks of {quantized.block}"
                 problems.append(f"{what}, expected {self.shape} in blocks of {self.block}")
@@ -136,6 +157,15 @@ class _NF4Layer(nn.Module):
 
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
+
+
+def in_compute_dtype(x: Tensor, compute: str | None, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """A product of x computed in this dtype, None for x's own, in x's dtype again; autocast decides by itself."""
+    dtype = x.dtype
+    if compute is not None and x.is_floating_point() and not autocasting(x.device):
+        x = x.to(getattr(torch, compute))
+    y = product(x)
+    return y if y.dtype == dtype or autocasting(x.device) else y.to(dtype)
 
 
 class NF4Linear(_NF4Layer):
@@ -164,11 +194,7 @@ class NF4Linear(_NF4Layer):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if self.compute is not None and x.is_floating_point() and not autocasting(x.device):
-            x = x.to(getattr(torch, self.compute))
-        y = linear(x, self.quantized, self.bias)
-        return y if y.dtype == dtype or autocasting(x.device) else y.to(dtype)
+        return in_compute_dtype(x, self.compute, lambda x: linear(x, self.quantized, self.bias))
 
     def weight_times(self, A: Tensor) -> Tensor:
         """A Dq(Wq)^T [R, out] of A [R, in] in A's precision, differentiable in A; keeps no dense weight."""
@@ -199,7 +225,62 @@ class NF4Embedding(_NF4Layer):
         return f"{self.num_embeddings}, {self.embedding_dim}, NF4"
 
 
+class NF4Experts(_NF4Layer, ExpertLayer):
+    """One matrix of every expert in NF4, each quantised by itself: all of its tensors have a leading E.
+
+    bitsandbytes has no format for it: a state dict holds the scales under their own names.
+
+    Args:
+        quantized: the weights [E, out, in], whatever the layout of the plain parameter.
+        dtype: of the original weight.
+        plain: the plain layer.
+        compute: as for `NF4Linear`.
+    """
+
+    _keys = _SCALES
+
+    def __init__(
+        self, quantized: QuantizedTensor, dtype: torch.dtype, plain: ExpertMatrix, compute: str | None = None
+    ) -> None:
+        super().__init__(quantized, dtype)
+        self.layout, self.compute = plain.layout, compute
+        self.count, self.order = plain.count, plain.order
+        self.interleaved, self.swapped = plain.interleaved, plain.swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_compute_dtype(x, self.compute, lambda x: grouped_linear(x, self.quantized, groups_now()))
+
+    def _written(self) -> dict[str, Tensor]:
+        return {name: value for name in _SCALES if (value := getattr(self, name)) is not None}
+
+    def _read(
+        self, codes: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[QuantizedTensor | None, torch.dtype, list[str]]:
+        expected = {"codes": self.weight.detach()} | self._written()
+        found = {"codes": codes} | {key: state[key] for key in _SCALES if key in state}
+        problems = [
+            f"{key} {_described(found.get(key))}, expected {_described(expected.get(key))}"
+            for key in expected | found
+            if _described(found.get(key)) != _described(expected.get(key))
+        ]
+        absmax, nested, offset = (cast(Any, found.get(key)) for key in _SCALES)
+        weight = QuantizedTensor(codes, absmax, nested, offset, self.shape, self.block)
+        return None if problems else weight, self.dtype, problems
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.shape)) + ", NF4"
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
 @register_quantized("linear", NF4Linear)
 @register_quantized("embedding", NF4Embedding)
 def _dense(layer: _NF4Layer) -> Tensor:
     return dequantize(layer.quantized, layer.dtype)
+
+
+@register_quantized("experts", NF4Experts)
+def _dense_experts(layer: NF4Experts) -> Tensor:
+    return dequantize_experts(layer.quantized, layer.dtype)

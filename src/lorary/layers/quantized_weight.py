@@ -49,7 +49,7 @@ def register_quantized(kind: str, *classes: type | str) -> Callable[[Dense], Den
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in ("linear", "embedding", "weight"):
+    if kind not in ("linear", "embedding", "weight", "experts"):  # lorary's own alone are of experts
         raise ValueError(f"{kind!r} is not a kind of quantised layer: use linear, embedding or weight")
 
     def register(dense: Dense) -> Dense:

@@ -14,7 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from lorary.kernels.torch_internals import COMPILED_CHILD, FSDP_CHILD, WRAPPED_CHILD, children_of
-from lorary.layers.experts import expert_matrices, place_expert_layer
+from lorary.layers.multihead_attention import choose_forward
+from lorary.layers.parameters import parameter_layers, place_parameter_layer
 
 COMPONENTS = frozenset(WRAPPED_CHILD.values())  # what wrappers leave in the paths of modules
 _CHILD_OF: dict[type, str | None] = {}
@@ -59,7 +60,7 @@ def named_modules(
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path of `named_modules`; for a fused parameter of experts, a layer that holds it.
+    """The module at a path of `named_modules`; for a parameter that is a layer of its own, a layer that holds it.
 
     Raises:
         AttributeError: the path leads nowhere.
@@ -67,7 +68,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     module = unwrapped(model)
     for name in path.split(".") if path else ():
         child = children_of(module).get(name)
-        child = expert_matrices(module).get(name) if child is None else child
+        child = parameter_layers(module).get(name) if child is None else child
         if child is None:
             raise AttributeError(f"{type(module).__name__} has no module {name!r} ({path})")
         module = unwrapped(child)
@@ -78,14 +79,25 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path of `submodule`, inside the wrappers of the one there now."""
     above, _, name = path.rpartition(".")
     parent: Any = submodule(model, above)
-    if place_expert_layer(parent, name, module):
+    if place_parameter_layer(parent, name, module):
         return
+    owner = parent
     while is_wrapper(inside := cast(nn.Module, children_of(parent)[name])):
         parent = inside
         name = str(_child_name(parent))
+    before = children_of(parent)[name]
     children_of(parent)[name] = module
+    _replace_in_lists(owner, before, module)
     if name == COMPILED_CHILD:  # its forward is bound to the module that it was made with
         parent.__setstate__(parent.__getstate__())
+    choose_forward(owner)
+
+
+def _replace_in_lists(owner: nn.Module, before: nn.Module | None, module: nn.Module) -> None:
+    """Replace a module in the plain lists of its owner: Mask2Former runs its layers from there."""
+    for held in vars(owner).values():
+        if isinstance(held, list) and any(item is before for item in held):
+            held[:] = [module if item is before else item for item in held]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

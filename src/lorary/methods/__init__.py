@@ -11,6 +11,8 @@ from lorary.methods import lora, rslora, lora_plus, lora_fa  # noqa: F401
 from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
 from lorary.methods import hira, miss  # noqa: F401
+from lorary.methods import loha, lokr  # noqa: F401 (products element by element, and of Kronecker)
+from lorary.methods import alora  # noqa: F401 (from an invocation on)
 from lorary.methods import adalora, delta_lora, o_lora  # noqa: F401 (rules)
 from lorary.methods import loftq, lora_ga, corda, eva  # noqa: F401 (starts: at the quantisation error, at data)
 from lorary.methods import longlora  # noqa: F401 (context)

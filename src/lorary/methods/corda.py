@@ -50,7 +50,8 @@ class ContextInit(CalibratedInit):
     reads = "inputs"
 
     def prepared(self, X: Tensor) -> Tensor:
-        return X / X.max().abs()
+        largest = X.max().abs()
+        return X / largest if largest else X  # after a ReLU a row may have none
 
     def measured(
         self,

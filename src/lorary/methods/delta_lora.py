@@ -27,7 +27,7 @@ from torch import Tensor
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.kernels.low_rank import add_low_rank
 from lorary.layers.dtensor import copy_into, full_tensor
-from lorary.methods.lora import Add, LowRank
+from lorary.methods.lora import Add, AddWithBias, LowRank
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
 from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import preset
@@ -49,6 +49,8 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
     r: int = field(metadata=COUNT)
     ratio: float = field(metadata=POSITIVE)
     late: bool = field(default=True, metadata=FLAG)
+
+    batched = True
 
     @property
     def roles(self) -> frozenset[str]:
@@ -72,8 +74,9 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
     def factors(self, site: Site, params: Tensors) -> Factors:
         if not self.late:
             return (1 + self.ratio) * site.place(params["B"]), params["A"]
-        B, B_K = (1 + params["lam"]) * params["B"], -params["lam"] * params["B_K"]
-        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([params["A"], params["A_K"]])
+        lam = params["lam"].unsqueeze(-1)
+        B, B_K = (1 + lam) * params["B"], -lam * params["B_K"]
+        return torch.cat([site.place(B), site.place(B_K)], -1), torch.cat([params["A"], params["A_K"]], -2)
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         if self.late:
@@ -84,7 +87,7 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
 
 def _common_problems(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
-    where += [] if isinstance(method.join, Add) else [f"under {type(method.join).__name__}"]
+    where += [] if isinstance(method.join, Add | AddWithBias) else [f"under {type(method.join).__name__}"]
     problems = [f"Delta-LoRA takes the gradient of B A for that of W, and they differ {text}" for text in where]
     if sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1:
         problems.append("the weight can follow the product once only")
@@ -104,6 +107,7 @@ class DeltaLoRARule(Rule):
     after: int = field(default=0, metadata=WHOLE)
 
     needs = frozenset({"A", "B"})
+    per_expert = True
 
     def problems(self, method: Any) -> list[str]:
         found = _common_problems(method)

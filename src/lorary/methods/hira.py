@@ -51,7 +51,7 @@ class HadamardFactors(Delta):
 
 
 @component
-class HadamardProduct(Join):
+class TimesWeight(Join):
     """W' = W + W * (B A), b' = b. The weight of a convolution is its kernel as [out, in]."""
 
     uses = frozenset({"A", "B"})
@@ -91,4 +91,4 @@ def hira(r: int = 32) -> dict[str, Any]:
     Args:
         r: the rank of B A.
     """
-    return {"delta": HadamardFactors(r), "scale": ConstantScale(1.0), "join": HadamardProduct()}
+    return {"delta": HadamardFactors(r), "scale": ConstantScale(1.0), "join": TimesWeight()}

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorary.errors import Diagnostic, MethodError
 from lorary.kernels.low_rank import add_low_rank
-from lorary.spec.fields import COUNT, POSITIVE
+from lorary.spec.fields import COUNT, FLAG, POSITIVE
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Layer, Shapes, Tensors, component
 from lorary.spec.presets import preset
 from lorary.spec.resizable import PairsOfFactors
@@ -122,23 +123,75 @@ class Add(Join):
         return BA, None, None
 
 
+@component
+class AddWithBias(Join):
+    """W' = W + s B A, b' = b + s c: a bias c beside B, over the adapted rows (PEFT's `lora_bias`, 2024; no paper).
+
+    It lets an adapter hold the biases of a model that was trained in full. c starts at zero, as in PEFT. Merging adds
+    it to the layer's bias, which it creates where the layer has none; PEFT refuses to.
+    """
+
+    roles = frozenset({"c"})
+    scaled = frozenset({"c"})
+    changes_bias = True
+
+    def shapes(self, site: Site) -> Shapes:
+        return {"c": (sum(site.rows),)}
+
+    def whole(self, site: Site, params: Tensors) -> Tensors:
+        return {**params, "c": site.place(params["c"][:, None]).sum(1)} if site.parts else params
+
+    def setup(self, layer: Layer, generator: torch.Generator) -> None:
+        nn.init.zeros_(layer.params["c"])
+
+    def forward(self, layer: Layer, x: Tensor) -> Tensor:
+        y = layer.add_delta(layer.run_base(x), x)
+        c = layer.scale * self.whole(layer.site, layer.params)["c"]
+        return y + layer.kind.broadcast_over_rows(c.to(y.dtype))
+
+    def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
+        B, A = BA
+        c = params["c"].to(W.dtype)
+        return torch.addmm(W, B, A), c if b is None else b + c
+
+    def on_output(
+        self, params: Tensors, W: Callable[[], Tensor], b: Callable[[], Tensor | None], BA: Factors
+    ) -> tuple[Factors, Tensor | None, Tensor | None]:
+        return BA, None, params["c"].to(BA[0].dtype)
+
+    def problems(self, site: Site) -> list[str]:
+        return ["is an embedding, which has no bias: leave it out"] if site.kind == "embedding" else []
+
+
 @preset(
     "lora",
     citation="Hu et al. 2021, arXiv:2106.09685",
     when="To begin with: the baseline of every other method.",
 )
-def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0) -> dict[str, Any]:
+def lora(r: int = 16, alpha: float = 32.0, dropout: float = 0.0, lora_bias: bool = False) -> dict[str, Any]:
     """y = W x + b + (alpha / r) B A x
 
     Args:
         r: the rank.
         alpha: set it once, at the first rank tried; it need not be tuned for every rank.
         dropout: the probability of dropping an input of A in training.
+        lora_bias: a trained bias beside B, scaled like B A; it merges into the layer's bias.
     """
     return {
         "delta": LowRank(r),
         "init": Kaiming(),
         "scale": AlphaOverRank(alpha),
-        "join": Add(),
+        "join": AddWithBias() if _flag("lora_bias", lora_bias) else Add(),
         "dropout": dropout,
     }
+
+
+def _flag(option: str, value: object) -> bool:
+    """The value of an option that is on or off.
+
+    Raises:
+        MethodError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise MethodError("invalid method:", [Diagnostic(option, f"is {value!r}; it takes {FLAG['expects']}")])
+    return value

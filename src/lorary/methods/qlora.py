@@ -1,7 +1,7 @@
 """QLoRA: y = Dq(Wq) x + b + s B A x, with the base weight in 4 bits and the adapter in 32.
 
 Gradients pass through the dequantised weight, and only the adapter trains. Every linear layer but the output head is
-quantised, adapted or not.
+quantised, adapted or not, and the fused matrices of experts are.
 
 Dettmers et al. 2023, arXiv:2305.14314, equations 5 and 6; `lorary.layers.nf4` is their NF4.
 
@@ -31,6 +31,7 @@ def qlora(
     block: int = 64,
     compute: str | None = None,
     embeddings: bool = False,
+    experts: bool = True,
     backend: str = "lorary",
 ) -> dict[str, Any]:
     """y = Dq(Wq) x + b + s B A x, Wq = W in 4 bits
@@ -40,13 +41,14 @@ def qlora(
         block: numbers that share a scale.
         compute: the dtype of the products (float32, bfloat16, float16); None: the input's.
         embeddings: quantise the token embeddings as well, unless they are tied to another layer.
+        experts: quantise fused experts as well; bitsandbytes cannot.
         backend: `lorary`, or `bitsandbytes` if it is installed; the codes are the same.
     """
     if problems := _problems(embeddings, backend):
         raise MethodError("invalid method:", problems)
     if backend == "bitsandbytes":
         return {"storage": BnbNF4(block, double, compute)}
-    return {"storage": NF4(block, double, compute, embeddings)}
+    return {"storage": NF4(block, double, compute, embeddings, experts)}
 
 
 def _problems(embeddings: bool, backend: str) -> list[Diagnostic]:

@@ -134,7 +134,7 @@ def _tied_head(scan: Scan, name: str) -> list[Diagnostic]:
 
 
 def _adapted_parameters(sites: Sequence[AdaptedSite]) -> set[str]:
-    return {p.site.weight_name for p in sites} | {f"{p.site.name}.bias" for p in sites if p.delta.changes_bias}
+    return {p.site.weight_name for p in sites} | {f"{p.site.name}.bias" for p in sites if p.changes_bias}
 
 
 def _cannot_hold(sites: Sequence[AdaptedSite], held: Collection[str]) -> list[Diagnostic]:

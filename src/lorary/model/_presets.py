@@ -8,14 +8,14 @@ from typing import Any
 
 from lorary.layers import block_names
 from lorary.model.scan import Scan, ScannedModule
-from lorary.model.towers import TOWERS, tower_of, tower_roots
+from lorary.model.towers import LINEAR_KINDS, TOWERS, tower_of, tower_roots
 
 Fits = Callable[[ScannedModule], bool]
 
 
 def _linear(named: Callable[[str], bool]) -> Callable[[Scan], Fits]:
     """Whether a module is a linear layer with such a path, or such a matrix of all experts."""
-    return lambda scan: lambda m: m.kind in ("linear", "transposed", "experts") and named(m.path)
+    return lambda scan: lambda m: m.kind in LINEAR_KINDS and named(m.path)
 
 
 def _in_tower(tower: str) -> Callable[[Scan], Fits]:

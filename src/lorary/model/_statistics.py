@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.kernels.torch_internals import parameters_of, version_of
+from lorary.layers.experts import ExpertMatrix
 from lorary.layers.kinds import KINDS
 from lorary.layers.wrappers import submodule
+from lorary.model.out_of_memory import is_out_of_memory
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
 from lorary.spec.placement import AdaptedSite
 
@@ -66,10 +68,22 @@ def _on(device: torch.device, batch: Any) -> Any:
     return tuple(map(move, batch)) if isinstance(batch, list | tuple) else move(batch)
 
 
-def _output(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+def _output(model: nn.Module, batch: Any, i: int) -> Any:
+    """The model's output for batch i.
+
+    Raises:
+        PlanError: the model refuses it, with the model's own reason.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        what = f"batch {i} fails in the model's forward pass: {type(error).__name__}: {reason}"
+        raise PlanError(HEADLINE, [Diagnostic("data", what, "pass what the model itself takes")]) from error
 
 
 def _kept_tokens(batch: Any, labelled_only: bool) -> Tensor | None:
@@ -112,18 +126,18 @@ def measure(
     layers = {p.site.name: (submodule(model, p.site.name), p) for p in group}
     if init.reads == "gradient":
         sums: dict[str, Tensor] = {}
-        with _gradients(layers, sums), torch.enable_grad():
-            for batch in batches:
+        with _gradients(model, layers, sums), torch.enable_grad():
+            for i, batch in enumerate(batches):
                 batch = _on(device, batch)
-                _loss(_output(model, batch), batch, loss).backward()
+                _loss(_output(model, batch, i), batch, loss).backward()
             return {name: _as_matrix(*layers[name], sums.get(name)) for name in layers}
     inputs: dict[str, Moments | None] = dict.fromkeys(layers)
     same = _LastMoments(init)
     with _input_hooks(layers, inputs, same), torch.no_grad():
-        for batch in batches:
+        for i, batch in enumerate(batches):
             batch = _on(device, batch)
             same.kept = _kept_tokens(batch, init.labelled_only)
-            _output(model, batch)
+            _output(model, batch, i)
     return dict(inputs)
 
 
@@ -147,13 +161,14 @@ def _loss(output: Any, batch: Any, loss: Loss | None) -> Tensor:
 
 
 @contextmanager
-def _gradients(layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
+def _gradients(model: nn.Module, layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
     """Within it, every backward pass adds the gradients of these layers' weights to `sums`, in their layout.
 
     Each layer gets a parameter of its own over the same memory, so that a tied weight counts this layer's use alone,
     and each gradient is freed when it was added.
     """
-    weights = {name: parameters_of(layer)["weight"] for name, (layer, _) in layers.items()}
+    homes = {name: _home(model, name, layer) for name, (layer, _) in layers.items()}
+    weights = {name: owner[leaf] for name, (owner, leaf) in homes.items()}
 
     def added(name: str, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
@@ -164,14 +179,22 @@ def _gradients(layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
         parameter.grad = None
 
     try:
-        for name, (layer, _) in layers.items():
+        for name, (owner, leaf) in homes.items():
             own = nn.Parameter(cast(nn.Parameter, weights[name]).detach())
             own.register_post_accumulate_grad_hook(lambda parameter, name=name: added(name, parameter))
-            parameters_of(layer)["weight"] = own
+            owner[leaf] = own
         yield
     finally:
-        for name, (layer, _) in layers.items():
-            parameters_of(layer)["weight"] = weights[name]
+        for name, (owner, leaf) in homes.items():
+            owner[leaf] = weights[name]
+
+
+def _home(model: nn.Module, name: str, layer: nn.Module) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The dictionary of parameters that holds a layer's weight, and its name there."""
+    if isinstance(layer, ExpertMatrix):
+        owner, _, leaf = name.rpartition(".")
+        return parameters_of(submodule(model, owner)), leaf
+    return parameters_of(layer), "weight"
 
 
 def _as_matrix(layer: nn.Module, p: AdaptedSite, gradient: Tensor | None) -> Tensor | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorary.errors import Diagnostic, PlanError, StateError
+from lorary.errors import Diagnostic, PlanError, StateError, not_a
 from lorary.layers.kinds import KINDS
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
@@ -25,6 +26,7 @@ from lorary.model.quantize import with_progress
 from lorary.model.scan import scan
 from lorary.model.state import state_of
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
+from lorary.spec.per_expert import measured_at
 from lorary.spec.placement import AdaptedSite, with_rank
 
 HELD_BYTES = 4 * 2**30  # of the statistics of one group of layers
@@ -61,6 +63,8 @@ def calibrate(
         PlanError: there is no data, or it does not determine a start; every reason.
     """
     inner = changeable(model, "calibrate")
+    if problems := _wrong_types(plan, loss, seed, held_bytes):
+        raise PlanError(HEADLINE, problems)
     if state_of(inner) is not None:
         what = "something is attached already"
         raise StateError(HEADLINE, [Diagnostic("model", what, "detach it first: a start is that of the plain model")])
@@ -95,6 +99,13 @@ def _problems(model: nn.Module, sites: Sequence[AdaptedSite]) -> list[Diagnostic
         elif _calibrated(p.init).reads == "gradient" and is_quantized(layer):
             what = f"its weight is quantised, and {type(p.init).__name__} reads its gradient"
             problems.append(Diagnostic(p.site.name, what, "attach to the plain base: `qlora` quantises it afterwards"))
+    return problems
+
+
+def _wrong_types(plan: Any, loss: Any, seed: Any, held_bytes: Any) -> list[Diagnostic]:
+    problems = not_a(Plan, "a Plan", plan=plan) + not_a(Integral, "a whole number", seed=seed, held_bytes=held_bytes)
+    if loss is not None and not callable(loss):
+        problems.append(Diagnostic("loss", f"is a {type(loss).__name__}, not a function of the output and the batch"))
     return problems
 
 
@@ -145,7 +156,7 @@ def _start(model: nn.Module, p: AdaptedSite, statistic: Statistic | None, seed: 
         return M.to(torch.promote_types(M.dtype, torch.float32))
 
     with torch.no_grad():
-        tensors = init.measured(statistic, weight, p.site, p.r, p.scale, p.site.generator(seed))
+        tensors = measured_at(init, statistic, weight, p.site, p.r, p.scale, p.site.generator(seed))
     return {role: tensor.cpu() for role, tensor in tensors.items()}
 
 
@@ -155,10 +166,11 @@ def _groups(sites: list[AdaptedSite], held: int) -> list[list[AdaptedSite]]:
     size = 0
     for p in sites:
         rows = p.site.out_features if _calibrated(p.init).reads == "gradient" else p.site.in_features
-        size += 4 * rows * p.site.in_features
+        own = 4 * rows * p.site.in_features * max(p.site.experts, 1)
+        size += own
         if not groups or size > held:
             groups.append([])
-            size = 4 * rows * p.site.in_features
+            size = own
         groups[-1].append(p)
     return groups
 
@@ -171,7 +183,7 @@ def _with_starts(plan: Plan, found: Mapping[str, dict[str, Tensor]]) -> Plan:
         if tensors is None:
             sites.append(p)
             continue
-        r = tensors["B"].shape[1]
+        r = tensors["B"].shape[-1]
         moved[p.site.name] = r
         if not r:
             continue

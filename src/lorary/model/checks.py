@@ -225,13 +225,16 @@ def layer_mismatches(expected: Site, layer: nn.Module | None) -> list[Diagnostic
     return site_mismatches(expected, site(expected.name, layer))
 
 
+# GPT-2's transposed layer, and the output projection of nn.MultiheadAttention, are linear layers of the same matrix
+_SAME_MATRIX = {"linear", "transposed", "out_projection"}
+
+
 def site_mismatches(expected: Site, found: Site) -> list[Diagnostic]:
     """How the site of a model's layer differs from a planned or saved one."""
     if found == expected:
         return []
     differences = []
-    # a linear layer and GPT-2's transposed one are the same matrix
-    if found.kind != expected.kind and {found.kind, expected.kind} != {"linear", "transposed"}:
+    if found.kind != expected.kind and not {found.kind, expected.kind} <= _SAME_MATRIX:
         differences.append(f"is {found.kind}, expected {expected.kind}")
     for field, name in (
         ("out_features", "output features"),

@@ -140,7 +140,8 @@ def _site_table(sites: Iterable[AdaptedSite]) -> list[str]:
         tensors = " ".join(f"{role}[{'x'.join(map(str, shape))}]" for role, shape in p.shapes.items())
         scale = f"{p.scale:g}" if p.r else ""
         trains = f"{p.trainable * (1 if p.share else count):,}"
-        table.append((text, site.kind, f"{site.out_features}x{site.in_features}", tensors, scale, trains))
+        kind = site.kind + (", one adapter" if site.one_adapter else "")
+        table.append((text, kind, f"{site.out_features}x{site.in_features}", tensors, scale, trains))
     return _aligned(table) if rows else []
 
 

@@ -47,6 +47,7 @@ def plan(
     alphas: Mapping[str, float] | None = None,
     exclude: str | Sequence[str] = (),
     layers: Layers | None = None,
+    experts: str = "each",
     after: Sequence[PreviousAdapter] = (),
     example: Any = None,
     full: str | Sequence[str] = (),
@@ -71,6 +72,7 @@ def plan(
         exclude: layers not to adapt, written like targets.
         layers: indices of the blocks to adapt, such as `"0-15"`, `[0, 1, -1]`, or stack -> indices where a model has
             several stacks, `{"decoder.block": "0-3"}`; see `lorary.model.layer_ranges`.
+        experts: of a block: `each` has an adapter of its own, or all of them have one together (`shared`).
         after: the adapters of earlier tasks, which the new one keeps as they are (O-LoRA).
         example: the inputs of the dry forward: a tensor, a tuple of positional or a dict of named arguments. Only
             shapes and dtypes matter. None: made from a Transformers model's configuration; without one the first
@@ -87,7 +89,7 @@ def plan(
     context, problems = _fit_context(model, method)
     parts = [Part(method_with_full(m.replace(context=context), as_list(full)), named) for m, named in parts]
     parts = [Part(m, default_targets(m) if named is None else named) for m, named in parts]
-    wanted = Wanted(ranks or {}, alphas or {}, exclude, layers)
+    wanted = Wanted(ranks or {}, alphas or {}, exclude, layers, experts)
     if invalid := pattern_problems(scanned, parts, wanted):
         raise PlanError("invalid plan:", [*problems, *invalid])
     problems += head_problems(scanned, method, head)
@@ -240,7 +242,7 @@ def _unreached_notes(scan: Scan, total: int) -> list[str]:
 
 def _quantized_size(scan: Scan, storage: Storage, quantized: Sequence[str]) -> tuple[int, int]:
     """The bytes of these layers' weights now, and once they are quantised."""
-    weights = [scan.parameter(f"{path}.weight") for path in quantized]
+    weights = [scan.parameter(scan.modules[path].weight_name) for path in quantized]
     dense = sum(W.numel() * W.element_size() for W in weights)
     return dense, sum(storage.bytes(W.numel(), W.element_size()) for W in weights)
 

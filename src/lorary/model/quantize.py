@@ -13,8 +13,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, StateError, caller_stacklevel
+from lorary.layers.experts import ExpertMatrix
 from lorary.layers.kinds import kind_of, was_transposed
-from lorary.layers.nf4 import NF4, NF4Linear
+from lorary.layers.nf4 import NF4, NF4Experts, NF4Linear
 from lorary.layers.quantized_weight import is_foreign, is_quantized, take_place_of, weight
 from lorary.layers.transformers_internals import exact_modules
 from lorary.layers.wrappers import named_modules, set_submodule, submodule
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @mode_independent
 def quantize(model: nn.Module, storage: Storage | None = None) -> nn.Module:
-    """Quantise every linear layer of a model except its output head, in place.
+    """Quantise every linear layer and fused expert of a model except its output head, in place.
 
     All or nothing: after any exception the model is as it was before. So the dense weights are freed at the end, all at
     once; `lorary.load_quantized` quantises a checkpoint without ever holding all of them. Adapters of the plain model
@@ -146,7 +147,7 @@ def quantizable_layers(scan: Scan, storage: Storage, full: Collection[str] = ())
         and not m.tied_to
         and path not in scan.heads
         and storage.quantizes(m.module)
-        and f"{path}.weight" not in full
+        and m.weight_name not in full
         and not exact & set(path.split("."))
     ]
 
@@ -171,7 +172,7 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
     trained = [getattr(storage, name, None) for name in ("block", "double")]
     if None in trained:
         return
-    layers = [m for m in modules.values() if isinstance(m, NF4Linear)]
+    layers = [m for m in modules.values() if isinstance(m, NF4Linear | NF4Experts)]
     others = [m for m in layers if [m.block, m.nested_absmax is not None] != trained]
     if others:
         text = (
@@ -183,9 +184,9 @@ def warn_of_quantization(modules: Mapping[str, nn.Module], storage: Storage) -> 
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in place of the one at this path, at every path that it has."""
+    """Put a layer in place of the one at this path, at every path that it has; a fused parameter is in one place."""
     old = submodule(model, name)
-    paths = [path for path, module in named_modules(model, remove_duplicate=False) if module is old]
+    paths = [path for path, module in named_modules(model, remove_duplicate=False) if module is old] or [name]
     for path in paths:
         set_submodule(model, path, layer)
 
@@ -225,6 +226,8 @@ def dequantized_layer(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> n
         W = W.T.contiguous() if was_transposed(layer) else W
         b = getattr(layer, "bias", None) if b is None else b
         plain.bias = None if b is None else nn.Parameter(b.detach().to(W.dtype), requires_grad=False)
+    elif isinstance(layer, NF4Experts) and layer.layout.transposed:
+        W = W.mT.contiguous()
     plain.weight = nn.Parameter(W.detach(), requires_grad=False)
     return take_place_of(layer, plain)
 
@@ -232,6 +235,8 @@ def dequantized_layer(layer: nn.Module, W: Tensor, b: Tensor | None = None) -> n
 def _plain_without_values(layer: Any) -> Any:
     """The plain form of a quantised layer on the meta device; GPT-2's keeps its class, whose files are transposed."""
     with torch.device("meta"):
+        if isinstance(layer, NF4Experts):
+            return ExpertMatrix(nn.Parameter(torch.empty(layer.shape)), layer.layout, layer.order)
         if kind_of(layer) == "embedding":
             return nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
         if was_transposed(layer):

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.kernels.torch_internals import children_of, parameters_of
-from lorary.layers.experts import expert_matrices
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
+from lorary.layers.multihead_attention import OUT_PROJECTION, is_attention
 from lorary.layers.other_quantizers import stored_bytes
+from lorary.layers.parameters import parameter_layers
 from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantized, stored_tensors
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.model.buffers import persistent_buffers
@@ -32,7 +33,8 @@ class ScannedModule:
         paths: every path, more than one for a shared module.
         tied_to: the names under which other modules hold its weight.
         bypass: the code that reads its weight without calling it; None if there is none.
-        owner: the path of the experts module whose parameter this is; None for a module of the model.
+        owner: the path of the module that computes with it without calling it, unless it is adapted: an experts module
+            or an nn.MultiheadAttention; None for a layer that is called.
     """
 
     path: str
@@ -43,6 +45,11 @@ class ScannedModule:
     tied_to: tuple[str, ...]
     bypass: Bypass | None = field(default=None, repr=False)
     owner: str | None = field(default=None, repr=False)
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight in the plain model."""
+        return self.path if self.kind == "experts" else f"{self.path}.weight"
 
     @cached_property
     def unrecognised(self) -> bool:
@@ -166,18 +173,26 @@ def scan(model: nn.Module) -> Scan:
             paths=(path, *others),
             tied_to=tuple(name for name, holder in holding.items() if holder is not module),
             bypass=bypassed.get(module),
+            owner=_attention_of(path, modules),
         )
-        modules |= _expert_layers(modules[path], names)
+        modules |= _parameter_layers(modules[path], names)
     return Scan(model, modules, parameters, names, _heads(model, modules))
 
 
-def _expert_layers(owner: ScannedModule, names: Mapping[str, str]) -> dict[str, ScannedModule]:
-    """path -> layer of the fused parameters of an experts module."""
+def _attention_of(path: str, modules: Mapping[str, ScannedModule]) -> str | None:
+    """The path of the nn.MultiheadAttention whose output projection is at this path."""
+    above, _, name = path.rpartition(".")
+    parent = modules.get(above) if name == OUT_PROJECTION else None
+    return above if parent is not None and is_attention(parent.module) else None
+
+
+def _parameter_layers(owner: ScannedModule, names: Mapping[str, str]) -> dict[str, ScannedModule]:
+    """path -> layer of the parameters of a module that are layers of their own."""
     found = {}
-    for name, layer in expert_matrices(owner.module).items():
-        paths = tuple(f"{path}.{name}" for path in owner.paths)
+    for name, layer in parameter_layers(owner.module).items():
+        paths = tuple(f"{path}.{name}".lstrip(".") for path in owner.paths)
         tied = tuple(other for other, one in names.items() if one == names[paths[0]] and other not in paths)
-        found[paths[0]] = ScannedModule(paths[0], layer, "experts", False, paths, tied, owner=owner.path)
+        found[paths[0]] = ScannedModule(paths[0], layer, kind_of(layer), False, paths, tied, owner=owner.path)
     return found
 
 

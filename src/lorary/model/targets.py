@@ -23,6 +23,7 @@ from lorary.errors import Diagnostic, suggestion
 from lorary.layers.fused_qkv import FUSED, fused_parts
 from lorary.layers.kinds import KINDS
 from lorary.layers.module_kinds import NUMBER, module_positions
+from lorary.layers.multihead_attention import is_attention
 from lorary.model._presets import LINEAR_PRESETS, PARTS, PRESETS, layers_of_preset
 from lorary.model.patterns import expression_error, is_expression, looks_like_expression, matches
 from lorary.model.scan import Scan, ScannedModule
@@ -190,6 +191,8 @@ def _matching(scan: Scan, entry: Any, field: str, problems: list[Diagnostic]) ->
     layers = [m for m in hits if m.kind is not None]
     if field == "targets":
         wrapped = [inner for m in hits if (inner := scan.wrapped_in(m.path))]
+        named = {m.path for m in hits if is_attention(m.module)}  # as PEFT names an attention, for both its projections
+        wrapped += [m for m in scan.layers.values() if m.owner in named]
         layers = list({m.path: m for m in [*layers, *wrapped]}.values())
     if not layers and field == "exclude" and hits:
         return [TargetMatch(m.path, m.module) for m in hits]  # whole blocks may be excluded

@@ -19,7 +19,7 @@ PROJECTOR = "projector"
 _OF_CONFIG = {"text_config": "language", "vision_config": "vision", "audio_config": "audio"}
 TOWERS = (*_OF_CONFIG.values(), PROJECTOR)
 _MERGER = re.compile(r"(?:.*\.)?(?:merger|deepstack_merger_list)(?:\..*)?")
-_LINEAR = ("linear", "transposed", "experts")
+LINEAR_KINDS = ("linear", "transposed", "experts", "in_projection", "out_projection")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def towers(scan: Scan, sites: Sequence[AdaptedSite]) -> tuple[Tower, ...]:
         return ()
     layers, adapted, parameters, trains = (dict.fromkeys(TOWERS, 0) for _ in range(4))
     for path, m in scan.modules.items():
-        if m.kind in _LINEAR and (tower := tower_of(path, roots, scan.heads)):
+        if m.kind in LINEAR_KINDS and (tower := tower_of(path, roots, scan.heads)):
             layers[tower] += 1
     for name, parameter in scan.parameters.items():
         if tower := tower_of(name.rpartition(".")[0], roots, scan.heads):

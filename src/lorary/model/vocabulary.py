@@ -5,6 +5,7 @@ Rows are the same on every machine: a resized base can be told from another one,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -41,7 +42,8 @@ def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> tuple
         Their ids, for `lorary.method("rows", tokens=ids)`.
 
     Raises:
-        PlanError: a text is empty, there twice or a token already; nothing has changed.
+        PlanError: a text is empty, there twice or a token already, or would get the id of another token; nothing has
+            changed.
         StateError: the model cannot be resized.
 
     Example:
@@ -51,24 +53,41 @@ def add_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[str]) -> tuple
     inner = changeable(model, "add tokens")
     if problems := [*_not_resizable(inner), *_unusable(tokenizer, tokens)]:
         raise PlanError(_HEADLINE, problems)
-    ids = add_to_tokenizer(tokenizer, tokens)
-    resized_for(inner, tokens, lambda: tokenizer)
-    return ids
+    trial = copy.deepcopy(tokenizer)  # the model first: if there is no memory for it, the tokenizer is as it was
+    add_to_tokenizer(trial, tokens)
+    resized_for(inner, tokens, lambda: trial)
+    return add_to_tokenizer(tokenizer, tokens)
 
 
 def add_to_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     """Add tokens to a tokenizer; their ids.
 
     Raises:
-        PlanError: a text is empty, there twice or a token already; nothing has changed.
+        PlanError: a text is empty, there twice or a token already, or would get the id of another token; nothing has
+            changed.
     """
+    if problems := _unusable(tokenizer, tokens) or _taken(tokenizer, tokens):
+        raise PlanError(_HEADLINE, problems)
+    return _added(tokenizer, tokens)
+
+
+def _added(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     from transformers import AddedToken
 
-    if problems := _unusable(tokenizer, tokens):
-        raise PlanError(_HEADLINE, problems)
     # not normalised: a token is found as it is written
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in tokens])
     return tuple(map(int, tokenizer.convert_tokens_to_ids(list(tokens))))
+
+
+def _taken(tokenizer: Any, tokens: Sequence[str]) -> list[Diagnostic]:
+    """The texts that would get the id of another token: a tokenizer counts its tokens, and its ids may have holes."""
+    texts = {i: text for text, i in tokenizer.get_vocab().items()}
+    if len(texts) == max(texts, default=-1) + 1:
+        return []
+    ids = zip(tokens, _added(copy.deepcopy(tokenizer), tokens), strict=True)
+    what = "{!r} would be token {}, which is {!r} already: the ids of this tokenizer have holes"
+    fix = "give its vocabulary an entry for every id, or train the rows of tokens that it has"
+    return [Diagnostic("tokens", what.format(text, i, texts[i]), fix) for text, i in ids if i in texts]
 
 
 def resized_for(model: ModelT, tokens: Sequence[str], tokenizer: Callable[[], Any]) -> ModelT:
@@ -90,6 +109,8 @@ def _unusable(tokenizer: Any, tokens: Any) -> list[Diagnostic]:
     for i, text in enumerate(tokens):
         if not isinstance(text, str) or not text.strip():
             problems.append(Diagnostic("tokens", f"{text!r} is not a text", "name what the token is written as"))
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(Diagnostic("tokens", f"{text!r} has half of a letter, which UTF-8 cannot write"))
         elif text in tokens[:i]:
             problems.append(Diagnostic("tokens", f"{text!r} is there twice", "name it once"))
         elif text in known:
@@ -241,8 +262,27 @@ def check_tokens(tokenizer: Any, sites: Iterable[AdaptedSite]) -> None:
         PlanError: every one.
     """
     added = added_tokens(sites)
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in added}
-    what = "is token {} of this tokenizer, and the adapter has trained row {} for it"
+    ids = {text: tokenizer.get_vocab().get(text) for text in added}
+    here = {text: "not a token" if i is None else f"token {i}" for text, i in ids.items()}
+    what = "is {} of this tokenizer, and the adapter has trained row {} for it"
     fix = "use the tokenizer of the base that it was trained on"
-    if wrong := [Diagnostic(repr(t), what.format(ids[t], i), fix) for t, i in added.items() if ids[t] != i]:
+    if wrong := [Diagnostic(repr(t), what.format(here[t], i), fix) for t, i in added.items() if ids[t] != i]:
         raise PlanError("the adapter's tokens are other tokens here:", wrong)
+
+
+def other_meanings(adapters: Mapping[str, Iterable[AdaptedSite]], fix: str) -> list[Diagnostic]:
+    """The tokens whose row two adapters have trained for different texts.
+
+    Args:
+        adapters: name -> sites.
+        fix: what to do.
+    """
+    first: dict[int, tuple[str, str]] = {}  # id -> its text, and the adapter that says so
+    problems = []
+    for name, sites in adapters.items():
+        for text, i in added_tokens(sites).items():
+            other, whose = first.setdefault(i, (text, name))
+            if other != text:
+                what = f"has trained the row of token {i} for {text!r}, and {whose} for {other!r}"
+                problems.append(Diagnostic(name, what, fix))
+    return problems

@@ -111,6 +111,12 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
         yield Diagnostic("join", what)
     if join.needs_context and method.context is None:
         yield Diagnostic("context", f"is missing: {name} takes effect through it", "name the preset")
+    if not join.acts_everywhere and method.init.residual_init:
+        what = f"{_name(method.init)} moves part of W into B A, and {name} adds B A to a part of the text alone"
+        yield Diagnostic("init", what, "use another start")
+    if not join.acts_everywhere and (writing := [_name(rule) for rule in method.rules if rule.writes_base]):
+        what = f"{', '.join(writing)} writes W, and {name} leaves W as it is for a part of the text"
+        yield Diagnostic("rules", what, _ONE_OF_TWO)
     if not join.adds_delta and delta.roles:
         yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
     if all_in_join(delta) and method.scale(delta.r) != 1:
@@ -159,8 +165,9 @@ def _storage_problems(method: Any, delta: Delta, init: Init) -> Iterator[Diagnos
 
 def _full_problems(method: Any, delta: Delta) -> Iterator[Diagnostic]:
     name = _name(delta)
-    if delta.changes_bias and "bias" in method.full:
-        what = f"{name} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
+    changes_bias = next((_name(c) for c in (delta, method.join) if c is not None and c.changes_bias), "")
+    if changes_bias and "bias" in method.full:
+        what = f"{changes_bias} trains an update of every adapted layer's bias, and `full` trains the biases themselves"
         yield Diagnostic("full", what, _ONE_OF_TWO)
     if "*" in method.full:
         what = f"every base weight trains in full, so {name if delta.roles else _name(method.join)} would be redundant"

@@ -23,27 +23,35 @@ class Join(Protocol):
     Attributes:
         roles: its own tensors.
         uses: the delta's `join_roles`.
+        scaled: its roles that are part of the update: `merged` and `on_output` get them with the scale in them.
+        changes_bias: whether it changes the layer's bias, which then cannot train in full.
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
         adds_delta: whether it adds the delta's factors; one that does not goes with `NoUpdate` alone.
         needs_context: whether it takes effect through the method's context.
+        acts_everywhere: whether the update acts at every position of a text; otherwise the base must stay as it is.
         targets: the default target layers; the context axis comes after it.
         why_not_merged: why no weight and bias have the same function, such as a non-linearity; empty if some have.
         exact_start: whether the layer computes exactly what the base's does at step 0.
         keeps_ties: whether its tensors mean the same at every use of a weight, so that tied layers share one set of
             them and are still tied when merged.
         per_expert: whether `forward` also works on the fused matrices of experts.
+        scales_bias: whether the bias of the plain layer with the same function is the base's times something.
     """
 
     roles: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
+    changes_bias: bool = False
     supports_dropout: bool = True
     adds_delta: bool = True
     needs_context: bool = False
+    acts_everywhere: bool = True
     targets: tuple[str, ...] = ()
     why_not_merged: str = ""
     exact_start: bool = True
     keeps_ties: bool = False
     per_expert: bool = False
+    scales_bias: bool = False
 
     def shapes(self, site: Site) -> Shapes:
         """role -> shape of its own tensors."""

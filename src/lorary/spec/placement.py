@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from lorary.errors import Diagnostic, MethodError, StateError
+from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
-from lorary.spec.per_expert import factors_at, merged_at, shapes_at, why_not_per_expert
+from lorary.spec.per_expert import experts_of, factors_at, for_every_expert, merged_at, shapes_at, why_not_per_expert
 from lorary.spec.site import Site
 
 
@@ -85,6 +86,11 @@ class AdaptedSite:
         """The factor s at this site."""
         return self._adaptation.scale(self.r)
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the layer's bias changes at this site."""
+        return self.delta.changes_bias or self.join.changes_bias
+
     @cached_property
     def shapes(self) -> Shapes:
         """role -> shape of every tensor at this site."""
@@ -108,17 +114,24 @@ class AdaptedSite:
 
     def factors(self, params: Tensors) -> Factors:
         """(B [out, R], A [R, in]) of this site's tensors, without the scale; with a leading E for experts."""
-        return factors_at(self.delta, self.site, params)
+        return for_every_expert(self.site, factors_at(self.delta, self.site, params))
 
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         """The join's (W', b') for this site's tensors; see `Join.merged`."""
-        return merged_at(self.join, self.site, params, W, b, BA)
+        return merged_at(self.join, self.site, params, W, b, BA, self.scale)
+
+    def matrices(self, tensors: Tensors) -> list[tuple[AdaptedSite, dict[str, Tensor]]]:
+        """The site of each expert and its tensors; elsewhere this site alone."""
+        return [
+            (dataclasses.replace(self, site=site), own)
+            for site, own in experts_of(self.site, tensors, self.delta.shared)
+        ]
 
     def problems(self) -> list[Diagnostic]:
         """The reasons why this method cannot adapt this site."""
         one = self.site.one
         why = self.delta.problems(one) + self.init.problems(one, self.r) + self.join.problems(one)
-        why += why_not_per_expert(self.site, self.method)
+        why += why_not_per_expert(self.site, self.method) + why_not_in_attention(self.site, self.method)
         found = [Diagnostic(self.site.name, what) for what in why]
         zeros = self.init.zeros(one)
         if zeros and not zeros & self.method.trained:

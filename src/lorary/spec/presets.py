@@ -29,6 +29,7 @@ _PEFT_WORDS = {
             "layers": ("layers", "layers_to_transform"),
             "ranks": ("ranks", "rank_pattern"),
             "alphas": ("alphas", "alpha_pattern"),
+            "experts": ("experts",),
         }.items()
         for word in words
     },
@@ -129,6 +130,10 @@ def method(*names: str, **options: Any) -> Method:
         if option in options and not (has_rank(component) if option == "r" else hasattr(component, "alpha")):
             what = f"{_sets(union.sources.get(axis, ''), component)}, which has no {name}"
             union.problems.append(Diagnostic(option, what, "leave it out"))
+    join = union.components.get("join")
+    if options.get("lora_bias") and not getattr(join, "changes_bias", False):
+        what = f"{_sets(union.sources.get('join', ''), join)}, which has no bias beside B"
+        union.problems.append(Diagnostic("lora_bias", what, "leave it out"))
     if union.problems:
         raise MethodError("invalid method:", union.problems)
     return Method(**union.components)

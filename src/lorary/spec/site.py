@@ -11,6 +11,10 @@ from torch import Tensor
 
 from lorary._deprecated import RenamedAttribute
 
+PARAMETERS = ("experts", "in_projection")
+"""The kinds of sites that are parameters of the plain model, not modules; the site has the parameter's name."""
+_LINEAR_INSIDE = ("experts", "in_projection", "out_projection")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -37,7 +41,8 @@ class Site:
 
     Args:
         name: the module's path in the model, such as `model.layers.0.self_attn.q_proj`.
-        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d`, `embedding` or `experts`.
+        kind: `linear`, `transposed` (GPT-2's Conv1D), `conv1d`, `conv2d`, `conv3d`, `embedding` or `experts`; or
+            `in_projection` and `out_projection` of nn.MultiheadAttention.
         out_features: rows of the weight matrix: output features, channels, or the embedding's width.
         in_features: columns: input features, input channels per group times the kernel's size, or the vocabulary.
         bias: whether the layer has a bias.
@@ -48,6 +53,7 @@ class Site:
             the fused parameter, such as `model.layers.0.mlp.experts.down_proj`, and the sizes are of one expert.
         swapped: whether the class of these experts stores [E, in, out] and does not say so (Llama 4): PEFT takes their
             inputs for their outputs.
+        one_adapter: whether all experts share one adapter, in place of one for each.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Site:
     kernel_size: tuple[int, ...] = ()
     experts: int = 0
     swapped: bool = False
+    one_adapter: bool = False
 
     out = RenamedAttribute("out_features")
     inp = RenamedAttribute("in_features")
@@ -67,13 +74,25 @@ class Site:
 
     @cached_property
     def one(self) -> Site:
-        """The site as a method's components see it: of a single expert, a linear layer; elsewhere the site itself."""
-        return replace(self, kind="linear", experts=0, swapped=False) if self.experts else self
+        """The site as a method's components see it: a linear layer, of a single expert or inside an attention."""
+        if self.kind not in _LINEAR_INSIDE:
+            return self
+        return replace(self, kind="linear", experts=0, swapped=False, one_adapter=False)
+
+    @property
+    def adapters(self) -> int:
+        """The leading dimension of its tensors: E where each expert has an adapter; 0 for an adapter without one."""
+        return 0 if self.one_adapter else self.experts
+
+    @property
+    def whole(self) -> Site:
+        """The site with one adapter for the whole matrix of each expert, or for the whole weight."""
+        return replace(self, parts=(), one_adapter=False)
 
     @property
     def weight_name(self) -> str:
         """The name of the weight among the plain model's parameters."""
-        return self.name if self.experts else f"{self.name}.weight"
+        return self.name if self.kind in PARAMETERS else f"{self.name}.weight"
 
     @property
     def numbers(self) -> int:
@@ -85,7 +104,7 @@ class Site:
         """The layer's matrix in words: `linear [64, 32]`. GPT-2's transposed layer is the same as a linear one."""
         if self.experts:
             return f"{self.experts} experts [{self.out_features}, {self.in_features}]"
-        kind = "linear" if self.kind == "transposed" else self.kind
+        kind = "linear" if self.kind in ("transposed", *_LINEAR_INSIDE) else self.kind
         window = f", kernel {self.kernel_size}, {self.groups} groups" if self.kernel_size else ""
         return f"{kind} [{self.out_features}, {self.in_features}]{window}"
 
@@ -109,9 +128,19 @@ class Site:
         return torch.cat([part.rows(device) for part in self.parts])
 
     def place(self, B: Tensor) -> Tensor:
-        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
+        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks.
+
+        Those of experts have a leading E.
+        """
         if not self.parts:
             return B
-        blocks: Tensor = torch.block_diag(*B.split(self.rows))
-        whole = blocks.new_zeros(self.out_features, blocks.shape[1])
-        return whole.index_copy(0, self.part_rows(B.device), blocks)
+        if B.dim() == 3:
+            return torch.stack([self.place(expert) for expert in B])
+        return self.place_rows(torch.block_diag(*B.split(self.rows)))
+
+    def place_rows(self, M: Tensor) -> Tensor:
+        """The rows of all parts [rows of the parts, n] as rows of the whole weight [out, n], zero elsewhere."""
+        if not self.parts:
+            return M
+        whole = M.new_zeros(self.out_features, M.shape[1])
+        return whole.index_copy(0, self.part_rows(M.device), M)

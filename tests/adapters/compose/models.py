@@ -44,6 +44,8 @@ PLAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
     "olora": (("olora",), LINEAR, {}),
     "adalora": (("adalora",), ("embed", "plain", "conv1"), {}),
     "multilora": (("multilora",), ALL, {}),
+    "loha": (("loha",), ALL, {}),
+    "lokr": (("lokr",), ALL, {"r": 1}),
     "delta-lora": (("delta-lora",), ALL, {}),
     "lora-fa": (("lora-fa",), LINEAR, {}),
     "o-lora": (("o-lora",), LINEAR, {}),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorary
@@ -138,3 +139,73 @@ def test_a_quantised_gguf_file(tmp_path: Path) -> None:
     A, B = (torch.from_numpy(gguf.quants.dequantize(there[leaf], kind)) for leaf in "ab")
     equal(adapter, {"model.layers.0.self_attn.o_proj": 8 / 32 * B @ A})
     assert "its tensors are quantised as Q8_0, and read as llama.cpp computes" in adapter.notes
+
+
+LYCORIS = MADE / "lycoris" / "lycoris.safetensors"
+
+
+def lycoris() -> nn.Module:
+    """The layers that LyCORIS' own modules were made for; those with magnitudes with the very weights."""
+    kernels = {"hada_conv": (3, 3), "hada_core": (3, 3), "kron_conv": (3, 3), "kron_core": (3, 3)}
+    base = stand_in(updates("lycoris"), {f"blocks.{name}": size for name, size in kernels.items()})
+    for name in ("hada_conv", "hada_core"):
+        base.blocks.add_module(name, nn.Conv2d(8, 12, 3, groups=2))
+    for name in ("hada_along", "kron_along"):
+        base.blocks.add_module(name, nn.Conv1d(8, 12, 3))
+    with torch.no_grad():
+        for name, W in load_file(MADE / "lycoris" / "weights.safetensors").items():
+            base.get_submodule(name).weight.copy_(W)
+    return base
+
+
+def merged_updates(base: nn.Module, adapter: lorary.Adapter) -> dict[str, Tensor]:
+    """Layer -> W' - W."""
+    before = {name: t.detach().clone().flatten(1) for name, t in base.named_parameters() if name.endswith(".weight")}
+    merged = lorary.merge(lorary.switch(base, adapter))
+    after = {name: t.detach().flatten(1) for name, t in merged.named_parameters() if name in before}
+    return {name.removesuffix(".weight"): after[name] - before[name] for name in before}
+
+
+RENAMED = {
+    "as LyCORIS writes them": lambda name: name,
+    "as in sd-scripts": lambda name: name.replace("lycoris_", "lora_unet_"),
+    "with dots": lambda name: name.replace("lycoris_blocks_", "transformer.blocks."),
+}
+
+
+@pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED)
+def test_files_of_lycoris(rename: Callable[[str], str], tmp_path: Path) -> None:
+    """Every form of LoHa and LoKr that it writes; s is 1 where LoKr's matrices are both whole, whatever alpha is."""
+    path = tmp_path / "lycoris.safetensors"
+    save_file({rename(name): t for name, t in load_file(LYCORIS).items()}, path)
+    base, expected = lycoris(), updates("lycoris")
+    adapter = lorary.load_adapter(path, model=base)
+    found = merged_updates(base, adapter)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        assert torch.allclose(found[name], delta, atol=3e-6, rtol=1e-5), name
+        assert delta.abs().max() > 0.01
+
+
+def test_what_a_file_of_lycoris_says_of_its_layers() -> None:
+    adapter = lorary.load_adapter(LYCORIS, model=lycoris())
+    scales = {a.site.name.removeprefix("blocks."): a.scale for a in adapter.sites}
+    assert scales["hada_root"] == 1.0  # rank-stabilised: 2 / sqrt(4)
+    assert (scales["kron_whole"], scales["kron_full"], scales["kron_linear"]) == (1.0, 1.0, 1.0 * 2 / 2)
+    assert {a.site.name for a in adapter.sites if a.join.roles} == {"blocks.hada_dora", "blocks.kron_dora"}
+    assert adapter.notes[0] == "read from a file of kohya's sd-scripts"
+
+
+def test_one_factor_is_found_for_a_file_of_lokr(tmp_path: Path) -> None:
+    """Then PEFT has the same method, and reads the converted folder."""
+    peft = pytest.importorskip("peft")
+    names = ("kron_linear", "kron_both", "kron_whole", "kron_conv")
+    kept = {k: t for k, t in load_file(LYCORIS).items() if k.removeprefix("lycoris_blocks_").partition(".")[0] in names}
+    kept = {k: t for k, t in kept.items() if "kron_both" not in k}
+    save_file(kept, tmp_path / "some.safetensors")
+    convert(tmp_path / "some.safetensors", tmp_path / "out", model=lycoris())
+    read = peft.PeftModel.from_pretrained(lycoris(), str(tmp_path / "out"))
+    for name in ("kron_linear", "kron_whole", "kron_conv"):
+        layer = read.get_submodule(f"base_model.model.blocks.{name}")
+        delta = layer.get_delta_weight("default").detach().flatten(1)
+        torch.testing.assert_close(delta, updates("lycoris")[f"blocks.{name}"], rtol=1e-5, atol=3e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorary
+from lorary.adapters import export_peft
+from lorary.adapters.export.engines import export_for_engine
+from lorary.adapters.intake.convert import convert
 from lorary.errors import FileError
+from lorary.model.scan import scan
 from tests.experts import MODELS, logits, moe, shake
 
 peft = pytest.importorskip("peft")
@@ -57,6 +62,34 @@ def test_peft_and_transformers_read_a_saved_adapter(name: str, tmp_path: Path) -
     assert torch.equal(logits(own), expected)
     (tmp_path / "a" / "lorary.json").unlink()
     assert torch.equal(logits(lorary.load(moe(name), tmp_path / "a")), expected)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_the_folded_form_has_one_rank_and_one_scale_for_every_expert(name: str, tmp_path: Path) -> None:
+    model = moe(name)
+    method, ranks = lorary.method("rslora", r=2), {"*experts.down_proj": 3, "q_proj": 5}
+    lorary.attach(model, lorary.plan(model, method, ranks=ranks, alphas={"*experts.gate_up_proj": 4}))
+    shake(model)
+    export_peft(lorary.Adapter.of(model), tmp_path / "a", model=moe(name), folded=True)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (5, {}, {}, False)
+    by_peft = peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")
+    (by_transformers := moe(name)).load_adapter(str(tmp_path / "a"))
+    for client in (by_peft, by_transformers, lorary.load(moe(name), tmp_path / "a")):
+        close(logits(client), logits(model))
+
+
+@pytest.mark.parametrize(("engine", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_engines_do_not_read_the_layout_of_experts(engine: str, title: str, tmp_path: Path) -> None:
+    model = moe("Qwen3MoeForCausalLM")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
+    shake(model)
+    with pytest.raises(FileError) as error:
+        export_for_engine(lorary.Adapter.of(model), tmp_path / "a", engine, model=moe("Qwen3MoeForCausalLM"), base="b")
+    sentence = f"is of 4 experts, and {title} does not read PEFT's layout of these"
+    assert sentence in str(error.value)
+    assert "--to merged" in str(error.value)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
@@ -152,9 +185,23 @@ def test_adapters_of_single_experts_change_the_fused_weights_exactly(
     close(logits(model), logits(by_peft))
     live = logits(model)
     lorary.save(model, tmp_path / "again")
+    assert torch.equal(logits(lorary.load(moe(name), tmp_path / "again")), live)
     close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "again")), live)
     lorary.merge(model).save_pretrained(tmp_path / "merged")
     close(logits(type(model).from_pretrained(tmp_path / "merged")), live)
+
+
+def test_parts_of_fused_experts_outside_their_blocks_are_refused(tmp_path: Path) -> None:
+    """The record says that gate and up have factors of their own, and the file mixes them."""
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    lorary.save(lorary.load(moe("Qwen3MoeForCausalLM"), tmp_path / "v4"), tmp_path / "again")
+    name = f"{START}.base_layer.lora_B.weight"
+    rewritten(tmp_path / "again", lambda t: t[name].fill_(1.0))
+    record = json.loads((tmp_path / "again" / "lorary.json").read_text())
+    data = (tmp_path / "again" / "adapter_model.safetensors").read_bytes()
+    record["files"]["adapter_model.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "again" / "lorary.json").write_text(json.dumps(record))
+    assert "is not zero outside the blocks of" in refusal(tmp_path / "again", "Qwen3MoeForCausalLM")
 
 
 def test_single_experts_of_the_bare_model(tmp_path: Path) -> None:
@@ -259,3 +306,204 @@ def test_an_adapter_of_single_experts_that_does_not_fit_is_refused(tmp_path: Pat
     assert "has another rank or alpha than model.layers.1.mlp.experts.0.gate_proj" in refusal(
         tmp_path / "v4", "Qwen3MoeForCausalLM"
     )
+
+
+# --- other orders, other ranks, and factors that experts share --------------------------------------------------------
+
+
+def regrouped(folder: Path, name: str, **marks: Any) -> None:
+    """Change a file of PEFT into one with the columns of `lora_B` expert by expert, with these fields."""
+    E = 4
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key, t in tensors.items():
+            if ".experts." in key and key.endswith("lora_B.weight"):
+                tensors[key] = t.unflatten(1, (-1, E)).transpose(1, 2).flatten(1)
+
+    rewritten(folder, change)
+    reconfigured(folder, **marks)
+
+
+def reconfigured(folder: Path, **fields: Any) -> None:
+    """Write fields into the configuration."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+UNSLOTH = {"auto_mapping": {"base_model_class": "MixtralForCausalLM", "unsloth_fixed": True}}
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_both_orders_of_experts_are_computed_right(name: str, tmp_path: Path) -> None:
+    parameters = ["gate_up_proj", "down_proj"]
+    expected = saved_by_peft(name, tmp_path / "p", target_modules=["q_proj"], target_parameters=parameters)
+    close(logits(lorary.load(moe(name), tmp_path / "p", expert_layout="rank_major")), expected)
+    reconfigured(tmp_path / "p", **UNSLOTH, lora_B_layout="rank_major")
+    close(logits(lorary.load(moe(name), tmp_path / "p")), expected)
+    regrouped(tmp_path / "p", name, lora_B_layout="grouped_by_expert")
+    close(logits(lorary.load(moe(name), tmp_path / "p")), expected)
+    reconfigured(tmp_path / "p", lora_B_layout=None)
+    close(logits(lorary.load(moe(name), tmp_path / "p", expert_layout="grouped_by_expert")), expected)
+
+
+def test_a_converted_adapter_has_the_order_of_peft(tmp_path: Path) -> None:
+    expected = saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    regrouped(tmp_path / "p", "MixtralForCausalLM", **UNSLOTH)
+    with pytest.raises(FileError, match="in two ways"):
+        convert(tmp_path / "p", tmp_path / "refused", to="peft", model=moe())
+    assert not (tmp_path / "refused").exists()
+    convert(tmp_path / "p", tmp_path / "out", to="peft", model=moe(), expert_layout="grouped_by_expert")
+    close(logits(peft.PeftModel.from_pretrained(moe(), tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize(
+    ("told", "marks", "sentence"),
+    [
+        (None, UNSLOTH, "lora_B_layout: is not there, and Unsloth has ordered the columns of experts in two ways"),
+        ("by_expert", {}, "expert_layout: is 'by_expert'; fused experts are rank_major or grouped_by_expert"),
+        ("rank_major", {"lora_B_layout": "grouped_by_expert"}, "is grouped_by_expert, and rank_major is asked for"),
+        (None, {"lora_B_layout": "expert_major"}, "lora_B_layout: is 'expert_major'"),
+    ],
+)
+def test_an_order_that_is_not_known_is_refused(
+    told: str | None, marks: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_modules=["q_proj"], target_parameters=["down_proj"])
+    reconfigured(tmp_path / "p", **marks)
+    with pytest.raises(FileError) as error:
+        lorary.load_adapter(tmp_path / "p", model=moe(), expert_layout=told)
+    assert sentence in str(error.value)
+
+
+def test_an_order_is_asked_of_pefts_folders_alone(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="expert_layout: is told, and this is no folder of PEFT"):
+        lorary.load_adapter(tmp_path / "a.safetensors", expert_layout="rank_major")
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_modules=["q_proj"])
+    with pytest.raises(FileError, match="expert_layout: is told, and the file has no factors of fused experts"):
+        lorary.load_adapter(tmp_path / "p", model=moe(), expert_layout="rank_major")
+
+
+def test_a_rank_divided_over_experts_is_refused_with_both_ranks(tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    reconfigured(tmp_path / "p", r=12)
+    assert (
+        "experts.down_proj.lora_A.weight: has the shape [8, 24], expected [48, 24]: rank 2 for each of 4 experts, and "
+        "the configuration says 12\n      hint: if the rank was divided over the experts, write the rank of one"
+    ) in refusal(tmp_path / "p")
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    reconfigured(tmp_path / "v4", r=12)
+    assert "_proj: has rank 2 for each expert, and the configuration says 12" in refusal(
+        tmp_path / "v4", "Qwen3MoeForCausalLM"
+    )
+
+
+def stacked_file(name: str, folder: Path, half: str = "w3", shared: bool = True) -> dict[str, Tensor]:
+    """An adapter with the factors of all experts in one tensor, those of the hidden side shared, and its updates."""
+    model = moe(name)
+    torch.manual_seed(4)
+    tensors, updates = {}, {}
+    for path, layer in scan(model).layers.items():
+        owner, _, leaf = path.rpartition(".")
+        if not owner.endswith(".experts"):
+            continue
+        E, out, inp = layer.module.weight.shape
+        for key in ("w2",) if leaf == "down_proj" else ("w1", half) if leaf == "gate_up_proj" else ("w1",):
+            rows = out // 2 if leaf == "gate_up_proj" else out
+            hidden_in = leaf != "down_proj"
+            A = torch.randn(1 if shared and hidden_in else E, 2, inp) * 0.3
+            B = torch.randn(1 if shared and not hidden_in else E, rows, 2) * 0.3
+            tensors |= {f"base_model.model.{owner}.{key}.lora_{r}.weight": t for r, t in (("A", A), ("B", B))}
+            updates[path] = torch.cat(
+                [u for u in [updates.get(path), 2.0 * (B @ A).expand(E, -1, -1)] if u is not None], 1
+            )
+        if leaf == "up_proj":  # an expert without a gate
+            tensors |= {f"base_model.model.{owner}.w3.lora_{r}.weight": torch.zeros(0) for r in "AB"}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return updates
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "NemotronHForCausalLM"])
+def test_factors_that_experts_share_are_read_exactly(name: str, shared: bool, tmp_path: Path) -> None:
+    updates = stacked_file(name, tmp_path / "t", shared=shared)
+    plain = moe(name)
+    with torch.no_grad():
+        for path, update in updates.items():
+            plain.get_parameter(path).add_(update)
+    model = lorary.load(moe(name), tmp_path / "t")
+    close(logits(model), logits(plain))
+    notes = lorary.load_adapter(tmp_path / "t", model=moe(name)).notes
+    assert any("of all experts are on 4 fused ones here" in note for note in notes)
+    assert any("a factor that experts share is repeated" in note for note in notes) == shared
+    assert any("without numbers are left out" in note for note in notes) == name.startswith("Nemotron")
+    lorary.save(model, tmp_path / "again")
+    assert torch.equal(logits(lorary.load(moe(name), tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: t.update({f"{START}.w1.lora_A.weight": torch.zeros(3, 2, 16)}),
+            "has the shape [3, 2, 16], expected",
+        ),
+        (lambda t: t.update({f"{START}.w1.lora_A.weight": torch.zeros(1, 5, 16)}), "has rank 5 for each expert"),
+        (lambda t: t.pop(f"{START}.w2.lora_B.weight"), "experts.w2.lora_B.weight: is missing"),
+        (lambda t: t[f"{START}.w2.lora_B.weight"].fill_(float("inf")), "NaN or infinite"),
+        (
+            lambda t: t.update({f"{START}.w9.lora_{r}.weight": torch.zeros(1, 2, 2) for r in "AB"}),
+            "experts.w9.lora_A.weight: adapts a module that the model does not have",
+        ),
+        (
+            lambda t: t.update({f"{START}.w2.lora_B.weight": torch.zeros(0)}),
+            "experts.w2.lora_B.weight: has the shape [0]",
+        ),
+    ],
+)
+def test_a_damaged_file_of_shared_factors_is_refused(change: Any, sentence: str, tmp_path: Path) -> None:
+    stacked_file("Qwen3MoeForCausalLM", tmp_path / "t")
+    rewritten(tmp_path / "t", change)
+    assert sentence in refusal(tmp_path / "t", "Qwen3MoeForCausalLM")
+
+
+def test_a_dora_of_single_experts_that_lacks_magnitudes_is_refused(tmp_path: Path) -> None:
+    """There is nothing to keep in their place: a magnitude of zero would erase the expert."""
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD, dora=True, lacks="layers.1.mlp.experts.3.")
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "experts.gate_up_proj: has magnitudes for 6 of its 8 projections, and DoRA needs all" in text
+    assert "experts.down_proj: has magnitudes for 3 of its 4 projections, and DoRA needs all" in text
+    with pytest.raises(FileError, match="has magnitudes for 3 of its 4 projections"):
+        lorary.load_adapter(tmp_path / "v4", model=moe("Qwen3MoeForCausalLM"), strict=False)
+
+
+def test_one_projection_under_two_names_is_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    rewritten(
+        tmp_path / "v4",
+        lambda t: t.update({n.replace("experts.3.", "experts.03."): 2 * v for n, v in t.items() if "experts.3." in n}),
+    )
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "experts.3.down_proj: is there twice: model.layers.0.mlp.experts.03.down_proj is the same" in text
+
+
+def test_experts_fused_and_single_in_one_file_are_refused(tmp_path: Path) -> None:
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", {"down": OLD["down"]})
+    config = json.loads((tmp_path / "v4" / "adapter_config.json").read_text())
+    config["target_parameters"] = ["mlp.experts.down_proj"]
+    (tmp_path / "v4" / "adapter_config.json").write_text(json.dumps(config))
+    fused = {f"{START}.lora_A.weight": torch.ones(8, 12), f"{START}.lora_B.weight": torch.ones(16, 8)}
+    fused |= {name.replace("layers.0", "layers.1"): t for name, t in fused.items()}
+    rewritten(tmp_path / "v4", lambda t: t.update({name: value.clone() for name, value in fused.items()}))
+    text = refusal(tmp_path / "v4", "Qwen3MoeForCausalLM")
+    assert "layers.0.mlp.experts.down_proj: has factors of its own in this file, and factors of single experts" in text
+
+
+def test_dora_of_target_parameters_is_refused(tmp_path: Path) -> None:
+    saved_by_peft("MixtralForCausalLM", tmp_path / "p", target_parameters=["gate_up_proj", "down_proj"])
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    (tmp_path / "p" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "use_dora: is true, and PEFT has no magnitudes for the experts" in refusal(tmp_path / "p")

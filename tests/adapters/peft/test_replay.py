@@ -143,7 +143,7 @@ def test_other_types_of_peft_are_not_converted(tmp_path: Path) -> None:
 
 def test_a_dora_that_peft_would_misread_is_saved_in_our_own_form(tmp_path: Path) -> None:
     model = adapted("Qwen3Next", "dora")
-    reason = "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer without DoRA"
+    reason = "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer by plain LoRA"
     with pytest.warns(AdapterWarning, match=f"in lorary's own form, not as a PEFT adapter: .*: {reason}"):
         lorary.save(model, tmp_path / "a")
     assert {f.name for f in (tmp_path / "a").iterdir()} == {"lorary.json", "adapter.safetensors"}

@@ -92,7 +92,7 @@ def ours(
     *names: str, base: Callable[[], nn.Module] = llama, how: str = "save", **options: Any
 ) -> Callable[[Path], Case]:
     """An adapter of lorary, as it is saved, or exported for PEFT."""
-    plan = {key: options.pop(key) for key in ("ranks", "alphas", "targets") if key in options}
+    plan = {key: options.pop(key) for key in ("ranks", "alphas", "targets", "exclude") if key in options}
     full = options.pop("full", ())
 
     def make(folder: Path) -> Case:
@@ -155,11 +155,11 @@ def without(make: Callable[[Path], Case], part: str) -> Callable[[Path], Case]:
 
 
 def by_suffix(kind: str) -> Callable[[Path], Case]:
-    """An adapter of every linear layer of a model with fused experts, its targets named by their last components."""
+    """An adapter of every linear layer beside fused experts, its targets named by their last components."""
 
     def make(folder: Path) -> Case:
         model = replay_base(kind)
-        lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2, alpha=6)))
+        lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2, alpha=6), exclude="*.experts.*"))
         filled(model)
         lorary.save(model, folder)
         path = folder / "adapter_config.json"
@@ -257,5 +257,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "deepseek by suffix": by_suffix("DeepseekV3"),
     "qwen3-next by suffix": by_suffix("Qwen3Next"),
     "deepseek": ours("lora", base=lambda: replay_base("DeepseekV3")),
-    "mixtral": ours("lora", base=mixtral),
+    "mixtral": ours("lora", base=mixtral, exclude="*.experts.*"),
+    "mixtral's experts": ours("lora", base=mixtral),
 }

@@ -35,7 +35,7 @@ TABLE = {
     "lora": "AAAAAR",
     "lora of GPT-2": "AAAMRR",
     "rslora": "AAAMMR",
-    "dora": "AMRRRR",
+    "dora": "AARRRR",
     "dora, exported": "AARRRR",
     "peft dora": "AMRRRR",
     "ranks": "AAARAR",
@@ -83,6 +83,7 @@ TABLE = {
     "qwen3-next by suffix": "MMAAAR",
     "deepseek": "AAMRRR",
     "mixtral": "AAAAAR",
+    "mixtral's experts": "AAARRR",
 }
 _LETTERS = {"A": "accepted", "M": "miscomputed", "R": "rejected"}
 
@@ -164,7 +165,7 @@ def test_every_rule_names_a_feature() -> None:
         ("pissa, saved", "sglang"),
         ("pissa, saved", "vllm"),
         ("pissa, saved", "peft"),
-        ("dora", "transformers"),
+        ("peft dora", "transformers"),
         ("adalora, pruned", "transformers"),
         ("vera", "transformers"),
     ],

@@ -76,6 +76,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("gemma3_text", ("lora",), {"r": 8}, {"dtype": bf16, "checkpointing": True}),
         ("lfm2", ("lora",), {"r": 8}, {"dtype": bf16}),  # convolutions and attention
         ("qwen3_moe", ("lora",), {"r": 8}, {"dtype": bf16}),  # experts in every other block
+        ("qwen3_moe", ("qlora",), {"r": 8}, {"dtype": bf16}),
     ],
 )
 def test_few_blocks_say_what_all_of_them_hold(

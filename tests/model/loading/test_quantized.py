@@ -152,7 +152,10 @@ def test_adapters_of_either_fit_the_other(tmp_path: Path, name: str) -> None:
         ({"storage": lorary.NF4(block=63)}, "storage: NF4 has block = 63; it takes a power of two from 32 to 4096"),
         ({"storage": BnbNF4()}, "storage: BnbNF4 quantises models in memory, not checkpoints that are being read"),
         ({"layers": "lm_head"}, "layers: is the string 'lm_head', not a list\n      hint: pass ['lm_head']"),
-        ({"layers": ["nope", "model.norm"]}, "model.norm: NF4(block=64, double=True, compute=None, embeddings=False)"),
+        (
+            {"layers": ["nope", "model.norm"]},
+            "model.norm: NF4(block=64, double=True, compute=None, embeddings=False, experts=True) cannot quantise this",
+        ),
         ({"layers": 5}, "'int' object is not iterable"),
         ({"kind": "AutoModel"}, "'str' object has no attribute 'from_pretrained'"),
     ],

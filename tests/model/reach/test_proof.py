@@ -195,9 +195,19 @@ def test_the_hint_leaves_out_these_layers_and_no_other() -> None:
     assert exclusions(["0", "1"], ["0", "1", "last"]) == 'exclude=["0", "1"]', "not `*`"
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """An attention with a forward of its own, which lorary does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(x, self.out_proj.weight, self.out_proj.bias)
+
+
 def test_a_scan_names_the_nearest_reader() -> None:
+    found = scan(nn.ModuleDict({"inner": OwnAttention(8, 2)})).modules
+    assert str(found["inner.out_proj"].bypass) == f"OwnAttention {NEVER}"
+    assert "inner.in_proj_weight" not in found
     found = scan(nn.TransformerEncoderLayer(8, 2, 16)).modules
-    assert str(found["self_attn.out_proj"].bypass) == f"nn.MultiheadAttention {NEVER}"
+    assert found["self_attn.out_proj"].bypass is None, "neither reads it once an adapter is there"
     assert str(found["linear1"].bypass) == f"nn.TransformerEncoderLayer {SOMETIMES}"
     assert found["self_attn"].bypass is None
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -292,20 +292,30 @@ def test_an_impossible_token_is_json(engine: Engine) -> None:
         assert b"Infinity" not in streamed
 
 
-def test_connections_that_are_too_many_are_told_so(engine: Engine) -> None:
-    with live(engine, Settings(connections=4)) as server:
+@contextmanager
+def all_connections_held(engine: Engine, most: int) -> Iterator[Live]:
+    with live(engine, Settings(connections=most)) as server:
         with ExitStack() as stack:
-            held = [stack.enter_context(closing(server.raw())) for _ in range(4)]
+            held = [stack.enter_context(closing(server.raw())) for _ in range(most)]
             held[-1].sendall(request("GET", "/health"))
             assert held[-1].recv(12) == b"HTTP/1.1 200"
-            refused, cut = server.raw(), server.raw()
-            said = answers(refused)
-            assert b"\r\nRetry-After: 5\r\n" in said
-            assert error(said) == (503, "the server has 4 connections already")
-            with suppress(ConnectionError):
-                assert answers(cut) == b""
+            yield server
         assert eventually(lambda: server.ask("GET", "/health").status == 200)  # when it has seen that they have gone
         server.alive()
+
+
+def test_a_connection_too_many_is_told_so(engine: Engine) -> None:
+    with all_connections_held(engine, 4) as server:
+        said = answers(server.raw())
+        assert b"\r\nRetry-After: 5\r\n" in said
+        assert error(said) == (503, "the server has 4 connections already")
+
+
+def test_connections_beyond_those_that_are_told_get_no_answer(engine: Engine) -> None:
+    with all_connections_held(engine, 3) as server:  # a quarter of 3 is none
+        cut = server.raw()
+        with suppress(ConnectionError):
+            assert answers(cut) == b""
 
 
 FLOODED = """

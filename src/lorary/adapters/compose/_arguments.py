@@ -15,6 +15,7 @@ from lorary.adapters.compose.updates import Term
 from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic, MethodError, did_you_mean
 from lorary.model.fingerprint import Fingerprint
+from lorary.model.vocabulary import other_meanings
 from lorary.spec.fields import is_finite
 from lorary.spec.site import Site
 
@@ -104,6 +105,8 @@ def tensor_faults(terms: Sequence[Term]) -> list[Diagnostic]:
 def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool) -> list[Diagnostic]:
     """The differences between adapters that forbid a sum: in their base, context and layers."""
     problems = [] if force else _other_bases(terms, base)
+    fix = "their tokens have different meanings: train one of them again with the tokens of the other"
+    problems += other_meanings({term.name: term.adapter.sites for term in terms}, fix)
     if base is not None and any(p.is_meta for p in base.parameters()):
         problems.append(Diagnostic("base", "is on the meta device and has no values", "load its weights first"))
     contexts = {term.adapter.method.context for term in terms}

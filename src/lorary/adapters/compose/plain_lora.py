@@ -51,6 +51,6 @@ def plain_lora(
             B, A = factors[name]
             roles = shared.setdefault(s.share or name, {"A": A, "B": B})
             tensors[name] = dict(roles)
-            site = dataclasses.replace(s.site, parts=())
+            site = s.site.whole
             added.append(dataclasses.replace(s, site=site, method=of_rank(roles["A"].shape[-2])))
     return of_rank(max(a.r for a in added)) if added else Method(**common), tuple(added), tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,6 +62,17 @@ class Update(NamedTuple):
         """The change of the weight [out, in] and of the bias [out], in fp32."""
         return (self.B @ self.A, None) if self.change is None else self.change()
 
+    def experts(self) -> list[Update]:
+        """The update of each expert, where this is one of all experts of a block."""
+        if self.change is None:
+            return [Update(self.weight, B, A) for B, A in zip(self.B, self.A, strict=True)]
+        whole = functools.cache(self.change)
+
+        def of(e: int) -> Callable[[], tuple[Tensor, Tensor | None]]:
+            return lambda: (whole()[0][e], None)
+
+        return [Update(self.weight, self.B[e], self.A[e], of(e)) for e in range(len(self.B))]
+
 
 def updates_by_site(
     terms: Sequence[Term], base: nn.Module | None, *, approximate: bool
@@ -118,7 +130,7 @@ def _why_not(term: Term, adapted: AdaptedSite, layer: BaseLayer, *, approximate:
         return [Diagnostic(name, what, _GIVE)]
     if wrong := layer_mismatches(adapted.site, layer.layer):
         return wrong
-    if adapted.delta.changes_bias and not adapted.site.bias:
+    if adapted.changes_bias and not adapted.site.bias:
         what = f"{term.name} shifts the output, and the layer has no bias to hold the shift"
         return [Diagnostic(name, what, "merge it into the base instead")]
     return []

@@ -121,7 +121,7 @@ def engine_problems(adapter: Adapter, model: nn.Module, target: Engine, base: st
     factors, problems = plain_factors(adapter, model, target.title)
     root = unwrapped_modules(model)[""]
     problems += site_problems(adapter, model, lambda site, head: target.why_not(site, head, root))
-    r = max((A.shape[0] for _, A in factors.values()), default=0)
+    r = max((A.shape[-2] for _, A in factors.values()), default=0)
     if target.largest_rank is not None and r > target.largest_rank:
         what = f"is {r}, and {target.title} takes at most {target.largest_rank}"
         problems.append(Diagnostic("rank", what, f"lower it with `lorary compress`, or {MERGE}"))
@@ -168,6 +168,8 @@ def _why_not_vllm(site: Site, head: bool, model: Any) -> str:
     if head:
         kind = model.config.model_type
         return "" if kind in _VLLM_HEADS else f"vLLM is not known to adapt the embedding or the LM head of {kind}"
+    if site.experts:
+        return f"is of {site.experts} experts, and vLLM does not read PEFT's layout of these"
     if site.kind not in ("linear", "transposed"):
         return f"is of kind {site.kind}, and vLLM adapts linear layers"
     if site.name.endswith(".kv_b_proj"):
@@ -176,6 +178,8 @@ def _why_not_vllm(site: Site, head: bool, model: Any) -> str:
 
 
 def _why_not_sglang(site: Site, head: bool, model: Any) -> str:
+    if site.experts:
+        return f"is of {site.experts} experts, and SGLang does not read PEFT's layout of these"
     leaf = site.name.rpartition(".")[2]
     return "" if leaf in _SGLANG_LAYERS else f"SGLang is known to adapt {', '.join(_SGLANG_LAYERS)}"
 

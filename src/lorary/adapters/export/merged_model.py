@@ -53,7 +53,7 @@ def merged_model(adapter: Adapter, base: BaseWeights) -> MergedModel:
     if untied:
         untie_config(model)
     added = [name for name in lacking if name in adapter.full or (untied and base.has(name))]
-    created = {f"{a.site.name}.bias": a.site for a in adapter.sites if a.delta.changes_bias and not a.site.bias}
+    created = {f"{a.site.name}.bias": a.site for a in adapter.sites if a.changes_bias and not a.site.bias}
     for site in created.values():
         empty = torch.empty(site.out_features, dtype=base.dtype(f"{site.name}.weight"), device="meta")
         model.get_submodule(site.name).bias = nn.Parameter(empty, requires_grad=False)

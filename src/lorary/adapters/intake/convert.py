@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.card import write_card
+from lorary.adapters.export.carried_files import carry_tokenizer
 from lorary.adapters.peft.export import export_peft
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, MethodError, did_you_mean
 from lorary.files.atomic import atomic_directory
 from lorary.files.findings import AdapterWarning
+from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
 
 TARGETS = ("lorary", "peft")
@@ -45,6 +47,7 @@ def convert(
     *,
     to: str = "lorary",
     model: nn.Module | None = None,
+    expert_layout: str | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Conversion:
     """Write an adapter of any tool as a folder of lorary's, or of PEFT's, and read it back.
@@ -54,17 +57,19 @@ def convert(
         folder: where to; nothing is written if the conversion is refused.
         to: `lorary`, whose folder PEFT reads too where it has the method; or `peft`, a plain LoRA or DoRA.
         model: the base, if at hand; some tools' names mean nothing without it.
+        expert_layout: see `load_adapter`; what is written has PEFT's own order.
         check: a further check of the written folder, before it takes its place.
 
     Raises:
         ConfigError: `to` is neither.
         FileError: the adapter cannot be read or written, or what was written computes something else.
     """
+    checked_path(folder, "cannot convert an adapter:")
     if to not in TARGETS:
         what = f"{to!r} is not a form that lorary converts to"
-        fix = did_you_mean(to, TARGETS) + "; other programs' forms: lorary export"
+        fix = did_you_mean(str(to), TARGETS) + "; other programs' forms: lorary export"
         raise ConfigError("cannot convert an adapter:", [Diagnostic("to", what, fix)])
-    adapter = load_adapter(source, model=model)
+    adapter = load_adapter(source, model=model, expert_layout=expert_layout)
     with atomic_directory(folder) as written:
         if to == "peft":
             export_peft(adapter, written, model=model)
@@ -80,6 +85,8 @@ def convert(
             raise FileError(f"cannot convert {os.fspath(source)}:", [Diagnostic(worst, what)])
         if check is not None:
             check(Path(written))
+        if os.path.isdir(source):
+            carry_tokenizer(Path(source).resolve(), Path(written))
         write_card(written, adapter, name=Path(folder).name)
     return Conversion(adapter, difference, len(compared))
 

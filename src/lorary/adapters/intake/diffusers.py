@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorary.adapters.adapter import Adapter
+from lorary.adapters.intake import lycoris
 from lorary.adapters.intake.diffusion import explain, model_of, refuse_other_methods, scaled_layers
 from lorary.adapters.intake.layers import Layer, Stored, complete, read_layers
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
@@ -39,6 +40,8 @@ _LEAVES = {
     ".lora_magnitude_vector.weight": "m",
     ".lora_magnitude_vector": "m",
     ".alpha": "alpha",
+    ".dora_scale": "m",
+    **lycoris.LEAVES,
 }
 _PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora(?:\.(down|up)\.weight|\.(alpha)|(?=\.))")
 _OLD = re.compile(r"_lora\.(?:down|up)\.|\.lora(?:_linear_layer)?\.(?:down|up)\.")
@@ -66,10 +69,11 @@ class Diffusers:
             if role:
                 parts.setdefault(model, {}).setdefault(path, {})[role] = name
         fitting = {m: [p for p in paths if base is None or p in base.modules] for m, paths in parts.items()}
-        part = model_of(fitting, base, findings) if parts else ""
-        grouped = dict(complete(parts.get(part, {}), _LEAVES, findings))
+        part = model_of(parts, fitting, base, findings) if parts else ""
+        plain, products = lycoris.apart(parts.get(part, {}), findings)
+        grouped = dict(complete(plain, _LEAVES, findings))
         said = _config(file.header.metadata, part, findings)
-        alphas = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
+        alphas = {roles["alpha"] for roles in (grouped | products).values() if "alpha" in roles}
         if said is not None and alphas:
             what = "is there, and so are a rank and an alpha for each layer in the metadata: one of them is stale"
             findings.fatal += [Diagnostic(named(name), what) for name in sorted(alphas)]
@@ -79,6 +83,7 @@ class Diffusers:
             if said is None
             else [_layer(path, roles, said) for path, roles in grouped.items()]
         )
+        layers += lycoris.layers(products, {path: path for path in products}, file, base, findings)
         others = {n for m, paths in parts.items() if m != part for roles in paths.values() for n in roles.values()}
         return read_layers(file, layers, base, findings, explain, known=alphas | others)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.module_paths import ModulePaths
-from lorary.adapters.peft.lora import LORA
 from lorary.adapters.peft.reader import site_of_shapes
+from lorary.adapters.peft.types import PEFT_TYPES, PeftType
 from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensors, read_tensors, site_tensors
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
@@ -169,7 +169,7 @@ class _Placed:
     def layout(self, adapted: AdaptedSite) -> Layout:
         """The names and shapes of a site's tensors in the file."""
         stored, found = self.layers[adapted.site.name][1].stored, {}
-        for role, (_, shape) in LORA.layout(adapted).items():
+        for role, (_, shape) in _peft_layout(adapted).items():
             there = stored[role]
             shape = (adapted.site.out_features,) if role == "m" else shape
             expected, written = there.view.shape(shape), self.entries[there.name].shape
@@ -179,11 +179,22 @@ class _Placed:
 
     def decode(self, adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """role -> tensor of a site."""
-        stored = self.layers[adapted.site.name][1].stored
-        return {
-            role: stored[role].view.read(tensors[stored[role].name]).reshape(adapted.shapes[role])
-            for role in LORA.layout(adapted)
-        }
+        stored, layout = self.layers[adapted.site.name][1].stored, _peft_layout(adapted)
+        here = {role: at.view.read(tensors[at.name]) for role, at in stored.items() if role in layout}
+        own = {name: here[role].reshape(shape) for role, (name, shape) in layout.items()}
+        magnitudes = {"m": here["m"].reshape(adapted.shapes["m"])} if "m" in here else {}
+        return peft_type_of_delta(adapted.method).decode(adapted, own) | magnitudes
+
+
+def peft_type_of_delta(method: Method) -> PeftType:
+    """The PEFT type with the tensors of a method's delta, whatever its join."""
+    return next(t for t in PEFT_TYPES.values() if any(delta is type(method.delta) for delta, _ in t.methods))
+
+
+def _peft_layout(adapted: AdaptedSite) -> Layout:
+    """role -> (name, shape) of a site's tensors as PEFT writes them, magnitudes included."""
+    found = peft_type_of_delta(adapted.method).layout(adapted)
+    return {"m": (f"{adapted.site.name}.m", adapted.shapes["m"])} | found if "m" in adapted.shapes else found
 
 
 def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, findings: Findings) -> _Placed:
@@ -194,7 +205,8 @@ def _placed(layers: Sequence[Layer], base: Base | None, file: TensorSource, find
             path = paths.here(paths.without_wrappers(layer.path), layer=True)
             site = _site(path, layer, base, file)
             if path in placed:
-                raise FileError("", [Diagnostic(named(layer.path), f"is there twice: {placed[path][1].path} too")])
+                what = f"is for {path}, and so is {placed[path][1].stored['A'].name}"
+                raise FileError("", [Diagnostic(named(layer.stored["A"].name), what)])
             placed[path] = site, layer
     findings.fatal += [*paths.problems, *paths.ambiguous.values()]
     findings.notes += paths.notes()
@@ -209,8 +221,9 @@ def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Sit
     """
     if isinstance(layer.method.join, MagnitudeDirection) and "m" not in layer.stored:
         raise FileError("", [Diagnostic(named(layer.path), "has no magnitudes, which DoRA needs")])
-    shapes = [layer.stored[role].view.shape(file.header.tensors[layer.stored[role].name].shape) for role in ("A", "B")]
-    if len(shapes[0]) == 3 or len(shapes[1]) == 3:
+    pair = [layer.stored[role] for role in ("A", "B") if role in layer.stored]
+    shapes = [at.view.shape(file.header.tensors[at.name].shape) for at in pair]
+    if any(len(shape) == 3 for shape in shapes):
         raise FileError("", [Diagnostic(named(path), _EXPERTS)])
     if base is None:
         if len(shapes[0]) != len(shapes[1]) or len(shapes[0]) not in (2, 4, 5):
@@ -222,7 +235,8 @@ def _site(path: str, layer: Layer, base: Base | None, file: TensorSource) -> Sit
         fix = f"it has {named(near[0])}" if near else ""
         raise FileError("", [Diagnostic(named(path), "adapts a layer that the model does not have", fix)])
     site = base.site(path)
-    if what := _EXPERTS if site.experts else LORA.why_not_adaptable(site, base.modules[path]):
+    peft_type = peft_type_of_delta(layer.method)
+    if what := _EXPERTS if site.experts else peft_type.why_not_adaptable(site, base.modules[path]):
         raise FileError("", [Diagnostic(named(path), what)])
     return site
 

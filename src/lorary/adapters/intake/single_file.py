@@ -35,7 +35,7 @@ def read_single_file(path: Path, base: Base | None, findings: Findings) -> Adapt
     Raises:
         FileError: every reason why it cannot be used.
     """
-    if path.suffix == GGUF:
+    if path.suffix.lower() == GGUF:
         findings.notes.append("read from a file of llama.cpp")
         with GGUFFile(path.parent, path.name) as gguf:
             return read_gguf(gguf, base, findings)
@@ -52,6 +52,9 @@ def _unknown(name: str, header: Header) -> Diagnostic:
     if any(keys.site_of(keys.short(tensor), LORA.leaves) for tensor in header.tensors):
         what = f"has PEFT's names, and no {NAME} is beside it: a scale and a rank for each layer are missing"
         return Diagnostic(name, what, f"put the {NAME} of its training beside it")
+    if any(tensor.endswith((".lora_a", ".lora_b")) for tensor in header.tensors):
+        what = f"has mlx-lm's names, and no {NAME} is beside it: the scale is missing"
+        return Diagnostic(name, what, f"put the {NAME} of its training beside it, and name the folder")
     first = next(iter(header.tensors), None)
     if first is None:
         return Diagnostic(name, "holds no tensors")

@@ -21,7 +21,7 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.layers import Layer, Stored, complete, group, read_layers, rows_in_order
 from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.lora import LORA
-from lorary.errors import Diagnostic
+from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import Header, TensorSource
@@ -66,10 +66,10 @@ class Torchtune:
         findings.raise_refused()
         assert base is not None
         assert config is not None
-        layers = [
-            _layer(path, roles, base, config)
-            for path, roles in complete(group(file.header.tensors, _LEAVES), _LEAVES, findings)
-        ]
+        layers = []
+        for path, roles in complete(group(file.header.tensors, _LEAVES), _LEAVES, findings):
+            with findings.gathering():
+                layers.append(_layer(path, roles, base, config))
         name = config["base_model_name_or_path"]
         return read_layers(file, layers, base, findings, base_name=name)
 
@@ -79,7 +79,11 @@ def _layer(path: str, roles: Any, base: Base, config: PeftConfig) -> Layer:
     stored = {role: Stored(name) for role, name in roles.items() if role != "m" or config["use_dora"]}
     heads = _heads(here, base.model.config)
     if heads and here in base.kinds:
-        view = rows_in_order(halves_of_pairs(base.site(here).out_features, heads))
+        rows = base.site(here).out_features
+        if rows % (2 * heads):
+            what = f"has {rows:,} rows, and the model's configuration says {heads} heads of an even width"
+            raise FileError("", [Diagnostic(here, what)])
+        view = rows_in_order(halves_of_pairs(rows, heads))
         stored |= {role: Stored(one.name, view) for role, one in stored.items() if role != "A"}
     return Layer(here, LORA.to_method(config, here), stored)
 

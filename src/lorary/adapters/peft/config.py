@@ -21,7 +21,7 @@ from lorary.files.bounded_regex import MOST_CHARACTERS, Budget, Pattern
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named, show
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.experts import ExpertLayer
+from lorary.layers.parameter_layer import ParameterLayer
 
 NAME = "adapter_config.json"
 
@@ -40,6 +40,10 @@ class PeftConfig:
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
+
+    def value_at(self, pattern: str, usual: str, name: str) -> Any:
+        """The value of a field of patterns at a site, or the usual one; without a name the usual one."""
+        return next((value for ending, value in self[pattern] if name and ending.fullmatch(name)), self[usual])
 
     def targets_module(self, path: str) -> bool:
         """Whether PEFT would adapt the module at this path, if it can adapt modules of its kind.
@@ -141,7 +145,7 @@ def target_modules(sites: list[str], model: nn.Module | None) -> list[str] | str
         # a name of one component may be the end of others
         exact = all("." in name for name in names) or len(pattern) > MOST_CHARACTERS
         return names if exact else pattern
-    modules = [path for path, m in unwrapped_modules(model).items() if not isinstance(m, ExpertLayer)]
+    modules = [path for path, m in unwrapped_modules(model).items() if not isinstance(m, ParameterLayer)]
     for entries in (sorted({name.rpartition(".")[2] for name in names}), names):
         if {m for m in modules if _names(tuple(entries), m)} == set(names):
             return entries

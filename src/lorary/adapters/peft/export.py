@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
-from lorary.adapters.low_rank_form import factors_on_base, low_rank_forms
+from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
 from lorary.adapters.peft import writer
+from lorary.adapters.peft.attention import attention_of, with_equal_ranks
 from lorary.adapters.peft.config import NAME, config_text
+from lorary.adapters.peft.factors import encode_factors
 from lorary.adapters.peft.folded import folded_form
-from lorary.adapters.peft.lora import LORA, MAGNITUDE, encode_factors, is_dora, lora_fields, with_rows_as_lora
+from lorary.adapters.peft.joins import is_dora
+from lorary.adapters.peft.lora import LORA, lora_fields, with_rows_as_lora
 from lorary.adapters.peft.reader import WEIGHTS
 from lorary.adapters.peft.replay import misread_sites
 from lorary.adapters.peft.virtual_tokens import has_virtual_tokens, virtual_token_files, virtual_token_problems
@@ -32,6 +35,7 @@ from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
+from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.interfaces import all_in_join, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import replaces_rows
@@ -100,27 +104,26 @@ def export_peft(
 
 def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None, folded: bool) -> LoraFiles:
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
-    _refuse(folder, not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared) is LORA
+    exact = exact and not (folded and any(map(replaces_rows, adapter.sites)))  # which its readers do not know
+    _refuse(folder, [] if exact else not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
     if exact:
-        scales = {adapted.site.name: adapted.scale for adapted in adapter.sites if not replaces_rows(adapted)}
+        scales = {attention_of(p.site): p.scale for p in adapter.sites if not replaces_rows(p)}
         files = LoraFiles(*writer.exact_files(adapter, model, shared, LORA), scales)
     else:
         files = _as_lora(adapter, model, folder)
     if folded:
-        what = "is of fused experts, which the readers of this form do not know"
         fix = "merge the adapter, and save the model"
-        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.experts])
-        files = LoraFiles(*folded_form(adapter, *files))
+        what = "is of nn.MultiheadAttention, which the readers of this form do not know"
+        _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.kind in PROJECTIONS])
+        files = LoraFiles(*folded_form(written, *files))
         # a name of one component in the list of targets may end other paths
-        _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
-    # Transformers' `load_adapter` passes over magnitudes without this end; PEFT reads both
-    tensors = {f"{name}.weight" if name.endswith(f".{MAGNITUDE}") else name: t for name, t in files.tensors.items()}
-    _refuse(folder, unwritable(tensors, [name for name in tensors if ".lora_" not in name]))
-    return files._replace(tensors=tensors)
+        _refuse(folder, misread_sites(without_empty_sites(written), model, LORA, files.config))
+    _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
+    return files
 
 
 def _files_without_factors(
@@ -181,20 +184,32 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         what = "no layer has a direction left, and PEFT's adapters adapt at least one layer"
         _refuse(folder, [Diagnostic("sites", what)])
     forms = low_rank_forms([a for a in adapter.sites if not is_dora(a)], adapter.tensors, model)
-    what = "its output has a gain or a shift, which PEFT's LoRA does not have"
-    problems = [Diagnostic(name, what) for name, form in forms.items() if not form.is_plain]
+    what = "its output has a gain, which PEFT's LoRA does not have"
+    problems = [Diagnostic(name, what) for name, form in forms.items() if form.gain is not None]
+    bias = any(form.shift is not None for form in forms.values())  # at all sites or at none
     if forms and len(forms) < len(adapter.sites):
         what = "some have DoRA's magnitudes and some not; PEFT's adapters have all or none"
         problems.append(Diagnostic("sites", what))
     _refuse(folder, problems)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
+    own = adapter.tensors
+    # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
+    factors = {
+        name: factors_on_base(adapted, own[name]) if is_dora(adapted) else forms[name][:2]
+        for name, adapted in ((adapted.site.name, adapted) for adapted in adapter.sites)
+    }
+    factors = with_equal_ranks(factors, adapter.sites)
     for adapted in adapter.sites:
-        name, own = adapted.site.name, adapter.tensors[adapted.site.name]
-        # DoRA's gain follows from the factors and the magnitudes, which PEFT keeps as they are
-        B, A = factors_on_base(adapted, own) if is_dora(adapted) else forms[name][:2]
-        tensors |= encode_factors(adapted.site, A, B, own.get("m"))
-        sizes[name] = (A.shape[-2], float(A.shape[-2]))
-    fields = lora_fields(adapter, sizes, root=False, dora=not forms)
+        name = adapted.site.name
+        B, A = factors[name]
+        tensors |= encode_factors(adapted.site, A, B, own[name].get("m"), _shift(forms[name]) if bias else None)
+        sizes[attention_of(adapted.site)] = (A.shape[-2], float(A.shape[-2]))
+    fields = lora_fields(adapter, sizes, root=False, dora=not forms, bias=bias)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
-    return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
+    return LoraFiles(config, writer.with_prefix(tensors, adapter, model), dict.fromkeys(sizes, 1.0))
+
+
+def _shift(form: LowRankForm) -> Tensor:
+    """[out] what a form adds to the output beside B A x."""
+    return form.B.new_zeros(form.B.shape[0]) if form.shift is None else form.shift

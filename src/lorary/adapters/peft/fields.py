@@ -89,9 +89,11 @@ def _typed(kind: type, expects: str) -> Field:
     return field({"check": lambda value: value is None or isinstance(value, kind), "expects": expects})
 
 
-def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern:
+def _names_or_pattern(value: Any, budget: Budget) -> tuple[str, ...] | Pattern | None:
     if value is None:
         raise TolerableError("is null: nothing says which modules are adapted")
+    if value == "all-linear":  # the tensors tell
+        return None
     return Pattern(value, budget) if isinstance(value, str) else _names(value)
 
 
@@ -115,9 +117,14 @@ def _plain_names(value: Any, budget: Budget) -> tuple[str, ...]:
     return names
 
 
+def token_list(value: Any) -> tuple[int, ...]:
+    """A list of token ids, in order."""
+    return _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
+
+
 def token_ids(value: Any, budget: Budget) -> tuple[int, ...]:
     """A list of token ids, each once."""
-    ids = _listed(value, lambda v: type(v) is int and 0 <= v < 2**31, "token ids, which are whole numbers from 0")
+    ids = token_list(value)
     if twice := sorted({i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else ()):
         raise ValueError(f"names token {twice[0]} twice")
     if not ids:

@@ -2,11 +2,13 @@
 
 Some programs ignore `use_rslora`, `rank_pattern` and `alpha_pattern`, or take `target_modules` for a list, and compute
 something else without a word. In the folded form every site has the largest rank, by rows and columns of zeros, and
-alpha is rank times scale; where sites differ in their scale, the difference is in B.
+alpha is rank times scale; where sites differ in their scale, the difference is in B. Each expert of a fused parameter
+has that rank too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,9 @@ from torch import Tensor
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import json_number
-from lorary.adapters.peft.lora import factor_names
+from lorary.adapters.peft.experts import paths_in_file
+from lorary.adapters.peft.factors import factor_names
+from lorary.adapters.peft.keys import BIAS
 
 
 def folded_form(
@@ -33,10 +37,20 @@ def folded_form(
     """
     s = Counter(scales.values()).most_common(1)[0][0]
     found = dict(tensors)
-    names = {a.site.name: [keys.full(n) for n in factor_names(a.site)] for a in adapter.sites if a.site.name in scales}
-    r = max(tensors[A].shape[0] for A, _ in names.values())
+    sites = [a.site for a in adapter.sites if a.site.name in scales]
+    paths = paths_in_file(sites)
+    in_file = [dataclasses.replace(site, name=paths.get(site.name, site.name)) for site in sites]
+    names = {
+        site: [keys.full(name) for name in factor_names(named)] for site, named in zip(sites, in_file, strict=True)
+    }
+    r = max(len(tensors[A]) // max(site.experts, 1) for site, (A, _) in names.items())
     for site, (A, B) in names.items():
-        found[A], found[B] = _padded(tensors[A], 0, r), _padded(_scaled(tensors[B], scales[site] / s), 1, r)
+        E = max(site.experts, 1)
+        found[A] = _padded(tensors[A].unflatten(0, (E, -1)), r).flatten(0, 1)  # expert by expert
+        B_scaled = _scaled(tensors[B], scales[site.name] / s)
+        found[B] = _padded(B_scaled.unflatten(1, (-1, E)), r).flatten(1, 2)  # rank by rank
+        if (c := keys.full(f"{site.name}.{BIAS}")) in tensors:
+            found[c] = _scaled(tensors[c], scales[site.name] / s)
     plain: dict[str, Any] = {
         "r": r,
         "lora_alpha": json_number(r * s),
@@ -50,11 +64,10 @@ def folded_form(
     return {**config, **plain, "target_modules": listed}, found, dict.fromkeys(scales, s)
 
 
-def _padded(factor: Tensor, dim: int, r: int) -> Tensor:
-    """A factor with zeros up to rank r."""
-    shape = list(factor.shape)
-    shape[dim] = r - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim) if shape[dim] else factor
+def _padded(factor: Tensor, r: int) -> Tensor:
+    """A factor [., R, ...] with zeros up to rank r."""
+    shape = [len(factor), r - factor.shape[1], *factor.shape[2:]]
+    return torch.cat([factor, factor.new_zeros(shape)], 1) if shape[1] else factor
 
 
 def _scaled(B: Tensor, ratio: float) -> Tensor:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
+from lorary.adapters.peft.factors import blocks_of_parts, factor_shapes
 from lorary.adapters.peft.fields import EXCLUDE, PROBABILITY, RANK, SHARED, Field, field, unused
-from lorary.adapters.peft.lora import blocks_of_parts, factor_shapes
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.files.strict_json import show
 from lorary.layers.kinds import embed_scale
-from lorary.methods.hira import HadamardFactors, HadamardProduct
+from lorary.methods.hira import HadamardFactors, TimesWeight
 from lorary.methods.lora import ConstantScale, Kaiming
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite
@@ -40,7 +40,7 @@ class Hira(PeftType):
     """W + W * (B A)."""
 
     name, title = "HIRA", "HiRA"
-    methods = ((HadamardFactors, HadamardProduct),)
+    methods = ((HadamardFactors, TimesWeight),)
     fields = {  # noqa: RUF012 (never written)
         **{key: entry for key, entry in SHARED.items() if key != "bias"},
         "r": field(RANK, 32),
@@ -100,7 +100,7 @@ def _is_scaled(layer: nn.Module) -> bool:
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks
 def _method(r: int, dropout: float) -> Method:
-    return Method(HadamardFactors(r), Kaiming(), ConstantScale(1.0), HadamardProduct(), dropout=dropout)
+    return Method(HadamardFactors(r), Kaiming(), ConstantScale(1.0), TimesWeight(), dropout=dropout)
 
 
 register(Hira())

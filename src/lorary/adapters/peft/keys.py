@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from lorary.adapters.peft.types import PEFT_TYPES, PeftType
 
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+BIAS = "lora_B.bias"
 PREFIX = "base_model.model."
 _OUTER = "base_model."
 
@@ -27,8 +29,13 @@ def short(name: str) -> str:
 
 
 def full(name: str) -> str:
-    """The name in a file of a short name."""
-    return (_OUTER if name in _shared() else PREFIX) + name
+    """The name in a file of a short name.
+
+    DoRA's magnitudes get the name of a module's weight: PEFT reads them with and without this end, and Transformers'
+    `load_adapter` passes over those without it.
+    """
+    end = ".weight" if name.endswith(f".{MAGNITUDE}") else ""
+    return f"{_OUTER if name in _shared() else PREFIX}{name}{end}"
 
 
 def site_of(name: str, leaves: Iterable[str]) -> str | None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake.format import Format
-from lorary.adapters.peft import keys
+from lorary.adapters.peft import attention, keys
 from lorary.adapters.peft.config import NAME, PeftConfig, read_config
-from lorary.adapters.peft.experts import from_file
+from lorary.adapters.peft.experts import experts_named, from_file, order_columns
 from lorary.adapters.peft.modules_to_save import modules_to_save
 from lorary.adapters.peft.per_expert import PerExpert
 from lorary.adapters.peft.routers import Routers
@@ -31,7 +31,6 @@ from lorary.adapters.tensor_checks import Layout, alert_if_zero, expected_tensor
 from lorary.errors import Diagnostic, FileError, nearest
 from lorary.files.findings import Findings
 from lorary.files.safe_open import read_json
-from lorary.files.strict_json import show
 from lorary.files.tensor_file import TensorFile
 from lorary.layers.adapted import base_parameters
 from lorary.model.base import Base
@@ -45,7 +44,13 @@ WEIGHTS = "adapter_model.safetensors"
 MOST_JSON = 4 * 2**20
 
 
-def read_peft(folder: Path, base: Base | None, findings: Findings, others: Iterable[Format] = ()) -> Adapter:
+def read_peft(
+    folder: Path,
+    base: Base | None,
+    findings: Findings,
+    others: Iterable[Format] = (),
+    expert_layout: str | None = None,
+) -> Adapter:
     """The adapter that PEFT saved in `folder`, or a tool that writes PEFT's configuration beside names of its own.
 
     Args:
@@ -53,6 +58,7 @@ def read_peft(folder: Path, base: Base | None, findings: Findings, others: Itera
         base: the base, if at hand.
         findings: collects the problems, and raises them.
         others: the formats of such tools.
+        expert_layout: the order of `lora_B` of fused experts, if the caller knows it.
 
     Raises:
         FileError: every reason why it cannot be used.
@@ -70,7 +76,7 @@ def read_peft(folder: Path, base: Base | None, findings: Findings, others: Itera
             if other.recognises(file.header):
                 findings.notes.append(f"read from the names of {other.title}")
                 return other.read(file, base, config, findings)
-        return _Reader(config, base, findings, file).adapter()
+        return _Reader(config, base, findings, file, expert_layout).adapter()
 
 
 def weights_name(folder: Path) -> str:
@@ -90,8 +96,10 @@ def weights_name(folder: Path) -> str:
 class _Reader:
     """The reading of one folder."""
 
-    def __init__(self, config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile) -> None:
-        self.config, self.findings, self.file = config, findings, file
+    def __init__(
+        self, config: PeftConfig, base: Base | None, findings: Findings, file: TensorFile, expert_layout: str | None
+    ) -> None:
+        self.config, self.findings, self.file, self.expert_layout = config, findings, file, expert_layout
         self.type = PEFT_TYPES[config.peft_type]
         self.base = base
         self.leaves = self.type.leaves_of(config)
@@ -100,36 +108,20 @@ class _Reader:
         findings.notes += translation.notes
         if translation.ambiguous:
             raise FileError("", translation.ambiguous.values())
-        self.names, self.inner = from_file(translation.names, self._experts()), translation.inner
+        self.attentions = attention.attentions_in(translation.names)
+        names = attention.from_file(translation.names, self.attentions)
+        self.names, self.inner = from_file(names, experts_named(config, base, findings)), translation.inner
         self.found = {short: file.header.tensors[name] for short, name in self.names.items()}
-
-    def _experts(self) -> list[Site]:
-        """The fused experts that `target_parameters` names in the base.
-
-        Raises:
-            FileError: it names some, and the base is not at hand.
-        """
-        named = [name for name in self.config.values.get("target_parameters") or () if not name.endswith(".weight")]
-        if named and self.base is None:
-            what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
-            fix = "read it onto its base: lorary.load(model, folder)"
-            raise FileError("", [Diagnostic(f"{NAME}: target_parameters", what, fix)])
-        if self.base is None:
-            return []
-        fused = [path for path, kind in self.base.kinds.items() if kind == "experts"]
-        found = [path for path in fused if self.config.targets_parameter(path)]
-        if named and not found:
-            what = f"names {', '.join(map(show, named[:3]))}: the model has no such parameter of experts that is known"
-            self.findings.fatal.append(Diagnostic(f"{NAME}: target_parameters", what))
-        return [self.base.site(path) for path in found]
 
     def adapter(self) -> Adapter:
         """The adapter, or a FileError with every reason why it cannot be used."""
-        findings = self.findings
+        findings, config = self.findings, self.config
         if self.base is not None and (other := why_other_vocabulary(self.base, self._vocabularies())):
             raise FileError("", other)
         sites = self._sites()
         single = PerExpert(self.config, self.type, self.base, self.found, findings)
+        what = "has factors of its own in this file, and factors of single experts too"
+        findings.fatal += [Diagnostic(a.site.name, what) for a in sites if a.site.name in single.sites]
         saved = modules_to_save(self.config, self.base, {a.site.name for a in sites}, self.found, findings)
         stored = all(adapted.init.store_shared for adapted in sites)
         expected, vital = expected_tensors(sites, self._layout, self.type.shared if stored else {})
@@ -141,9 +133,10 @@ class _Reader:
         findings.fatal += routers.problems()
         wanted = expected | single.expected | routers.expected | base
         values = read_tensors(self.file, self.names, wanted, findings, self._explain, vital, base)
+        order_columns([a.site for a in sites], values, config.values, self.expert_layout, findings)
         saved.check_copies(values, findings)
         findings.raise_refused()
-        findings.notes += routers.notes() + single.notes()
+        findings.notes += routers.notes() + single.notes() + attention.notes(self.attentions)
         shared = self._shared(sites, values, stored)
         tensors = site_tensors(sites, values, expected, self.type.decode, shared, findings)
         tensors, differing = rejoined(sites, tensors)
@@ -198,6 +191,8 @@ class _Reader:
             sites = list(self._sites_of_file() if self.base is None else self._sites_of_base(self.base))
             mismatches = self.type.site_mismatches(self.config, {s.name for s in sites})
             adapted = [AdaptedSite(s, self.type.to_method(self.config, self._named(s.name))) for s in sites]
+            computed = ((a.site.name, self.type.why_another_function(a)) for a in adapted)
+            self.findings.fatal += [Diagnostic(name, why) for name, why in computed if why]
             adapted += row_sites(self.config, self.base, self.found, self.findings)
         except ValueError as error:  # the patterns' budget, which the later checks would need too
             self.findings.fatal.append(Diagnostic(NAME, str(error)))
@@ -218,7 +213,8 @@ class _Reader:
             if not name or name not in in_file or not self._targeted(name):
                 continue
             found = base.site(name)
-            if isinstance(base.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            owner = name.rpartition(".")[0]
+            if owner not in self.attentions and isinstance(base.modules.get(owner), nn.MultiheadAttention):
                 what = str(Bypass("nn.MultiheadAttention", called=False))
                 self.findings.fatal.append(Diagnostic(name, what))
             elif self.config.targets_parameter(f"{name}.weight") and found.kind != "linear":
@@ -246,6 +242,8 @@ class _Reader:
 
     def _named(self, site: str) -> str:
         """The name of a site in the configuration."""
+        owner = site.rpartition(".")[0]
+        site = owner if owner in self.attentions else site
         return self.inner.get(site, site)
 
     def _sites_in_names(self) -> dict[str, None]:
@@ -272,7 +270,8 @@ class _Reader:
                 what = f"has the shape {list(A)} and its partner {list(B)}: no layer has such factors"
                 self.findings.fatal.append(Diagnostic(pair[0], what))
                 continue
-            yield site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            found = site_of_shapes(name, A, B, "embedding" in pair[0][len(name) :], self.config["fan_in_fan_out"])
+            yield attention.projection(found, self.attentions)
 
     def _no_sites(self) -> Diagnostic:
         """Why no layer is adapted at all."""

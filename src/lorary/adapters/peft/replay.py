@@ -25,8 +25,8 @@ from lorary.adapters.peft.types import PeftType
 from lorary.errors import Diagnostic
 from lorary.files.bounded_regex import Pattern
 from lorary.layers.adapted import unwrapped_modules
-from lorary.layers.experts import ExpertLayer
 from lorary.layers.kinds import kind_of
+from lorary.layers.parameter_layer import ParameterLayer
 from lorary.layers.transformers_internals import shared_conversion
 
 # The names of the experts' projections by the architecture whose conversion rules a model type shares.
@@ -135,9 +135,9 @@ def _targets(config: PeftConfig, path: str) -> bool:
 
 
 def _real_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """path -> module, without the fused parameters of experts, which `target_modules` never names."""
+    """path -> module, without the parameters that are layers, which `target_modules` never names."""
     modules = unwrapped_modules(model).items()
-    return {path: module for path, module in modules if path and not isinstance(module, ExpertLayer)}
+    return {path: module for path, module in modules if path and not isinstance(module, ParameterLayer)}
 
 
 def _sites_read(

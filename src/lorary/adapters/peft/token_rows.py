@@ -80,7 +80,7 @@ def row_sites(
             findings.fatal.append(Diagnostic("adapter_config.json: token_indices", "names no token"))
         return []
     if base is None:
-        return _sites_of_names(asked, found, LEAF if alone else BESIDE)
+        return _sites_of_names(asked, found, LEAF if alone else BESIDE, findings)
     if alone:
         paths = [path for path, kind in base.kinds.items() if kind in KINDS and _named(config, path)]
         named = dict.fromkeys(paths or _input_embedding(base), asked)
@@ -175,17 +175,26 @@ def _paths(asked: Any, base: Base, findings: Findings) -> dict[str, tuple[int, .
     return paths
 
 
-def _sites_of_names(asked: Any, found: Mapping[str, Entry], leaf: str) -> list[AdaptedSite]:
+def _sites_of_names(asked: Any, found: Mapping[str, Entry], leaf: str, findings: Findings) -> list[AdaptedSite]:
     """The sites with tensors in the file; their vocabulary is as large as the tokens need at least."""
     sites = []
     for path, entry in ((n.removesuffix(f".{leaf}"), entry) for n, entry in found.items() if n.endswith(f".{leaf}")):
         tokens = asked
         if isinstance(asked, Mapping):
-            tokens = next((value for key, value in asked.items() if path.endswith(key)), ())
+            tokens = next((value for key, value in reversed([*asked.items()]) if path.endswith(key)), None)
+        if tokens is None:
+            what = f"is there, and `trainable_token_indices` names {', '.join(map(repr, asked))}"
+            findings.fatal.append(Diagnostic(f"{path}.{leaf}", what))
+            continue
         size, width = max(tokens, default=0) + 1, entry.shape[-1] if entry.shape else 1
         if path.rpartition(".")[2] in _HEADS:
             site = Site(path, "linear", size, width, bias=False)
         else:
             site = Site(path, "embedding", width, size, bias=False)
         sites.append(AdaptedSite(site, rows_method(tokens)))
+    there = {tokens_of(a) for a in sites}
+    for key, tokens in asked.items() if isinstance(asked, Mapping) else ():
+        if there and tokens not in there:  # with the same tokens it may be tied to another layer
+            what = "is missing, and `trainable_token_indices` names tokens of its own for it"
+            findings.fatal.append(Diagnostic(f"{key}.{leaf}", what))
     return sites

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorary.adapters.module_paths import ModulePaths
@@ -72,7 +72,7 @@ def translate(
     return found
 
 
-def without_adapter_name(name: str, leaves: Iterable[str]) -> tuple[str, str]:
+def without_adapter_name(name: str, leaves: Sequence[str]) -> tuple[str, str]:
     """A short name without the adapter's name that PEFT's own modules have in it, and this name.
 
     >>> without_adapter_name("q_proj.lora_A.default.weight", ["lora_A.weight"])
@@ -82,6 +82,8 @@ def without_adapter_name(name: str, leaves: Iterable[str]) -> tuple[str, str]:
     for i, component in enumerate(components[1:-2], 1):  # PEFT's copies of tables have no adapter's name there
         if component == _SAVED:
             return ".".join([*components[:i], *components[i + 2 :]]), components[i + 1]
+    if name.endswith(tuple(f".{leaf}" for leaf in leaves)):  # a module may itself have the name `lora_A`
+        return name, ""
     for leaf in leaves:
         first, *rest = leaf.split(".")
         at = len(components) - 2 - len(rest)

@@ -101,6 +101,10 @@ class PeftType(Protocol):
             return f"is a convolution with {conv.padding_mode} padding, for which PEFT's {self.title} pads with zeros"
         return ""
 
+    def why_another_function(self, adapted: AdaptedSite) -> str:
+        """Why PEFT computes something else from the tensors of this site; empty if it does not."""
+        return ""
+
     # --- the tensors: by default one for each role ---
 
     def leaves_of(self, config: PeftConfig) -> Mapping[str, str]:

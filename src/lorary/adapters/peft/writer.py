@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
-from lorary.adapters.peft import keys
+from lorary.adapters.peft import attention, keys
 from lorary.adapters.peft.config import target_modules
 from lorary.adapters.peft.experts import to_file
-from lorary.adapters.peft.lora import is_dora
-from lorary.adapters.peft.modules_to_save import modules_and_biases
+from lorary.adapters.peft.joins import is_added, is_dora
+from lorary.adapters.peft.modules_to_save import modules_and_biases, tied_copies
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
 from lorary.adapters.peft.token_rows import row_problems
@@ -25,8 +25,10 @@ from lorary.adapters.peft.types import PeftType, peft_type_of
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import unwrapped_modules
+from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.placement import replaces_rows
 
+INSIDE = {"experts": "fused experts", **dict.fromkeys(PROJECTIONS, "nn.MultiheadAttention")}
 BASE_README = "BASE.md"  # explains how to load the base of an adapter with RoPE scaling
 _README_TEXT = """# A PEFT adapter for a base with RoPE scaling
 
@@ -45,7 +47,9 @@ model = PeftModel.from_pretrained(base, "this folder")
 """
 
 
-def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors) -> PeftType | None:
+def exact_type(
+    adapter: Adapter, model: nn.Module | None, shared: SharedTensors, *, copies: bool = True
+) -> PeftType | None:
     """The PEFT type that computes an adapter's function from exactly its tensors; None if no type does.
 
     Args:
@@ -53,9 +57,12 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors)
         model: the base, if at hand: only it tells whether a module is trained in full, and a convolution's dilation and
             padding.
         shared: the tensors that its sites share.
+        copies: whether the files may hold one trained parameter under every name that is tied to it.
     """
-    found = peft_type_of(adapter.sites)
-    if found is None or any(a.starts for a in adapter.sites) or found.peft_incompatibilities(adapter, shared):
+    found = None if not copies and tied_copies(adapter, model) else peft_type_of(adapter.sites)
+    if found is None or any(a.starts or a.site.one_adapter for a in adapter.sites):
+        return None
+    if found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -70,9 +77,10 @@ def base_incompatibilities(adapter: Adapter, model: nn.Module | None, peft_type:
     for adapted in adapter.sites:
         if what := peft_type.why_not_adaptable(adapted.site, modules.get(adapted.site.name)):
             problems.append(Diagnostic(adapted.site.name, what))
-        elif adapted.site.experts and is_dora(adapted):
-            what = "is of fused experts with DoRA's magnitudes, which PEFT does not have there"
+        elif (inside := INSIDE.get(adapted.site.kind)) and is_dora(adapted):
+            what = f"is of {inside} with DoRA's magnitudes, which PEFT does not have there"
             problems.append(Diagnostic(adapted.site.name, what))
+    problems += attention.unpaired(adapter.sites)
     *_, unsaved = modules_and_biases(adapter, model)
     shared = _shared_fields(adapter, model, peft_type)
     lacking = [
@@ -93,13 +101,13 @@ def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> l
     problems = [
         Diagnostic(
             adapted.site.name,
-            "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer without DoRA",
+            "PEFT takes its name for fused experts, and adapts it as a parameter only as a linear layer by plain LoRA",
             "merge the adapter, and save the model",
         )
         for adapted in adapter.sites
         if adapted.site.weight_name.endswith(".weight")
         and adapted.site.weight_name in by_parameter
-        and (adapted.site.kind != "linear" or is_dora(adapted))
+        and (adapted.site.kind != "linear" or not is_added(adapted))
     ]
     return problems or misread_sites(adapter, model, peft_type, fields)
 
@@ -107,7 +115,9 @@ def misread(adapter: Adapter, model: nn.Module | None, peft_type: PeftType) -> l
 def why_misread(adapter: Adapter, model: nn.Module | None) -> str:
     """Why an adapter of a PEFT type is not written as one: PEFT or Transformers would misread it; empty otherwise."""
     peft_type = peft_type_of(adapter.sites)
-    problems = misread(adapter, model, peft_type) if peft_type else []
+    if peft_type is None or any(peft_type.why_not_adaptable(adapted.site) for adapted in adapter.sites):
+        return ""
+    problems = misread(adapter, model, peft_type)
     more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
     return f"{problems[0].where}: {problems[0].what}{more}" if problems else ""
 
@@ -161,6 +171,7 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftTyp
         "layers_pattern": None,
         "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
         "modules_to_save": modules or None,
+        **({"ensure_weight_tying": True} if tied_copies(adapter, model) else {}),
         "bias": bias,
     }
 
@@ -173,15 +184,17 @@ def exact_files(
     tensors = {peft_type.shared[role]: t for role, t in shared.tensors.items()} if shared.stored else {}
     for adapted in adapter.sites:
         tensors |= peft_type.encode(adapted, adapter.tensors[adapted.site.name])
-    return config, with_prefix(tensors, adapter)
+    return config, with_prefix(tensors, adapter, model)
 
 
-def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
     """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
     sites = {adapted.site.name for adapted in adapter.sites}
     full = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
-    named = to_file(tensors, [adapted.site for adapted in adapter.sites])
-    return {keys.full(name): t for name, t in {**named, **full}.items()}
+    full |= {name: adapter.full[one].clone() for name, one in tied_copies(adapter, model).items()}
+    by_site = [adapted.site for adapted in adapter.sites]
+    named = attention.to_file({**to_file(tensors, by_site), **full}, by_site)
+    return {keys.full(name): t for name, t in named.items()}
 
 
 def rope_overrides(adapter: Adapter) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lorary.adapters import native
 from lorary.adapters.mlx import WEIGHTS as MLX_WEIGHTS
 from lorary.adapters.mlx import is_mlx
 from lorary.adapters.peft import keys
+from lorary.adapters.peft.attention import OUTSIDE, attentions_in
 from lorary.adapters.peft.config import NAME, PeftConfig
 from lorary.adapters.peft.fields import EXCLUDE, PARAMETERS, RANK, SHARED, Field, TolerableError, by_pattern, field
 from lorary.adapters.peft.reader import MOST_JSON, WEIGHTS, weights_name
@@ -122,9 +123,10 @@ class AdapterFolder:
 
     @cached_property
     def sites(self) -> dict[str, tuple[int, ...]]:
-        """The path of every module with a LoRA in the tensor file -> the shape of its A."""
+        """The path of every module with a LoRA in the tensor file -> the shape of its A; an attention is one module."""
         found = {keys.site_of(name, FACTORS): shape for name, shape in self.tensors.items()}
-        return {name: shape for name, shape in found.items() if name}
+        inside = {f"{path}{OUTSIDE}" for path in attentions_in(self.tensors)}
+        return {name: shape for name, shape in found.items() if name and name not in inside}
 
     @cached_property
     def others(self) -> list[str]:

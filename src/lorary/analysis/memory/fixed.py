@@ -73,7 +73,7 @@ def _state(optimizer: str, elements: int, itemsize: int) -> float:
 
 
 def _weights(model: nn.Module, plan: Plan, width: int | None) -> int:
-    to_quantize = {f"{name}.weight" for name in plan.quantized}
+    to_quantize = {f"{name}.weight" for name in plan.quantized} | set(plan.quantized)  # experts are parameters
     quantized = {id(stored_tensors(m)[0]): m for m in model.modules() if is_quantized(m)}.values()
     counted = {id(t) for layer in quantized for t in stored_tensors(layer)}  # `width` does not apply to them
     total = sum(map(stored_bytes, quantized))

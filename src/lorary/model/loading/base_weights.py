@@ -82,7 +82,8 @@ class BaseWeights:
             self._loaded = None
             found = values(self.model, group, {key: self.files.tensor(key) for key in group.keys})
             loaded = {name: t.to(loaded_dtype(self.model, name)) for name, t in found.items()}
-            self._loaded = group, {name: with_mean_rows(t, self._rows.get(name, 0)) for name, t in loaded.items()}
+            loaded |= {name: with_mean_rows(loaded[name], self._rows[name]) for name in loaded.keys() & self._rows}
+            self._loaded = group, loaded
             for name, tensor in self._loaded[1].items():
                 if name in self.names and tensor.is_floating_point():
                     self._samples |= dict.fromkeys(self.sharing(name), Sample.of(tensor))

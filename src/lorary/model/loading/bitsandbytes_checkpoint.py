@@ -23,7 +23,7 @@ from lorary.files.safe_open import checked_path
 from lorary.layers.bitsandbytes_state import STATE as QUANT_STATE
 from lorary.layers.bitsandbytes_state import read_state
 from lorary.layers.kinds import kind_of
-from lorary.layers.nf4 import NF4Embedding, NF4Linear
+from lorary.layers.nf4 import NF4Embedding, NF4Experts, NF4Linear
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.transformers_internals import should_convert_module
 from lorary.layers.wrappers import is_wrapper, unwrapped
@@ -166,7 +166,7 @@ def _unsavable(model: nn.Module) -> list[Diagnostic]:
         what = f"is a {type(model.get_submodule(wrapped[0])).__name__}, whose name would be in the checkpoint"
         problems.append(Diagnostic(wrapped[0], what, "unwrap it"))
     quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
-    if not any(isinstance(module, NF4Linear) for module in quantized.values()):
+    if not any(isinstance(module, NF4Linear | NF4Experts) for module in quantized.values()):
         problems.append(Diagnostic("model", "has no layer in NF4", "quantise it with lorary.quantize(model)"))
     if any(t.is_meta for t in model.parameters()):
         problems.append(Diagnostic("model", "has parameters without values, on the meta device"))
@@ -174,6 +174,10 @@ def _unsavable(model: nn.Module) -> list[Diagnostic]:
         if isinstance(module, NF4Embedding):
             what = "is a quantised embedding, which the format does not support"
             problems.append(Diagnostic(name, what, "leave it plain"))
+        elif isinstance(module, NF4Experts):
+            what = "holds quantised experts, which bitsandbytes' format of matrices does not support"
+            fix = "leave them plain with NF4(experts=False), or let load_quantized quantise the plain checkpoint"
+            problems.append(Diagnostic(name, what, fix))
         elif not isinstance(module, NF4Linear):
             problems.append(Diagnostic(name, f"is a {type(module).__name__}, quantised by another library"))
     return problems

@@ -6,6 +6,7 @@ without `trust_remote_code`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lorary.errors import Diagnostic, FileError, LoraryError
 from lorary.files.safe_open import checked_path
 from lorary.model.ambient import mode_independent
+from lorary.model.loading.dtype import dtype_of, load_dtype
 from lorary.model.loading.quiet import quiet_progress_bars, quiet_report
 from lorary.model.loading.source import ModelClass, ModelSection, check_folder, location
 
@@ -191,7 +193,7 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
     if file.is_file() and not section.tokens:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(settings, dict) and "auto_map" not in settings and _is_causal(settings):
-            settings["dtype"] = _saved_dtype(settings)
+            settings["dtype"] = dtype_of(settings)
             settings["attn_implementation"] = section.attn_implementation
             model = fast.skeleton(settings, load_dtype(section, SimpleNamespace(**settings)))
             if model is not None:
@@ -201,18 +203,21 @@ def fast_skeleton(section: ModelSection) -> nn.Module:
     return cast("nn.Module", empty_model(section, own_class(load_config(section))))
 
 
+def saved_dtype(section: ModelSection) -> torch.dtype:
+    """The precision in which the weights are saved; a folder's without importing Transformers.
+
+    Raises:
+        FileError: the model does not exist, or contains code.
+    """
+    check_folder(section)
+    file = Path(location(section)) / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else load_config(section).to_dict()
+    return dtype_of(settings)
+
+
 def _is_causal(settings: dict[str, Any]) -> bool:
     """Whether a `config.json` names a causal language model, or no class."""
     return all(str(name).endswith("ForCausalLM") for name in settings.get("architectures") or ())
-
-
-def _saved_dtype(settings: dict[str, Any]) -> torch.dtype:
-    """The precision of the weights according to `config.json`."""
-    import torch
-
-    name = settings.get("dtype") or settings.get("torch_dtype")
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def skeleton(section: ModelSection, model_class: ModelClass | None = None) -> PreTrainedModel:
@@ -240,7 +245,7 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
 
     from lorary.model.vocabulary import resized_for
 
-    config, cls = model_class.config, model_class.cls
+    config, cls = copy.deepcopy(model_class.config), model_class.cls  # new tokens change its vocabulary
     dtype, before = load_dtype(section, config), torch.get_default_dtype()
     model: PreTrainedModel
     try:
@@ -268,30 +273,6 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     check_folder(section)
     config: PretrainedConfig = _load(AutoConfig.from_pretrained, section, "model")
     return config
-
-
-def load_dtype(section: ModelSection, config: PretrainedConfig | SimpleNamespace) -> torch.dtype:
-    """The precision of the frozen weights. `auto`: as saved, but float32 on a CPU without 16-bit arithmetic.
-
-    There a product in 16 bits takes several times as long.
-    """
-    import torch
-
-    if section.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, section.dtype)
-        return chosen
-    saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or _cpu_is_quick(saved)
-    return saved if accelerated else torch.float32
-
-
-def _cpu_is_quick(dtype: torch.dtype) -> bool:
-    flags = Path("/proc/cpuinfo")
-    suffix = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype))
-    try:
-        return suffix is not None and any(f"{unit}_{suffix}" in flags.read_text() for unit in ("avx512", "amx"))
-    except OSError:
-        return False
 
 
 # raised by Transformers and its quantisers for unreadable files

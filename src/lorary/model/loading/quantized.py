@@ -35,6 +35,7 @@ from lorary.layers.transformers_internals import (
     unmark_initialized,
     weight_conversions,
 )
+from lorary.layers.wrappers import set_submodule, submodule
 from lorary.model.fingerprint import Fingerprint, Sample
 from lorary.model.loading.bitsandbytes_checkpoint import KEYS, base_of, compute_of, quantized_layer
 from lorary.model.quantize import quantizable_layers
@@ -121,7 +122,7 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.storage: Any = quantization_config.storage
         self.layers = quantization_config.layers
-        self.names: set[str] = set()  # of the parameters to quantise
+        self.paths: dict[str, str] = {}  # parameter to quantise -> path of its layer
         self.samples: dict[str, Sample] = {}  # of the plain parameters, for the fingerprint
         self.replaced: list[nn.Module] = []
         self.problems: list[Diagnostic] = []
@@ -130,16 +131,18 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             return
         tied = model.all_tied_weights_keys
-        names = quantizable_layers(scan(model), self.storage) if self.layers is None else self.layers
-        modules = dict(model.named_modules())
-        wrong = [name for name in names if name not in modules or not self.storage.quantizes(modules[name])]
+        scanned = scan(model)
+        names = quantizable_layers(scanned, self.storage) if self.layers is None else self.layers
+        found = {path: m for m in scanned.modules.values() for path in m.paths}
+        wrong = [name for name in names if name not in found or not self.storage.quantizes(found[name].module)]
         if wrong:
             what = f"{self.storage} cannot quantise this layer of a {type(model).__name__}, or there is none"
             raise FileError("cannot quantise these layers:", [Diagnostic(str(name), what) for name in wrong])
-        self.names = {f"{name}.weight" for name in names} - {*tied, *tied.values()}
+        weights = {name if found[name].kind == "experts" else f"{name}.weight": name for name in names}
+        self.paths = {weight: path for weight, path in weights.items() if weight not in {*tied, *tied.values()}}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        return param_name in self.names
+        return param_name in self.paths
 
     @property
     def quantized_element_size(self) -> float:
@@ -153,21 +156,19 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def quantize(self, model: PreTrainedModel, name: str, W: Tensor) -> bool:
         """Replace the plain layer of a weight that has just been read; False if its shape is wrong."""
-        layer: Any = model.get_submodule(name.rpartition(".")[0])
-        if name not in self.names or W.shape != layer.weight.shape:
-            self.names.discard(name)  # the loader then compares the shapes and reports it
+        layer: Any = submodule(model, self.paths[name]) if name in self.paths else None
+        if layer is None or W.shape != layer.weight.shape:
+            self.paths.pop(name, None)  # the loader then compares the shapes and reports it
             return False
         empty, layer.weight = layer.weight, nn.Parameter(W, requires_grad=False)
-        self._quantize(model, name)
+        self._quantize(model, name, layer)
         layer.weight = empty
         return True
 
-    def _quantize(self, model: PreTrainedModel, name: str) -> None:
-        path = name.rpartition(".")[0]
-        layer: Any = model.get_submodule(path)
+    def _quantize(self, model: PreTrainedModel, name: str, layer: Any) -> None:
         self.samples[name] = Sample.of(layer.weight)
         try:
-            self._replace(model, path, self.storage.quantize(layer))
+            self._replace(model, self.paths[name], self.storage.quantize(layer))
         except ValueError as error:
             self.problems.append(Diagnostic(name, str(error), "repair the base, or leave the layer out"))
 
@@ -184,12 +185,12 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
     def _replace(self, model: PreTrainedModel, path: str, layer: Any) -> None:
         mark_initialized(layer)
         not_saved_buffers_of(layer).clear()  # for now: the loader replaces such buffers by empty ones
-        model.set_submodule(path, layer)
+        set_submodule(model, path, layer)
         self.replaced.append(layer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in sorted(self.names - self.samples.keys()):  # split from a fused tensor
-            self._quantize(model, name)
+        for name in sorted(self.paths.keys() - self.samples.keys()):  # split from a fused tensor
+            self._quantize(model, name, submodule(model, self.paths[name]))
         for layer in self.replaced:
             not_saved_buffers_of(layer).update(buffers_of(layer))
             unmark_initialized(layer)
@@ -208,8 +209,9 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         if conversions is not None:  # Transformers 5.24 has removed them with the configuration
             set_weight_conversions(model, [kept for kept in conversions if not _deserializes(kept)])
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                forget_quantizer(module.config)
+            if isinstance(config := vars(module).get("config"), PretrainedConfig):  # experts modules have copies
+                vars(config).pop("quantization_config", None)
+                forget_quantizer(config)
 
     def is_serializable(self) -> bool:
         return False

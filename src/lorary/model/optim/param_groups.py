@@ -46,7 +46,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
             role,
             layer.method.rate(role),
             role in adaptation(layer.method).delta.decayed_vectors,
-            parameter.dim() - bool(layer.site.experts),
+            parameter.dim() - bool(layer.site.adapters),
         )
         for layer in adapted_layers(model).values()
         for role, parameter in layer.params.items()

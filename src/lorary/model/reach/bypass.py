@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorary.kernels.torch_internals import children_of
+from lorary.layers.multihead_attention import never_reads
 from lorary.model.reach.source import Line, accesses
 
 
@@ -44,7 +45,7 @@ def bypasses(modules: Iterable[nn.Module]) -> dict[nn.Module, Bypass]:
         called |= {child for path in found.calls if (child := _child(module, path)) is not None}
         for read in found.reads:
             child = _child(module, read.path)
-            if child is not None and read.possible(module):
+            if child is not None and read.possible(module) and not never_reads(module, read.path):
                 readers.setdefault(child, {})[read.path] = _name(type(module))
                 lines.setdefault(child, set()).add(read.line)
     return {

@@ -37,6 +37,7 @@ from lorary.serve.forms._overrides import foreign_rows, trained_values
 from lorary.serve.forms._summary import kind_of_form, notes_of
 from lorary.serve.forms.rotary import scaled_rotary
 from lorary.serve.forms.serving_form import ServingForm, SiteForm
+from lorary.spec.attention_projections import PROJECTIONS
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.presets import presets_of
@@ -110,8 +111,10 @@ class _Forming:
         self.problems += problems
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
-            if adapted.site.experts:
+            if adapted.site.experts or adapted.site.kind in PROJECTIONS:
                 what = f"holds the matrices of {adapted.site.experts} experts, and requests share none of them"
+                if not adapted.site.experts:
+                    what = "is a projection of nn.MultiheadAttention, and requests share none of them"
                 self.problems.append(Diagnostic(adapted.site.name, what, "merge the adapter, and serve the model"))
                 continue
             self._form_site(adapted, self.modules[adapted.site.name])

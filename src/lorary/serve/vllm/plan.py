@@ -26,7 +26,8 @@ from lorary.adapters.resolve import base_class
 from lorary.adapters.save_load import load_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, LoraryError, deduplicated
 from lorary.files.strict_json import show
-from lorary.model.loading.from_pretrained import load_config, load_dtype, skeleton
+from lorary.model.loading.dtype import load_dtype
+from lorary.model.loading.from_pretrained import load_config, skeleton
 from lorary.model.loading.source import ModelSection, location
 from lorary.serve.address import local_url
 

@@ -12,7 +12,8 @@ import torch
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.layers.rope import max_context, rope_parameters
-from lorary.model.loading.from_pretrained import load_config, load_dtype, load_tokenizer, skeleton
+from lorary.model.loading.dtype import load_dtype
+from lorary.model.loading.from_pretrained import load_config, load_tokenizer, skeleton
 from lorary.model.loading.model_class import check_task
 from lorary.model.plan import Plan
 from lorary.train.config.config import Config
@@ -211,7 +212,7 @@ def _facts(config: Config, model: Any, planned: Plan, data: Data, train: Tokens,
         scalable=rope_parameters(text) is not None,
         dtype=_name(saved),
         computes=_name(load_dtype(config.model, load_config(config.model))),
-        per_rank=sum(max(s.site.experts, 1) * (s.site.out_features + s.site.in_features) for s in planned.sites),
+        per_rank=sum(max(s.site.adapters, 1) * (s.site.out_features + s.site.in_features) for s in planned.sites),
         weights=sum(s.site.numbers for s in planned.sites),
         rows=len(ids),
         unique=len(set(ids)) + train.copies,

@@ -21,7 +21,7 @@ LEFT_OUT = ("keep_best", "early_stopping_patience")
 """Fields of `training` that a comparison leaves out: all methods take the same steps, and are judged after the last."""
 HEADLINE = "cannot compare:"
 _WHERE = ("targets", "exclude", "layers")  # of the common method: the layers of every arm that says no targets
-_OF_ONE = ("train_in_full", "head", "ranks", "alphas", "also", "after", "drop")  # method alone
+_OF_ONE = ("train_in_full", "head", "ranks", "alphas", "experts", "also", "after", "drop")  # method alone
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ HINTS = {  # key that cannot be translated -> what to write
     "lora_query": "write method.targets: [q_proj, v_proj]",
     "layers_pattern": "name the stack in method.layers, as in {model.layers: 0-3}",
     "fan_in_fan_out": f"{_NOT_NEEDED}the layer's kind is read from the model",
-    "lora_bias": "adapters have no bias of their own",
+    "lora_bias": "write method.options: {lora_bias: true}",
     "target_parameters": "fused experts' weights are not adapted",
     "trainable_token_indices": "write method.also: [{name: rows, targets: vocabulary, options: {tokens: [17]}}]",
     "layer_replication": "the base keeps its layers",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lorary.errors import Diagnostic, PlanError
 
-_FIELDS = ("targets", "exclude", "layers", "ranks", "alphas")
+_FIELDS = ("targets", "exclude", "layers", "ranks", "alphas", "experts")
 _EXCLUDE = re.compile(r"exclude=\[(.*?)\]")
 
 

@@ -23,6 +23,7 @@ from lorary.methods.lora_drop import probe_note
 from lorary.model.loading.source import Section
 from lorary.model.planning import plan
 from lorary.spec.method import Method
+from lorary.spec.per_expert import EACH
 from lorary.spec.presets import resolve_presets
 from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPattern, Size, SomeNames, Task
 from lorary.train.config._paths import absolute
@@ -82,6 +83,9 @@ class MethodSection(Section):
         default={}, description='ranks by name, glob or re:REGEX, such as {"*.down_proj": 4}'
     )
     alphas: dict[PathPattern, Alpha] = Field(default={}, description="alphas, likewise")
+    experts: Literal["each", "shared"] | None = Field(
+        default=None, description="an adapter for each expert of a block, or one shared by all; empty: each"
+    )
     options: dict[str, Any] = Field(default={}, description="presets' parameters, such as {ratio: 16} for lora+")
     also: tuple[AlsoSection, ...] = Field(
         default=(), description="further methods for other layers, such as [{name: vera, targets: mlp}]"
@@ -121,6 +125,7 @@ class MethodSection(Section):
         """
         past = load_previous_tasks(self.after) if past is None else past
         options: dict[str, Any] = {"ranks": self.ranks, "alphas": self.alphas, "exclude": self.exclude}
+        options |= {"experts": self.experts or EACH}
         options |= {"layers": self.layers, "full": (*self.train_in_full, *new), "head": self.head}
         several = {self.targets or (): self.build()} | {part.targets: part.build() for part in self.also}
         if tokens:

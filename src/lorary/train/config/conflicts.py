@@ -205,7 +205,7 @@ def _unreadable_rows(c: Config, methods: Iterable[Method]) -> Iterator[Diagnosti
 def _beside_an_adapter(c: Config) -> Iterator[Diagnostic]:
     """Sections that choose layers, which an adapter to go on from has chosen already."""
     fix = "leave it out: training goes on with the adapter's own"
-    for key in ("exclude", "ranks", "alphas", "also"):
+    for key in ("exclude", "ranks", "alphas", "experts", "also"):
         if getattr(c.method, key):
             yield Diagnostic(f"method.{key}", "has no effect beside `model.adapter`, which has its layers", fix)
     if c.method.options and "name" not in c.method.model_fields_set:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +14,8 @@ from lorary.analysis.memory.gpu_fit import GpuRequirement, gpu_requirement
 from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.analysis.memory.workload import Workload
-from lorary.model.loading.from_pretrained import load_config, load_dtype
+from lorary.model.loading.dtype import load_dtype
+from lorary.model.loading.from_pretrained import saved_dtype
 from lorary.model.plan import Plan
 from lorary.model.reach.inputs import model_inputs
 from lorary.train.config.config import Config
@@ -85,9 +87,8 @@ def dtype_notes(config: Config, advice: str = "") -> list[str]:
         config: of the run.
         advice: at its end; `{}` is the precision.
     """
-    model_config = load_config(config.model)  # a loaded model's has the precision in which it computes
-    saved, chosen = model_config.dtype, load_dtype(config.model, model_config)
-    if config.model.dtype != "auto" or saved == chosen or not isinstance(saved, torch.dtype):
+    saved = saved_dtype(config.model)  # a loaded model's configuration has the precision in which it computes
+    if config.model.dtype != "auto" or saved == load_dtype(config.model, SimpleNamespace(dtype=saved)):
         return []
     name = str(saved).removeprefix("torch.")
     note = f"the weights are saved in {name} and compute in float32: this CPU has no {name} arithmetic"

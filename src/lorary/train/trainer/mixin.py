@@ -41,6 +41,7 @@ from lorary.train.trainer import checkpoint, distributed, resume, rng, same_run,
 from lorary.train.trainer.callback import refuse_scaled_gradients
 from lorary.train.trainer.events import Events, stopped_early, why_over
 from lorary.train.trainer.failure_messages import with_failure_help
+from lorary.train.trainer.idle_experts import IdleExperts
 from lorary.train.trainer.nan_guard import NanGuard
 from lorary.train.trainer.optimizers import refuse_own_groups
 from lorary.train.trainer.quantized_base import hide_quantization
@@ -101,6 +102,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         self.rules: Any = None
         self.stop_signal = StopSignal()
         self.guard = NanGuard(lambda: self.stop_signal.received)
+        self.idle_experts = IdleExperts(model)
         self.fingerprint = lorary.Fingerprint.of(model)  # before any rank holds only a shard of it
         self.row_digests = same_run.RowDigests()
         self.save_total_limit: int | None = args.save_total_limit
@@ -158,6 +160,7 @@ class AdapterTraining(_Trainer):  # type: ignore[misc]  # Transformers has no ty
         if self.accelerator.sync_gradients:
             scaled = self.accelerator.scaler is not None
             self.guard.check(self.model, self.state.global_step + 1, self._describe_rows, scaled)
+            self.idle_experts.log(self)
             self.rules.after_backward()
         return loss
 
