@@ -289,7 +289,7 @@ def served_is_forward(case: Case) -> None:
             serving_form(adapter, base)
         return
     join = case.method.join
-    if join and (join.why_not_merged or (case.packed and any("l_ff" in p.shapes for p in case.plan.sites))):
+    if join and (join.why_not_merged or (case.packed and another_weight(case))):
         with pytest.raises(MethodError, match=re.escape(join.why_not_merged or "and the base's weight is quantised")):
             serving_form(adapter, base)
         return

@@ -21,6 +21,8 @@ TABLE: dict[str, dict[str, str]] = {
     "longlora": LORA,
     "melora": LORA,
     "o-lora": LORA,
+    "hira": LORA,
+    "miss": {"D": "some"},
     "lora-fa": {"A": "none", "B": "some"},
     "dora": LORA | {"m": "some"},
     "delta-lora": LORA | {"A_K": "none", "B_K": "none", "lam": "none"},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorary
+from lorary import builtin
 from lorary.layers.adapted import adapted_layers
 from lorary.methods.miss import shard_sums
 
@@ -179,6 +180,28 @@ def test_dropout_acts_before_the_sums() -> None:
     torch.manual_seed(5)
     dropped = torch.nn.functional.dropout(x, 0.5)
     exactly(y, layer.base(x) + dropped @ expanded(layer.params["D"], 40).T)
+
+
+def first_step(name: str, r: int) -> float:
+    """How far the first step of AdamW moves the logits of the built-in base."""
+    torch.manual_seed(0)
+    model, ids = builtin.load_model(), torch.arange(64).reshape(1, 64)
+    with torch.no_grad():
+        before = model(ids).logits
+    lorary.attach(model, lorary.plan(model, lorary.method(name, r=r)))
+    optimizer = torch.optim.AdamW(lorary.param_groups(model, lr=1e-5))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        return (model(ids).logits - before).norm().item()
+
+
+def test_why_the_learning_rates_differ() -> None:
+    """At one learning rate MiSS moves the output further than LoRA, and HiRA less far: 2e-5, 2e-4 and 1e-3."""
+    assert first_step("miss", 64) > 4 * first_step("lora", 64)
+    assert first_step("hira", 32) < first_step("lora", 16) / 4
+    rates = [lorary.presets()[name].lr for name in ("miss", "lora", "hira")]
+    assert rates == sorted(rates) == [2e-5, 2e-4, 1e-3]
 
 
 def test_its_names() -> None:

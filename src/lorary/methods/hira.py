@@ -3,9 +3,9 @@
 LoRA's two factors scale the elements of the weight instead of being added to it. The update W * (B A) has a rank of up
 to rank(W) r, with the parameters of LoRA. There is no alpha. An element of W that is zero stays zero.
 
-Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025,
-openreview:TwJrTz9cRS, equation 6 (their A [out, r] is our B, their B our A). Rank 32, the learning rate 1e-3 and the
-start are the paper's (sections 4.3 and 5.1; its table 7 has 1e-4 and 2e-4) and those of the authors' command.
+Huang et al. 2025, ICLR, openreview:TwJrTz9cRS, equation 6 (their A [out, r] is our B, their B our A). Rank 32, the
+learning rate 1e-3 and the start are the paper's (sections 4.3 and 5.1; its table 7 has 1e-4 and 2e-4) and those of the
+authors' command.
 
 It is GLoRA's term A alone, with another start. No matrix of W's size is kept for backward: W * (B A) is computed again
 there, of a quantised weight from its codes.
