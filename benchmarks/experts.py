@@ -4,7 +4,7 @@
 
 A model in the shape of Qwen3-MoE (64 experts, 8 of them for each token) with r = 16 on every expert matrix. The step is
 forward and backward, with a gradient for the embedded tokens in every case, so that the base's backward is there too.
-"base" is that model frozen. "unfused" has the same weights as one nn.Linear for each projection of each expert, in a
+"base" is that model frozen, in fp32. "NF4" has its weights in 4 bits. "unfused" has the same weights as one nn.Linear for each projection of each expert, in a
 loop over the experts, with lorary's LoRA on each. The cases take turns; the figures are medians.
 """
 
@@ -29,6 +29,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import lorary
 from cases import MiB, machine, new_table
 from lorary.analysis.memory.live_bytes import kept_for_backward
+from lorary.model.scan import numbers_and_bytes
 
 EXPERTS, TOP, RANK = 64, 8, 16
 
@@ -79,8 +80,8 @@ def base(hidden: int) -> Any:
     return Qwen3MoeForCausalLM(config).requires_grad_(False).train()
 
 
-def by_lorary(model: Any, targets: list[str]) -> Any:
-    method = lorary.method("lora", r=RANK, alpha=RANK)
+def by_lorary(model: Any, targets: list[str], *presets: str) -> Any:
+    method = lorary.method("lora", *presets, r=RANK, alpha=RANK)
     return lorary.attach(model, lorary.plan(model, method, targets=targets))
 
 
@@ -101,6 +102,7 @@ def unfused(model: Any) -> Any:
 CASES: dict[str, Callable[[Any], Any]] = {
     "base": lambda model: model,
     "lorary": lambda model: by_lorary(model, ["experts.gate_up_proj", "experts.down_proj"]),
+    "lorary, NF4": lambda model: by_lorary(model, ["experts.gate_up_proj", "experts.down_proj"], "qlora"),
     "PEFT": by_peft,
     "unfused": unfused,
 }
@@ -133,18 +135,24 @@ def measure(hidden: int, tokens: int, rounds: int) -> dict[str, dict[str, float]
         kept = kept_for_backward(partial(logits, model, embedded), beyond=known)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found[name] = {"seconds": statistics.median(times[name]), "kept_bytes": kept, "trained": trained}
+        found[name]["weights_bytes"] = numbers_and_bytes(model.modules(), frozen(model))[1]
     return found
+
+
+def frozen(model: Any) -> list[Tensor]:
+    """The base's parameters."""
+    return [p for p in model.parameters() if not p.requires_grad]
 
 
 def table(found: dict[str, dict[str, float]], hidden: int, tokens: int) -> Table:
     made = new_table(
         f"{EXPERTS} experts, top {TOP}, hidden {hidden}, {tokens} tokens, r={RANK}, fp32, 1 thread",
-        *("step, ms", "over the base", "kept for backward, MiB", "trained"),
+        *("step, ms", "over the base", "kept for backward, MiB", "weights, MiB", "trained"),
     )
     for name, figures in found.items():
         ratio = figures["seconds"] / found["base"]["seconds"]
         cells = f"{figures['seconds'] * 1e3:.0f}", f"{ratio:.2f}", f"{figures['kept_bytes'] / MiB:.0f}"
-        made.add_row(name, *cells, f"{figures['trained']:,}")
+        made.add_row(name, *cells, f"{figures['weights_bytes'] / MiB:.0f}", f"{figures['trained']:,}")
     return made
 
 

@@ -76,9 +76,17 @@ def lanes(placed: AdaptedSite) -> list[list[Piece]]:
 
     Those that are given have a lane of their own beneath the others.
     """
-    delta = placed.delta
-    factors = set(delta.shapes(placed.site)) - delta.join_roles
+    delta, shapes = placed.delta, placed.delta.shapes(placed.site)
+    if delta.chains:
+        chains = [[role for role in product if role in shapes] for product in delta.chains]
+        return [[_matrix(placed, role, shapes[role]) for role in chain] for chain in chains]
+    factors = set(shapes) - delta.join_roles
     return [_lane(placed, roles) for roles in (factors - delta.fixed_roles, factors & delta.fixed_roles) if roles]
+
+
+def _matrix(placed: AdaptedSite, role: str, shape: tuple[int, ...]) -> Piece:
+    """A factor of a product of its own."""
+    return Piece(role, shape, shape[1], shape[0], state(placed, role))
 
 
 def _lane(placed: AdaptedSite, roles: set[str]) -> list[Piece]:
@@ -92,6 +100,8 @@ def _lane(placed: AdaptedSite, roles: set[str]) -> list[Piece]:
     A = A[(A != 0).any(1)]
     width = A.shape[0]
     blocks = len(torch.unique(A != 0, dim=0))
+    if not any(len(shape) == 2 and shape[0] == width and shape[1] * blocks == A.shape[1] for shape in shapes.values()):
+        blocks = 1  # no tensor of its own consists of them
     copies = 1 if blocks > 1 else max(width // delta.r, 1)
     inner = width // copies
     found = []
@@ -219,9 +229,11 @@ class _Picture(_Canvas):
         self.method, self.site = method, site
         self.placed = AdaptedSite(site, method) if method.delta is not None else None
         self.alone = self.placed is not None and not self.placed.join.adds_delta  # a join without an update
+        # HiRA has factors, and its join takes all of them
+        self.updates = self.placed is not None and not self.alone and bool(lanes(self.placed))
 
     def svg(self, title: str) -> str:
-        end = self._update(self.placed) if self.placed and not self.alone else _START + 250.0
+        end = self._update(self.placed) if self.placed and self.updates else _START + 250.0
         moved = self.method.init is not None and self.method.init.residual_init
         self.vector(34, "x", self.site.in_features)
         middle = (_START + end) / 2
@@ -255,7 +267,7 @@ class _Picture(_Canvas):
             for end, y in ends:
                 below = [(x + 50, y), (x + 50, _LANE + 15)]
                 self.arrow((end + 2, y), *([(x + 35, y)] if y == _LANE else below))
-            self.node(x + 50, _LANE, "+")
+            self.node(x + 50, _LANE, placed.delta.chains_meet)
             x += 64
         self.arrow((x + 2, _LANE), (x + 37, _LANE))
         self.node(x + 52, _LANE, "\N{MULTIPLICATION SIGN}s")
@@ -269,6 +281,10 @@ class _Picture(_Canvas):
         x = _START
         self.arrow((x - 18, _TOP), (x - 18, y), (x + 21, y))
         x += 22
+        if lane[0].left != self.site.in_features:  # no tensor leads from the input: MiSS sums it
+            self.node(x + 13, y, "\N{GREEK CAPITAL LETTER SIGMA}")
+            self.arrow((x + 28, y), (x + 61, y))
+            x += 62
         for i, piece in enumerate(lane):
             if i:
                 self.arrow((x + 2, y), (x + 35, y))
@@ -286,11 +302,12 @@ class _Picture(_Canvas):
     def _ending(self, end: float, start: float) -> float:
         """From where base and update meet to y; where that is."""
         x = start
-        if self.placed and not self.alone:
+        if self.updates:
             x = end + 14
             self.arrow((start + 2, _TOP), (end - 15, _TOP))
             self.arrow((end - 30, _LANE), (end, _LANE), (end, _TOP + 15))
             self.node(end, _TOP, "+")
+        if self.placed and not self.alone:
             x = self._join(x, self.placed)
         if self.site.bias:
             self.arrow((x + 2, _TOP), (x + 29, _TOP))

@@ -108,6 +108,19 @@ def test_what_is_given_has_a_lane_of_its_own() -> None:
     )
 
 
+def test_several_products_have_a_lane_each() -> None:
+    def way(*names: str, **options: int) -> list[list[tuple[str, int, int]]]:
+        return [
+            [(p.role, p.left, p.right) for p in lane]
+            for lane in lanes(AdaptedSite(EXAMPLE, lorary.method(*names, **options)))
+        ]
+
+    assert way("loha", r=4) == [[("A1", 1024, 4), ("B1", 4, 2048)], [("A2", 1024, 4), ("B2", 4, 2048)]]
+    assert way("lokr", r=4) == [[("C", 32, 32)], [("Da", 32, 4), ("Db", 4, 64)]]
+    assert way("lokr", r=4, factor=4, decompose_both=True)[0] == [("C", 4, 4)]
+    assert "\N{CIRCLED TIMES}" in words(method_svg(lorary.method("lokr"), ""))
+
+
 def test_the_join_the_scale_and_the_rates_are_said() -> None:
     said = words(method_svg(lorary.method("dora", "pissa", "rslora", "lora+", r=16, alpha=32, ratio=4), ""))
     for expected in ("MagnitudeDirection", "m [2048]", "s = 8", "learns 4 times faster", "W \N{MINUS SIGN} s B0 A0"):

@@ -186,7 +186,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ("lora", True, "r: is True"),
     ("vera", 6, "delta: SharedProjectionDelta has no other rank"),
     ("glora", 6, "delta: GLoRADelta has no other rank"),
-    ("loha", 6, "delta: HadamardProduct has no other rank"),
+    ("loha", 6, "delta: LowRankHadamard has no other rank"),
     ("lokr", 6, "delta: KroneckerProduct has no other rank"),
     ("multilora", 2, "delta: ParallelLowRank is more than one product"),
     ("delta-lora", 2, "delta: DeltaLoRADelta is more than one product"),

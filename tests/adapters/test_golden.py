@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from lorary.spec.site import Part
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
+    "alora-0.6.0/adapter_config.json": "578728efc0521e1f864971daf3abf9bff8fbc7f6cde25f7afae98f6782030580",
+    "alora-0.6.0/adapter_model.safetensors": "7dbccd81640be9a5d0be0db98542aa3f1bdca794b8af76ead0da7d96205a2070",
+    "alora-0.6.0/lorary.json": "a7c5b53b20a2f1ca4d701bf10cdcb47ccf05203ab3b2353d236b7587db57f3e8",
     "lora-bias-0.6.0/adapter_config.json": "2d1b74120e4501f8593e057a87a261b5e488c9c898515def15cf297654c050c8",
     "lora-bias-0.6.0/adapter_model.safetensors": "94f67aa60101c73c42ab8bba4e72de031d4745ec61c204ce65f1a5984ce30dc2",
     "lora-bias-0.6.0/lorary.json": "c3cb00436e7be70a5210b33d8ee0b81e996c8bc860479c42cf6e922672a83a35",
@@ -48,12 +52,12 @@ FILES = {
     "miss-own-0.6.0/lorary.json": "f7633f1d801ec3c65580a28e2bb2cdec7f4b5b4c664347027f7ee24b9262f515",
     "loha-0.6.0/adapter_config.json": "8130986ba236b43812c82a65561a20a29f2da3009e2d50dea3108bf9643957f0",
     "loha-0.6.0/adapter_model.safetensors": "e1668cad4716cc4ff48d9c463c7a9ddc907a9622e384df654e8c41308340dbb3",
-    "loha-0.6.0/lorary.json": "e94ae98805656e5b8788e547470dd8f8a018e1802f1327f3aad81ca8dd6fc748",
+    "loha-0.6.0/lorary.json": "89fb3689fd0f19c01e15f95fc6e988267c1aed65dc4d2f88f33d176f07d797c6",
     "lokr-0.6.0/adapter_config.json": "1afb2abfd1f1546f4757cddaf53005403a620b3e0a5291151cfb60c9929c117d",
     "lokr-0.6.0/adapter_model.safetensors": "7d49010a3dc0cf4191dc4759e4f35ef80f41e5357b35fe929ce7cb408267bf52",
     "lokr-0.6.0/lorary.json": "1acbc08b343b8db8faf05b6fea2d7e7a52d833a66e968db886458761bb2daaf0",
     "loftq-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
-    "loftq-0.6.0/lorary.json": "c9142c8c72bc5f160f4885a86eba9912e39a44981ba820fb162dd2c5fff54f2c",
+    "loftq-0.6.0/lorary.json": "12cc538889d4d561ff905e85a611ba3007715bd134ed611462992b0fa24f9e3a",
     "lora-ga-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
     "lora-ga-0.6.0/lorary.json": "8b6b02f563fe2dfc06391dd5c04befbfaa808ddfe63798ac6c3b57cdd4ddc626",
     "corda-0.6.0/adapter.safetensors": "888a02a77140a91391216be821dc3b864b069bfa06f2f6cbc6ce1ea8876cb58c",
@@ -258,7 +262,7 @@ def pissa() -> Adapter:
 
 def qlora() -> Adapter:
     """How the base was kept, beside PEFT's plain files, which do not say it."""
-    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True}
+    words = {"double": False, "block": 128, "compute": "bfloat16", "embeddings": True, "experts": False}
     method = lorary.method("qlora", "dora", "rslora", r=2, alpha=3, dropout=0.125, **words)
     sites = (Site("model.q", "linear", 4, 6, bias=False), Site("model.down", "linear", 6, 5, bias=True))
     placed = tuple(AdaptedSite(site, method) for site in sites)
@@ -267,7 +271,7 @@ def qlora() -> Adapter:
 
 def qpissa() -> Adapter:
     """Starts that were looked for in several rounds."""
-    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5)
+    method = lorary.method("qlora", "pissa", r=2, alpha=3, rounds=5, experts=False)
     placed = (AdaptedSite(Site("model.q", "linear", 4, 6, bias=False), method),)
     tensors = filled(placed)
     tensors["model.q"]["A0"] = -tensors["model.q"]["A0"]  # it has moved since
@@ -403,6 +407,12 @@ def alone(*sites: Site, name: str, **options: Any) -> Callable[[], Adapter]:
     return make
 
 
+def waiting() -> Adapter:
+    """An aLoRA, in PEFT's files: PEFT knows that the base is a causal language model."""
+    made = alone(QUERY, DOWN, name="alora", invocation=(5, 7), r=2, alpha=3)()
+    return replace(made, base=Fingerprint("LlamaForCausalLM"))
+
+
 QUERY, KEY, VALUE = (Site(f"model.{name}_proj", "linear", 4, 6, bias=name == "v") for name in "qkv")
 DOWN = Site("model.down_proj", "linear", 6, 4, bias=True)
 TOKENS = Site("model.tokens", "embedding", 6, 9, bias=False)
@@ -413,6 +423,7 @@ ALONE = {
     "houlsby-0.6.0": alone(QUERY, DOWN, name="houlsby", m=2, norms=False),
     "ia3-0.6.0": alone(KEY, VALUE, DOWN, name="ia3"),
     "lora-bias-0.6.0": alone(QUERY, DOWN, FUSED, name="lora", r=2, alpha=3, lora_bias=True),
+    "alora-0.6.0": waiting,
     "rows-0.6.0": alone(TOKENS, HEAD, name="rows", tokens=(3, 5)),
     "prefix-tuning-0.6.0": alone(KEY, VALUE, name="prefix-tuning", tokens=2),
     "prefix-network-0.6.0": alone(TOKENS, KEY, VALUE, name="prefix-tuning", tokens=2, mlp=3),
@@ -422,6 +433,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target": 2, "start": 2, "final": 3},
     "glora": {"A": "lora"},
     "lokr": {"r": 1},
+    "qlora": {"experts": False},  # no release before had any other
     "delta-lora": {"start": 499},  # 500 steps go before, as then with start=500
 }
 PRESETS = [

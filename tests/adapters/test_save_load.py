@@ -464,9 +464,10 @@ def test_modules_that_peft_could_not_keep(tmp_path: Path) -> None:
         export_peft(adapter, tmp_path / "a", model=BERT.model())
     assert str(caught.value) == (
         f"cannot export an adapter to {str(tmp_path / 'a')!r} for PEFT\n"
-        "  - bert.embeddings.word_embeddings: PEFT would untie it from cls.predictions.decoder.weight\n"
         "  - bert.encoder.layer.0.output.LayerNorm: PEFT saves whole modules, and "
-        "bert.encoder.layer.0.output.LayerNorm.bias is not trained"
+        "bert.encoder.layer.0.output.LayerNorm.bias is not trained\n"
+        "  - cls.predictions.decoder: PEFT saves whole modules, and cls.predictions.decoder.bias is not trained\n"
+        "  - cls.predictions.decoder: PEFT would untie it from cls.predictions.bias"
     )
 
 

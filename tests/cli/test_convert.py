@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -85,3 +86,29 @@ def test_it_refuses_and_writes_nothing(base: str, command: Command) -> None:
         assert (ran.code, text in ran.err) == (code, True), ran.err
     assert sorted(p.name for p in Path().iterdir()) == ["base", "full", *files]
     assert [p.name for p in Path("full").iterdir()] == ["mine.txt"]
+
+
+def test_a_model_of_diffusers_is_loaded_by_diffusers(command: Command) -> None:
+    if importlib.util.find_spec("diffusers") is not None:
+        pytest.skip("diffusers is installed")
+    shutil.copyfile(MADE / "kohya" / "lora.safetensors", "style.safetensors")
+    Path("pipeline/unet").mkdir(parents=True)
+    Path("pipeline/unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    ran = command("convert", "style.safetensors", "out", "--base", "pipeline/unet")
+    assert ran.code == 2
+    assert "pipeline/unet holds a model of diffusers, which is not installed" in ran.err
+    assert "pip install diffusers" in ran.err
+    assert not Path("out").exists()
+
+
+def test_a_whole_pipeline_is_no_base(command: Command) -> None:
+    shutil.copyfile(MADE / "kohya" / "lora.safetensors", "style.safetensors")
+    for part in ("unet", "text_encoder"):
+        Path("pipeline", part).mkdir(parents=True)
+        Path("pipeline", part, "config.json").write_text("{}")
+    Path("pipeline/model_index.json").write_text("{}")
+    ran = command("convert", "style.safetensors", "out", "--base", "pipeline")
+    assert ran.code == 2
+    assert "pipeline is a pipeline of several models, and an adapter is read onto one of them" in ran.err
+    assert "name one: pipeline/text_encoder, pipeline/unet" in ran.err
+    assert not Path("out").exists()

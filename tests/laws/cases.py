@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Llama4TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.pytorch_utils import Conv1D
 
 import lorary
 from lorary.errors import MethodError
+from lorary.kernels.grouped import Groups
 from lorary.layers.adapted import adapted_layers
+from lorary.layers.experts import grouped_by
 from lorary.methods.compatibility import verdict
 from lorary.methods.o_lora import SequentialLoRA
 from lorary.spec.calibration import CalibratedInit
@@ -57,10 +62,18 @@ class Kind:
     out: int
     target: str = "layer"
     adapted: tuple[int, ...] = ()  # rows of the parts that are adapted, where it is not all of them
+    experts: int = 1  # matrices of this size
 
     @property
     def layer(self) -> str:
-        return self.target.partition("[")[0]
+        return self.target.partition("[")[0].partition(".")[0]
+
+    def around(self) -> AbstractContextManager[None]:
+        """What a law calls a layer in: with experts, the rows of its input are theirs."""
+        if self.experts == 1:
+            return nullcontext()
+        ids = torch.arange(self.experts).repeat_interleave(len(self.x()) // self.experts)
+        return grouped_by(Groups(ids, self.experts))
 
     @property
     def bias(self) -> bool:
@@ -80,6 +93,15 @@ def gpt2(out: int, inp: int) -> nn.Module:
     layer = Conv1D(out, inp)
     nn.init.normal_(layer.bias, std=0.1)
     return layer
+
+
+def experts() -> nn.Module:
+    """The experts of a block, whose first matrix takes the rows as they come, in halves that are multiplied."""
+    config = Llama4TextConfig(hidden_size=24, intermediate_size=10, num_local_experts=3)
+    module = Llama4TextExperts(config)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.2)
+    return module
 
 
 KINDS = [
@@ -123,6 +145,8 @@ KINDS = [
         30,
         12,
     ),
+    Kind("experts", experts, lambda: torch.randn(12, 24), 24, 20, "layer.gate_up_proj", experts=3),
+    Kind("experts, gate", experts, lambda: torch.randn(12, 24), 24, 20, "layer.gate_up_proj[gate]", (10,), 3),
 ]
 
 
@@ -195,6 +219,11 @@ class Case:
 
 def numbers(method: lorary.Method, kind: Kind) -> int:
     """How many numbers a method trains at a layer, by the papers' formulas; by its plan where there is none here."""
+    return kind.experts * _numbers(method, kind)
+
+
+def _numbers(method: lorary.Method, kind: Kind) -> int:
+    """Those of one matrix."""
     delta: Any = method.delta
     A, B = kind.parts * kind.inp, kind.rows  # what a rank of one costs
     formulas: dict[str, Callable[[int], dict[str, int]]] = {
@@ -207,7 +236,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
         "SharedShards": lambda r: {"D": B * r if delta.mini_r is None else kind.parts * delta.mini_r * r},
         "ParallelLowRank": lambda r: {"A": delta.n * r * A, "B": delta.n * r * B, "gamma": delta.n * B},
         # one product for all parts of a fused weight
-        "HadamardProduct": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
+        "LowRankHadamard": lambda r: {"A1": r * kind.inp, "A2": r * kind.inp, "B1": r * B, "B2": r * B},
         "SharedProjectionDelta": lambda r: {"A": 0, "B": 0, "b": B, "d": kind.parts * r},
         # A (on a packed base a vector), B and C low-rank, D (where there is a bias) and E vectors
         "GLoRADelta": lambda r: (
@@ -227,7 +256,7 @@ def numbers(method: lorary.Method, kind: Kind) -> int:
     name = "LowRank" if getattr(delta, "tucker", False) else name  # whose cores depend on the window
     if name == "LowRank" and delta.roles != {"A", "B"}:
         plan = lorary.plan(Net(kind.layer, kind.make()), method, targets=[kind.target])
-        return sum(placed.trainable for placed in plan.sites)
+        return sum(placed.trainable for placed in plan.sites) // kind.experts
     each = formulas[name](delta.r)
     magnitudes = (kind.out if "m" in method.roles else 0) + (B if "c" in method.roles else 0)
     return sum(count for role, count in each.items() if role not in method.frozen) + magnitudes
@@ -271,7 +300,7 @@ def methods() -> dict[str, lorary.Method]:
     made["miss, mini"] = made_of("miss", mini_r=4)
     made["loha whole, with cores"] = made_of("loha", r=7, tucker=True)
     made["lokr of two products, with cores"] = made_of("lokr", r=1, decompose_both=True, factor=4, tucker=True)
-    made["ia3 of inputs"] = made_of("ia3", feed_forward=("layer", "c_attn"))
+    made["ia3 of inputs"] = made_of("ia3", feed_forward=("layer", "c_attn", "gate_up_proj"))
     for kind, hard in (("", False), (", hard", True)):
         made[f"o-lora{kind}, third task"] = made_of("o-lora", hard=hard).replace(delta=SequentialLoRA(3, past=(2, 1)))
     return made

@@ -27,6 +27,7 @@ CASES = {
     (name, kind.name): case
     for name, method in methods().items()
     for kind in KINDS
+    if kind.experts == 1  # whose module is called, and no layer of its own
     if method.delta is not None and possible(case := Case(method, kind))
 }
 

@@ -55,12 +55,13 @@ def build(names: tuple[str, ...]) -> nn.Module:
     if "longlora" in names:  # a language model in training, where it attends in groups
         model = tiny.llama(max_position_embeddings=3).train()
         lorary.attach(model, lorary.plan(model, made_of(*names, r=2, alpha=4.0, length=6)))
-    elif names[0] in ("prefix-tuning", "prompt-tuning"):
+    elif names[0] in ("prefix-tuning", "prompt-tuning", "alora"):
         model = tiny.llama().train()
-        lorary.attach(model, lorary.plan(model, lorary.method(*names, tokens=3)))
+        options = {"invocation": (5,)} if "alora" in names else {"tokens": 3}
+        lorary.attach(model, lorary.plan(model, lorary.method(*names, **options)))
     else:
         model = nn.Sequential(Block())
-        fewer = {name: ["linear"] for name in ("houlsby", "loftq", "corda", "eva")}
+        fewer = {name: ["linear"] for name in ("houlsby", "loftq", "corda", "eva", "miss")}
         fewer |= {name: ["linear", "conv"] for name in ("lora-fa", "glora")}
         targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)

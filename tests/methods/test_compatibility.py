@@ -23,6 +23,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "delta-lora": {"start": 1},
     "longlora": {"length": 64},
     "houlsby": {"m": 4},
+    "alora": {"invocation": [5]},
     "rows": {"tokens": [3, 5]},
     "lora-ga": {"gamma": 4096.0},  # a start that is small beside such small weights
 }

@@ -376,3 +376,20 @@ def test_methods_that_move_the_base_are_refused() -> None:
         lorary.method("alora", "pissa", invocation=INVOCATION)
     with pytest.raises(MethodError, match="alora and dora both choose how the update joins the weight"):
         lorary.method("alora", "dora", invocation=INVOCATION)
+
+
+def test_a_model_in_which_peft_finds_no_invocation(tmp_path: Path) -> None:
+    """PEFT's class for a classifier never looks for it: not in PEFT's files, and refused in them."""
+    model = tiny.trained(tiny.seeded("LlamaForSequenceClassification", pad_token_id=0), METHOD, None).eval()
+    lorary.save(model, tmp_path / "own")
+    assert not (tmp_path / "own" / "adapter_config.json").exists()
+    again = lorary.load(tiny.seeded("LlamaForSequenceClassification", pad_token_id=0), tmp_path / "own")
+    assert torch.equal(tiny.logits(again, input_ids=IDS), tiny.logits(model, input_ids=IDS))
+    theirs().save_pretrained(str(tmp_path / "peft"))
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"CAUSAL_LM"', '"SEQ_CLS"'))
+    with pytest.raises(lorary.errors.FileError, match="task_type is 'SEQ_CLS': PEFT looks for it only under CAUSAL_LM"):
+        lorary.load(tiny.llama(), tmp_path / "peft")
+    config.write_text(config.read_text().replace('"SEQ_CLS"', '"CAUSAL_LM"').replace("5,\n    7", ""))
+    with pytest.raises(lorary.errors.FileError, match="alora_invocation_tokens: names no token"):
+        lorary.load(tiny.llama(), tmp_path / "peft")

@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
     "corda": {"A": "some", "B": "some"},
     "eva": LORA,
     "vera": {"b": "some", "d": "zero"},
+    "alora": LORA,
     "multilora": {"A": "zero", "B": "zero", "gamma": "some"},
     "loha": {"A1": "zero", "B1": "zero", "A2": "zero", "B2": "some"},
     "lokr": {"C": "zero", "Da": "some", "Db": "zero"},
@@ -38,6 +39,7 @@ TABLE: dict[str, dict[str, str]] = {
     "glora": {"Ad": "some", "Au": "zero", "Bd": "some", "Bu": "zero", "Cd": "some", "Cu": "zero", "E": "some"},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
+    "alora": {"invocation": (5,)},
     "adalora": {"target": 2},
     "longlora": {"length": 64},
     "vera": {"r": 8},

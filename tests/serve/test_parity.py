@@ -31,7 +31,7 @@ SIZES = {
     **{"num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": None},
 }
 OPTIONS: dict[str, dict[str, Any]] = {"longlora": {"length": 256}}
-NOT_SERVED = ("houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
+NOT_SERVED = ("alora", "houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
 NAMES = [name for name in lorary.presets() if name not in ("qlora", "loftq", "s-lora", *NOT_SERVED)]
 RANKS = (1, 2, 3, 5, 7, 8, 11, 13, 16, 17, 24, 31, 33, 48, 64)
 COMBINED = ("dora bitfit", "vera dora", "pissa dora", "lora bitfit", "longlora dora", "rslora lora+", "dora", "lora")

@@ -66,7 +66,7 @@ _INVALID = "invalid method:\n  - "
             ["rslora"],
             {"ratio": 2},
             f"{_INVALID}ratio: is not an option of lora + rslora\n      hint: known: alpha, context, delta, dropout, "
-            "frozen, full, init, join, lr, r, rules, scale, storage",
+            "frozen, full, init, join, lora_bias, lr, r, rules, scale, storage",
         ),
         (
             ["rslora"],

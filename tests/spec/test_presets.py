@@ -83,7 +83,7 @@ def test_every_preset_says_what_it_is() -> None:
         assert known.summary
         assert known.citation
         assert known.lr > 0
-    assert lorary.presets()["lora"].parameters == {"r": 16, "alpha": 32.0, "dropout": 0.0}
+    assert lorary.presets()["lora"].parameters == {"r": 16, "alpha": 32.0, "dropout": 0.0, "lora_bias": False}
     assert lorary.presets()["rslora"].parameters == {"alpha": 32.0}
     assert lorary.presets()["lora"].summary == "y = W x + b + (alpha / r) B A x"
 

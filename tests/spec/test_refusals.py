@@ -375,7 +375,49 @@ PAIRS |= {
 }
 
 
-PRODUCTS = {"loha": ("HadamardProduct", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
+# aLoRA joins the weight in a way of its own, at a part of the text: what moves the weight itself would act before it
+WAITS = "alora sets FromInvocation"
+PAIRS |= {
+    **{
+        (other, "alora"): told(INVALID, two("join", f"{other} sets {join}", WAITS))
+        for other, join in (("dora", "MagnitudeDirection"), ("glora", "GLoRAJoin"), ("hira", "TimesWeight"))
+    },
+    **{
+        pair: told(
+            INVALID,
+            f"init: {init} moves part of W into B A, and FromInvocation adds B A to a part of the text alone\n"
+            "      hint: use another start",
+        )
+        for pair, init in (
+            (("pissa", "alora"), "SVDInit"),
+            (("olora", "alora"), "QRInit"),
+            (("alora", "loftq"), "QuantizationErrorInit"),
+            (("alora", "lora-ga"), "GradientInit"),
+            (("alora", "corda"), "ContextInit"),
+        )
+    },
+    ("alora", "delta-lora"): told(
+        INVALID, "rules: Delta-LoRA takes the gradient of B A for that of W, and they differ under FromInvocation"
+    ),
+    ("alora", "o-lora"): told(
+        INVALID, "rules: O-LoRA adds up the updates of its tasks, and FromInvocation is not additive"
+    ),
+    ("alora", "longlora"): told(INVALID, two("context", "alora sets InvocationContext", "longlora sets LongContext")),
+    **{
+        ("alora", other): told(INVALID, two("join", WAITS, f"{other} sets {join}"))
+        for other, join in (("rows", "TokenRows"), ("houlsby", "Bottleneck"), ("ia3", "Rescaling"))
+    },
+    **{
+        ("alora", f"{name.lower()}-tuning"): told(
+            INVALID,
+            two("join", WAITS, f"{name.lower()}-tuning sets {name}"),
+            two("context", "alora sets InvocationContext", f"{name.lower()}-tuning sets {name}Context"),
+        )
+        for name in ("Prefix", "Prompt")
+    },
+    ("alora", "full"): told(INVALID, everything_trains("LowRank")),
+}
+PRODUCTS = {"loha": ("LowRankHadamard", "HadamardInit"), "lokr": ("KroneckerProduct", "KroneckerInit")}
 
 
 def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
@@ -390,6 +432,8 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
         "vera": ("vera sets SharedProjectionDelta", PROJECTIONS, "vera sets ConstantScale"),
         "melora": ("melora sets BlockDiagonal", "", ""),
         "multilora": ("multilora sets ParallelLowRank", "multilora sets MultiLoRAInit", ""),
+        "hira": (HADAMARD, "", "hira sets ConstantScale"),
+        "miss": (SHARDS, "miss sets ZeroShards", "miss sets ConstantScale"),
     }
     later: dict[str, tuple[str, str, str]] = {
         "adalora": (SPECTRAL, "adalora sets SVDDeltaInit", "adalora sets AlphaOverInitialRank"),
@@ -413,7 +457,7 @@ def a_product(name: str, roles: str) -> dict[tuple[str, str], str]:
 PAIRS |= a_product("loha", "{A1, A2, B1, B2, T1, T2}") | a_product("lokr", "{C, Ca, Cb, D, Da, Db, T}")
 PAIRS["loha", "lokr"] = told(
     INVALID,
-    two("delta", "loha sets HadamardProduct", "lokr sets KroneckerProduct"),
+    two("delta", "loha sets LowRankHadamard", "lokr sets KroneckerProduct"),
     two("init", "loha sets HadamardInit", "lokr sets KroneckerInit"),
 )
 
@@ -457,7 +501,7 @@ COUNTED, POSITIVE, SEEDED, FLAGGED = (
 )
 STEPPED = "a share of the steps below 1, or a whole number of them"
 AMOUNT = "a finite number of at least 0"
-KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lr"
+KNOWN = "alpha, context, delta, dropout, frozen, full, init, join, lora_bias, lr"
 
 SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # values that a field cannot hold
@@ -603,8 +647,8 @@ SAID: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         told(
             INVALID,
             "projection_prng_key: is not an option of lora + vera\n"
-            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lr, r, rules, "
-            "save_projections, scale, seed, storage",
+            "      hint: known: alpha, context, d, delta, dropout, frozen, full, init, join, lora_bias, lr, r, "
+            "rules, save_projections, scale, seed, storage",
         ),
     ),
     (

@@ -25,7 +25,7 @@ from lorary.model.ambient import mode_independent
 from lorary.model.rank_pruning import directions_of
 from lorary.spec.interfaces import Factors, has_rank
 from lorary.spec.method import Method
-from lorary.spec.per_expert import no_experts
+from lorary.spec.per_expert import stack_experts
 from lorary.spec.placement import AdaptedSite, start_name
 from lorary.spec.resizable import Resizable, Singular
 
@@ -81,7 +81,6 @@ def change_rank(adapter: Adapter, r: int, *, seed: int = 0) -> RankChange:
     problems = not_a(Adapter, "an Adapter", adapter=adapter)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST_RANK:
         problems.append(Diagnostic("r", f"is {r!r}; a rank is a whole number from 1 to {MOST_RANK:,}"))
-    problems = problems or no_experts([s.site for s in adapter.sites if s.r != r], "a change of rank")
     problems = problems or list({str(p): p for s in adapter.sites for p in _why_not(s, r)}.values())
     if not problems and not adapter.sites:
         problems.append(Diagnostic("adapter", "adapts no layers, so it has no rank"))
@@ -90,8 +89,12 @@ def change_rank(adapter: Adapter, r: int, *, seed: int = 0) -> RankChange:
     sites, tensors, lost = [], {}, {}
     shared: dict[str, Roles] = {}  # sites may share one set of tensors
     for s in adapter.sites:
-        resized, roles, lost[s.site.name] = _resized(s, adapter.tensors[s.site.name], r, seed)
-        sites.append(resized)
+        resized, matrices, squares = zip(
+            *(_resized(*one, r, seed) for one in s.matrices(adapter.tensors[s.site.name])), strict=True
+        )
+        sites.append(dataclasses.replace(resized[0], site=s.site))
+        roles = stack_experts(s.site, matrices, s.delta.shared)
+        lost[s.site.name] = sum(e for e, _ in squares), sum(n for _, n in squares)
         tensors[s.site.name] = shared.setdefault(s.share, roles) if s.share else roles
     method = _with_rank(adapter.method, r, plain=any(s.starts and r < directions_of(s) for s in adapter.sites))
     total = math.sqrt(sum(e for e, _ in lost.values())) / (math.sqrt(sum(n for _, n in lost.values())) or 1.0)
@@ -109,7 +112,8 @@ def _why_not(s: AdaptedSite, r: int) -> list[Diagnostic]:
         return [Diagnostic("delta", what, "train another adapter of the rank that you want")]
     found = []
     if r < directions_of(s):
-        if not delta.products(s.site, {role: torch.zeros(shape) for role, shape in s.shapes.items()}):
+        (one, zeros), *_ = s.matrices({role: torch.zeros(shape) for role, shape in s.shapes.items()})
+        if not delta.products(one.site, zeros):
             what = f"{name} is more than one product, and has no best approximation in its own form"
             found.append(Diagnostic("delta", what, "mix it into a LoRA first, or keep its rank"))
         if s.starts and not s.method.storage.writable:

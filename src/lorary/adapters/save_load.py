@@ -74,7 +74,7 @@ def save_adapter(
     if problems := unwritable(tensors, adapter.full) or _inconsistent(adapter, shared):
         raise FileError(headline, problems)
     # PEFT's files cannot hold RoPE scaling
-    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared)
+    peft_type = None if writer.rope_overrides(adapter) else writer.exact_type(adapter, model, shared, copies=False)
     if peft_type is None and (reason := writer.why_misread(adapter, model)):
         warnings.warn(
             f"saved in lorary's own form, not as a PEFT adapter: {reason}",

@@ -71,11 +71,8 @@ def adapted_sites(sites: list[Site], records: list[Any], method: Method, finding
         where = f"lorary.json: {site.name}"
         try:
             adapted = AdaptedSite(site, _own_method(method, record), record.get("share", ""))
-            what = (
-                adapted.delta.problems(site.one)
-                + adapted.join.problems(site.one)
-                + _of_another_model(adapted.method, method)
-            )
+            what = adapted.delta.problems(site.one) + adapted.join.problems(site.one)
+            what += _of_another_model(adapted.method, method)
             findings.fatal += [Diagnostic(where, w) for w in what]
             found.append(adapted)
         except MethodError as error:

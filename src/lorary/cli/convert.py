@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
+    from torch import nn
 
 _LAYOUT = "Order of lora_B of fused experts, where the file does not say it: rank_major or grouped_by_expert."
 _FROM = "Adapter folder, run folder, or Hub id; or a .safetensors or .gguf file."
@@ -47,17 +48,51 @@ def convert(
     print(output)
 
 
-def _model(name: str) -> PreTrainedModel:
-    """The base with its weights, of its own class."""
+def _model(name: str) -> nn.Module:
+    """The base with its weights, of its own class: of Transformers, or of diffusers where a folder says so."""
     from lorary.model.loading.from_pretrained import load_config, load_model
     from lorary.model.loading.model_kind import own_class
     from lorary.model.loading.source import ModelSection
 
+    if (diffusion := _diffusion_model(Path(name))) is not None:
+        return diffusion
     section = ModelSection.of(name, dtype="float32")
-    return load_model(section, model_class=own_class(load_config(section)))
+    model: nn.Module = load_model(section, model_class=own_class(load_config(section)))
+    return model
 
 
-def _same_logits(source: Path, model: PreTrainedModel, expert_layout: str | None) -> Callable[[Path], None]:
+def _diffusion_model(folder: Path) -> nn.Module | None:
+    """The model in a folder of diffusers; None for any other folder.
+
+    Raises:
+        ConfigError: it is a whole pipeline, or diffusers is not installed.
+    """
+    from lorary.errors import ConfigError, Diagnostic
+
+    headline = "cannot load the base:"
+    if (folder / "model_index.json").is_file():
+        what = f"{folder} is a pipeline of several models, and an adapter is read onto one of them"
+        models = sorted(f"{folder}/{part.parent.name}" for part in folder.glob("*/config.json"))
+        raise ConfigError(headline, [Diagnostic("--base", what, f"name one: {', '.join(models)}")])
+    if not folder.is_dir() or "_class_name" not in _config(folder):
+        return None
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError:
+        what = f"{folder} holds a model of diffusers, which is not installed"
+        raise ConfigError(headline, [Diagnostic("--base", what, "pip install diffusers")]) from None
+    model: nn.Module = diffusers.AutoModel.from_pretrained(str(folder))
+    return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    from lorary.files.safe_open import read_json
+
+    found = read_json(folder.resolve(), "config.json", 2**20) if (folder / "config.json").is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same_logits(source: Path, model: Any, expert_layout: str | None) -> Callable[[Path], None]:
     """The comparison of a model's logits with the source and with the written folder, for models of text."""
 
     def check(written: Path) -> None:
@@ -66,7 +101,7 @@ def _same_logits(source: Path, model: PreTrainedModel, expert_layout: str | None
         from lorary.cli._comparison_rows import random_rows
         from lorary.errors import Diagnostic, FileError
 
-        if not model.can_generate():
+        if not getattr(model, "can_generate", lambda: False)():
             return
         (row,) = random_rows(model.config.get_text_config().vocab_size, 1, 64)
         found = []

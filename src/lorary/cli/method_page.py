@@ -69,8 +69,9 @@ def value(default: Any) -> str:
 
 
 def paper(citation: str) -> str:
-    """A citation with its arXiv number as a link."""
-    return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", citation)
+    """A citation with its arXiv number, or that of OpenReview, as a link."""
+    linked = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", citation)
+    return re.sub(r"openreview:(\S+)", r"[openreview:\1](https://openreview.net/forum?id=\1)", linked)
 
 
 def _opening(preset: Preset, picture: str) -> str:
@@ -93,7 +94,7 @@ def _opening(preset: Preset, picture: str) -> str:
 
 
 def _is_reference(paragraph: str) -> bool:
-    return "arXiv:" in paragraph or paragraph.startswith("Differs from")
+    return "arXiv:" in paragraph or "openreview:" in paragraph or paragraph.startswith("Differs from")
 
 
 def _options(preset: Preset) -> str:

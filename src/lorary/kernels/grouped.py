@@ -92,7 +92,8 @@ def _is_fast(x: Tensor, M: Tensor) -> bool:
     sizes = {n * x.element_size() % _ALIGNED for n in (*M.shape[1:], x.shape[1])}
     return (
         sizes == {0}
-        and len(x) > 0
+        and x.numel() > 0
+        and M.numel() > 0
         and x.is_contiguous()
         and (M.dim() == 3 or M.is_contiguous())
         and x.data_ptr() % _ALIGNED == 0

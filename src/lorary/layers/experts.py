@@ -226,9 +226,14 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _product(module: Any, name: str, x: Tensor, ids: Tensor) -> Tensor:
     """[T, out] the rows times one of the module's matrices, with its bias."""
-    layer = children_of(module).get(name)
-    y: Tensor = _times(getattr(module, name), module.is_transposed, x) if layer is None else layer(x)
+    y = _without_bias(module, name, x, module.is_transposed)
     return y + getattr(module, f"{name}_bias")[ids] if module.has_bias else y
+
+
+def _without_bias(module: nn.Module, name: str, x: Tensor, transposed: bool) -> Tensor:
+    """[T, out] the rows times one of the module's matrices, or the output of the layer in its place."""
+    layer = children_of(module).get(name)
+    return cast(Tensor, _times(getattr(module, name), transposed, x) if layer is None else layer(x))
 
 
 def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
@@ -242,7 +247,5 @@ def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
     rows = hidden_states.reshape(-1, module.hidden_size)
     ids = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count)
     with grouped_by(Groups(ids, count)):
-        matrices = children_of(module) | expert_matrices(module)
-        gate, up = cast(nn.Module, matrices["gate_up_proj"])(rows).chunk(2, dim=-1)
-        y: Tensor = cast(nn.Module, matrices["down_proj"])(up * module.act_fn(gate))
-    return y
+        gate, up = _without_bias(module, "gate_up_proj", rows, True).chunk(2, dim=-1)
+        return _without_bias(module, "down_proj", up * module.act_fn(gate), True)

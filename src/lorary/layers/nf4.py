@@ -23,7 +23,7 @@ from lorary.layers.bitsandbytes_state import BLOCK_SIZES, KEYS, read_state, writ
 from lorary.layers.experts import ExpertLayer, ExpertMatrix, groups_now
 from lorary.layers.kinds import KINDS, kind_of, why_not_adaptable
 from lorary.layers.quantized_weight import is_quantized, register_quantized, take_place_of
-from lorary.spec.fields import FLAG, one_of, optional
+from lorary.spec.fields import FLAG, added_later, one_of, optional
 from lorary.spec.interfaces import Storage, component
 
 BLOCKS: dict[str, Any] = {
@@ -49,7 +49,7 @@ class NF4(Storage):
     double: bool = field(default=True, metadata=FLAG)
     compute: str | None = field(default=None, metadata=optional(COMPUTES))
     embeddings: bool = field(default=False, metadata=FLAG)
-    experts: bool = field(default=True, metadata=FLAG)
+    experts: bool = field(default=True, metadata=added_later(FLAG, before=False))
 
     writable = False
 

@@ -12,10 +12,10 @@ from lorary.methods import qlora  # noqa: F401 (storage)
 from lorary.methods import dora, glora, pissa, olora, vera, melora, multilora  # noqa: F401
 from lorary.methods import hira, miss  # noqa: F401
 from lorary.methods import loha, lokr  # noqa: F401 (products element by element, and of Kronecker)
+from lorary.methods import alora  # noqa: F401 (from an invocation on)
 from lorary.methods import adalora, delta_lora, o_lora  # noqa: F401 (rules)
 from lorary.methods import loftq, lora_ga, corda, eva  # noqa: F401 (starts: at the quantisation error, at data)
 from lorary.methods import longlora  # noqa: F401 (context)
-from lorary.methods import alora  # noqa: F401 (context: from an invocation on)
 from lorary.methods import token_rows  # noqa: F401 (rows of the vocabulary)
 from lorary.methods import houlsby, ia3  # noqa: F401 (joins that train alone)
 from lorary.methods import prefix_tuning, prompt_tuning  # noqa: F401 (context: tokens before the text)

@@ -50,7 +50,8 @@ class SVDDelta(Resizable, Delta, PrunableDelta):
     roles = frozenset(ROLES)
     decayed_vectors = frozenset({"E"})
     role_aliases = {"A": "Q", "B": "P"}  # noqa: RUF012 (never written)
-    directions = {"P": 1, "E": 0, "Q": 0}  # noqa: RUF012
+    directions = {"P": -1, "E": -1, "Q": -2}  # noqa: RUF012
+    batched = True
 
     @property
     def R(self) -> int:  # noqa: N802 (as in the shapes)
@@ -61,10 +62,10 @@ class SVDDelta(Resizable, Delta, PrunableDelta):
         return {"P": (site.out_features, self.R), "E": (self.R,), "Q": (self.R, site.in_features)}
 
     def factors(self, site: Site, params: Tensors) -> Factors:
-        return params["P"] * params["E"], params["Q"]
+        return params["P"] * params["E"].unsqueeze(-2), params["Q"]
 
     def rank_dims(self, site: Site) -> Mapping[str, tuple[int, int]]:
-        return {role: (dim, 1) for role, dim in self.directions.items()}
+        return {"P": (1, 1), "E": (0, 1), "Q": (0, 1)}
 
     def products(self, site: Site, params: Tensors) -> list[Factors]:
         return [self.factors(site, params)]
@@ -126,15 +127,17 @@ class OrthogonalityPenalty(Rule):
     form: str = field(default="authors", metadata=one_of("authors", "paper"))
 
     needs = frozenset({"P", "Q"})
+    per_expert = True
 
     def penalty(self, layers: Sequence[Layer], state: dict[str, Tensor]) -> Tensor | float:
         if not layers or not self.weight:
             return 0.0
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices of one shape are multiplied at once
         for layer in layers:
-            for M in (full_tensor(layer.params["P"]).T, full_tensor(layer.params["Q"])):
-                alike.setdefault((*M.shape, M.device, M.dtype), []).append(M)
-        gaps = [self._gaps(torch.stack(several)) for several in alike.values()]
+            for M in (full_tensor(layer.params["P"]).mT, full_tensor(layer.params["Q"])):
+                matrices = M if M.dim() == 3 else M[None]  # of every expert
+                alike.setdefault((*M.shape[-2:], M.device, M.dtype), []).append(matrices)
+        gaps = [self._gaps(torch.cat(several)) for several in alike.values()]
         of_all = torch.cat([gap.to(gaps[0]) for gap in gaps])
         return self.weight * (of_all.mean() if self.form == "authors" else of_all.sum())
 

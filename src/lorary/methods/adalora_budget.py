@@ -23,7 +23,7 @@ ROLES = ("P", "E", "Q")
 
 @component
 class RankBudget(Rule):
-    """The global rank budget, which falls from all directions to an average of `target` per layer.
+    """The global rank budget, which falls from all directions to an average of `target` per layer, and per expert.
 
     Time is counted in optimizer steps. All directions stay during the first `start_at` steps; then the budget falls
     along a cubic curve; during the last `final` steps the choice is final, and the scores are freed. A masked direction
@@ -48,6 +48,7 @@ class RankBudget(Rule):
     beta2: float = field(default=0.85, metadata=SHARE)
 
     needs = frozenset(ROLES)
+    per_expert = True
 
     def problems(self, method: Any) -> list[str]:
         found = []
@@ -99,7 +100,7 @@ class RankBudget(Rule):
             for role in ROLES:
                 for mean in "IU":  # smoothed sensitivity, and its uncertainty
                     state[f"{mean}|{name}|{role}"] = torch.zeros_like(layer.params[role], dtype=torch.float32)
-            state[f"alive|{name}"] = torch.ones(layer.params["E"].shape[0], dtype=torch.bool)
+            state[f"alive|{name}"] = torch.ones(layer.params["E"].shape, dtype=torch.bool)
         return state
 
     def state_bytes(self, shapes: Shapes) -> int:
@@ -115,7 +116,8 @@ class RankBudget(Rule):
         if self._is_final(state, step - 1):
             self._mask(layers, state)
         elif step == steps - t_f or (step > t_i and step % self.every == 0):
-            self._select(layers, state, self.budget(step, steps, [layer.method.delta.r for layer in layers]))
+            ranks = [layer.method.delta.r for layer in layers for _ in range(max(layer.site.adapters, 1))]
+            self._select(layers, state, self.budget(step, steps, ranks))
             self._mask(layers, state)
         if self._is_final(state, step):
             for name in [name for name in state if name[0] in "IU"]:  # the scores
@@ -149,35 +151,40 @@ class RankBudget(Rule):
         torch._foreach_lerp_(doubts, now, 1 - self.beta2)
 
     def scores(self, layer: Layer, state: dict[str, Tensor]) -> Tensor:
-        """[R]: the importance of every direction: its E's, plus the means over its column of P and row of Q (eq. 8)."""
+        """[R]: the importance of every direction: its E's, plus the means over its column of P and row of Q (eq. 8).
+
+        Of experts it is [E, R].
+        """
         name = layer.site.name
         s = {role: state[f"I|{name}|{role}"] * state[f"U|{name}|{role}"] for role in ROLES}  # equation 12
         out, inp = layer.site.out_features, layer.site.in_features
-        return full_tensor(s["E"]) + full_tensor(s["P"].sum(0)) / out + full_tensor(s["Q"].sum(1)) / inp
+        return full_tensor(s["E"]) + full_tensor(s["P"].sum(-2)) / out + full_tensor(s["Q"].sum(-1)) / inp
 
     def _select(self, layers: Sequence[Layer], state: dict[str, Tensor], budget: int) -> None:
         """The best `budget` directions of the whole model; of equal ones those that come first."""
-        sizes = [layer.params["E"].shape[0] for layer in layers]
-        found = [self.scores(layer, state) for layer in layers]
+        shapes = [layer.params["E"].shape for layer in layers]
+        sizes = [shape.numel() for shape in shapes]
+        found = [self.scores(layer, state).flatten() for layer in layers]
         scores = torch.cat([score.to(found[0].device) for score in found]).cpu()  # waits for the device once
         best = torch.sort(scores, descending=True, stable=True).indices[:budget]
         alive = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, best, True)
-        for layer, own_part in zip(layers, alive.split(sizes), strict=True):
-            state[f"alive|{layer.site.name}"] = own_part.clone()
+        for layer, own_part, shape in zip(layers, alive.split(sizes), shapes, strict=True):
+            state[f"alive|{layer.site.name}"] = own_part.reshape(shape).clone()
 
     @staticmethod
     def _mask(layers: Sequence[Layer], state: dict[str, Tensor]) -> None:
         """E = 0 in every masked direction."""
         E = [layer.params["E"] for layer in layers]
-        alive = torch.cat([state[f"alive|{layer.site.name}"] for layer in layers])
-        masks = alive.to(E[0].device, E[0].dtype).split([len(e) for e in E])  # copied to the device at once
-        sharded = [distribute_like(e, mask.to(e.dtype)) for e, mask in zip(E, masks, strict=True)]
+        alive = torch.cat([state[f"alive|{layer.site.name}"].flatten() for layer in layers])
+        masks = alive.to(E[0].device, E[0].dtype).split([e.numel() for e in E])  # copied to the device at once
+        sharded = [distribute_like(e, mask.to(e.dtype).view(e.shape)) for e, mask in zip(E, masks, strict=True)]
         torch._foreach_mul_([local_shard(e) for e in E], [local_shard(mask) for mask in sharded])
 
     @staticmethod
     def _prune(layers: Sequence[Layer], state: dict[str, Tensor], run: Run) -> None:
         """Remove the masked directions: the run is over."""
-        alive = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
+        own = {layer.site.name: state[f"alive|{layer.site.name}"] for layer in layers}
+        alive = {site: mask.flatten(0, -2).any(0) if mask.dim() == 2 else mask for site, mask in own.items()}
         if not all(bool(mask.all()) for mask in alive.values()) and run.prune_directions(alive):
             for site, mask in alive.items():
-                state[f"alive|{site}"] = mask[mask]
+                state[f"alive|{site}"] = own[site][..., mask]

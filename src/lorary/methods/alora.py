@@ -30,7 +30,7 @@ from lorary.spec.context import Context, ContextPatch
 from lorary.spec.fields import IDS, TEXT
 from lorary.spec.interfaces import Join, Layer, component
 from lorary.spec.method import Method
-from lorary.spec.presets import Restriction, preset
+from lorary.spec.presets import preset
 from lorary.spec.site import Site
 
 
@@ -129,9 +129,6 @@ def invocation_of(method: Method) -> tuple[int, ...]:
     citation="Greenewald et al. 2025, arXiv:2504.12397",
     when="For many small tasks in the middle of a conversation: the base's cache is used up to the invocation.",
     example={"invocation": (17, 5)},
-    restrictions={
-        "bitfit": Restriction("the biases act before the invocation too, where the base's cache then differs"),
-    },
 )
 def alora(invocation: str | Sequence[int] = "") -> dict[str, Any]:
     """y_t = W x_t + b + (alpha / r) B A x_t from the last invocation on, W x_t + b before it

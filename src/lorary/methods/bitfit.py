@@ -20,6 +20,7 @@ from lorary.spec.presets import Restriction, preset
     lr=1e-3,
     when="For little data on a model that has biases, or beside an adapter.",
     restrictions={
+        "alora": "the biases act before the invocation too, so the base's cache does not fit",
         "qlora": "the biases train beside quantised weights",
         "o-lora": Restriction("for the last task only: trained biases cannot stay under a later task", advised=False),
     },

@@ -50,6 +50,8 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
     ratio: float = field(metadata=POSITIVE)
     late: bool = field(default=True, metadata=FLAG)
 
+    batched = True
+
     @property
     def roles(self) -> frozenset[str]:
         return frozenset({"A", "B"}) | self.fixed_roles
@@ -72,8 +74,9 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
     def factors(self, site: Site, params: Tensors) -> Factors:
         if not self.late:
             return (1 + self.ratio) * site.place(params["B"]), params["A"]
-        B, B_K = (1 + params["lam"]) * params["B"], -params["lam"] * params["B_K"]
-        return torch.cat([site.place(B), site.place(B_K)], 1), torch.cat([params["A"], params["A_K"]])
+        lam = params["lam"].unsqueeze(-1)
+        B, B_K = (1 + lam) * params["B"], -lam * params["B_K"]
+        return torch.cat([site.place(B), site.place(B_K)], -1), torch.cat([params["A"], params["A_K"]], -2)
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         if self.late:
@@ -104,6 +107,7 @@ class DeltaLoRARule(Rule):
     after: int = field(default=0, metadata=WHOLE)
 
     needs = frozenset({"A", "B"})
+    per_expert = True
 
     def problems(self, method: Any) -> list[str]:
         found = _common_problems(method)

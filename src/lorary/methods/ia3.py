@@ -45,6 +45,7 @@ class Rescaling(Join):
     supports_dropout = False
     adds_delta = False
     scales_bias = True
+    per_expert = True
     targets = ("attention-kv", "mlp-output")
 
     def scales_input(self, name: str) -> bool:
@@ -60,7 +61,8 @@ class Rescaling(Join):
         if not site.parts:  # inputs are scaled in whole layers only
             return params
         gain = params["l"]
-        return {"l": gain.new_ones(site.out_features).index_copy(0, site.part_rows(gain.device), gain)}
+        whole = gain.new_ones(*gain.shape[:-1], site.out_features)
+        return {"l": whole.index_copy(-1, site.part_rows(gain.device), gain)}
 
     def setup(self, layer: Layer, generator: torch.Generator) -> None:
         for vector in layer.params.values():
@@ -69,7 +71,7 @@ class Rescaling(Join):
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
         params = self.whole(layer.site, layer.params)
         if "l_ff" in params:
-            return layer.run_base((x * params["l_ff"]).to(x.dtype))
+            return layer.run_base((x * layer.kind.broadcast_over_rows(params["l_ff"])).to(x.dtype))
         y = layer.run_base(x)
         # a factor close to 1 would be rounded away in 16 bits
         return (y * layer.kind.broadcast_over_rows(params["l"])).to(y.dtype)

@@ -29,7 +29,7 @@ from lorary.spec.site import Site
 
 
 @component
-class HadamardProduct(Delta):
+class LowRankHadamard(Delta):
     """B1, B2 [out, r] and A1, A2 [r, in]; in the Tucker form A1, A2 [r, channels] and T1, T2 [r, r, window]."""
 
     r: int = field(metadata=COUNT)
@@ -37,6 +37,8 @@ class HadamardProduct(Delta):
 
     roles = frozenset({"B1", "A1", "B2", "A2", "T1", "T2"})
     batched = True
+    chains = (("A1", "B1"), ("A2", "B2"))
+    chains_meet = "\N{CIRCLED DOT OPERATOR}"
 
     def shapes(self, site: Site) -> Shapes:
         window = math.prod(site.kernel_size) if has_core(site, self.tucker) else 1
@@ -122,4 +124,4 @@ def loha(r: int = 4, alpha: float = 1.0, tucker: bool = False) -> dict[str, Any]
         alpha: s = alpha / r.
         tucker: convolutions have cores for their windows, and so fewer parameters.
     """
-    return {"delta": HadamardProduct(r, tucker), "init": HadamardInit(), "scale": AlphaOverRank(alpha)}
+    return {"delta": LowRankHadamard(r, tucker), "init": HadamardInit(), "scale": AlphaOverRank(alpha)}

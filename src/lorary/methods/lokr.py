@@ -54,6 +54,8 @@ class KroneckerProduct(Delta):
 
     roles = _ROLES
     batched = True
+    chains = (("C", "Ca", "Cb"), ("D", "Da", "Db"))
+    chains_meet = "\N{CIRCLED TIMES}"
 
     def blocks(self, site: Site) -> tuple[int, int, int, int]:
         """(c1, c2, d1, d2), d2 in channels."""

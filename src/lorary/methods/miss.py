@@ -87,7 +87,7 @@ class SharedShards(Delta):
 def shard_sums(x: Tensor, r: int) -> Tensor:
     """The sum of x's shards of r features: x [..., in] to [..., r]. A last shard that is shorter counts as padded."""
     whole = x.shape[-1] // r * r
-    sums = x[..., :whole].unflatten(-1, (whole // r, r)).sum(-2)
+    sums: Tensor = x[..., :whole].unflatten(-1, (whole // r, r)).sum(-2)
     rest = x.shape[-1] - whole
     return sums + F.pad(x[..., whole:], (0, r - rest)) if rest else sums
 

@@ -49,6 +49,7 @@ class SequentialLoRA(PairsOfFactors, Delta):
     past: tuple[int, ...] = field(default=(), metadata=SIZES)
 
     fused_for_all_kinds = True
+    batched = True
 
     @property
     def roles(self) -> frozenset[str]:
@@ -69,7 +70,7 @@ class SequentialLoRA(PairsOfFactors, Delta):
 
     def factors(self, site: Site, params: Tensors) -> Factors:
         B, A = site.place(params["B"]), params["A"]
-        return (torch.cat([B, params["B_past"]], 1), torch.cat([A, params["A_past"]])) if self.past else (B, A)
+        return (torch.cat([B, params["B_past"]], -1), torch.cat([A, params["A_past"]], -2)) if self.past else (B, A)
 
     def add(self, layer: Layer, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         params, add = layer.tensors, layer.kind.add
@@ -81,13 +82,13 @@ class SequentialLoRA(PairsOfFactors, Delta):
         return add(layer.base, y, x, params["A"], B, layer.scale, dropout)
 
     def after(self, past: Sequence[Factors], scale: float) -> tuple[Delta, dict[str, Tensor]]:
-        delta = dataclasses.replace(self, past=tuple(A.shape[0] for _, A in past))
-        B, A = torch.cat([B for B, _ in past], 1), torch.cat([A for _, A in past])
+        delta = dataclasses.replace(self, past=tuple(A.shape[-2] for _, A in past))
+        B, A = torch.cat([B for B, _ in past], -1), torch.cat([A for _, A in past], -2)
         return delta, {"A_past": A, "B_past": B / scale}
 
     def tasks(self, B: Tensor, A: Tensor) -> list[Factors]:
-        sizes = [A.shape[0] - sum(self.past), *self.past]
-        now, *before = zip(B.split(sizes, 1), A.split(sizes), strict=True)
+        sizes = [A.shape[-2] - sum(self.past), *self.past]
+        now, *before = zip(B.split(sizes, -1), A.split(sizes, -2), strict=True)
         return [*before, now]
 
     def problems(self, site: Site) -> list[str]:
@@ -118,6 +119,7 @@ class OrthogonalToPast(Rule):
     norms: float = field(default=0.0, metadata=AMOUNT)
 
     needs = frozenset({"A", "B"})
+    per_expert = True
 
     @property
     def needs_optimizer(self) -> bool:  # type: ignore[override]  # a constant of most rules
@@ -149,12 +151,12 @@ class OrthogonalToPast(Rule):
         value: Tensor | float = 0.0
         if self.norms:
             value = self.norms * _sum(
-                torch.linalg.vector_norm(full_tensor(layer.params[r])) for layer in layers for r in "AB"
+                torch.linalg.matrix_norm(full_tensor(layer.params[r])).sum() for layer in layers for r in "AB"
             )
         later = _layers_with_past(layers)
         if self.hard or not later or not self.weight:
             return value
-        products = [full_tensor(layer.params["A_past"]) @ full_tensor(layer.params["A"]).T for layer in later]
+        products = [full_tensor(layer.params["A_past"]) @ full_tensor(layer.params["A"]).mT for layer in later]
         total = _sum(P.abs().sum() if self.form == "authors" else P.square().sum() for P in products)
         return value + self.weight * total / (sum(P.numel() for P in products) if self.mean else 1)
 
@@ -195,13 +197,19 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _basis_of(layer: Layer) -> Tensor:
-    """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32."""
+    """An orthonormal basis of the row space of all earlier A's of a layer, in at least fp32.
+
+    Those of experts are stacked, [E, k, in], with rows of zeros where one has fewer than k.
+    """
     A = full_tensor(layer.params["A_past"]).detach()
     A = A.to(torch.promote_types(A.dtype, torch.float32))
-    Q = A.new_zeros(0, A.shape[1])
-    for rows in A.split(layer.method.delta.past):
-        Q = basis(rows, Q)
-    return Q
+    found = []
+    for one in A if A.dim() == 3 else A[None]:
+        Q = A.new_zeros(0, A.shape[-1])
+        for rows in one.split(layer.method.delta.past):
+            Q = basis(rows, Q)
+        found.append(Q)
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True) if A.dim() == 3 else found[0]
 
 
 @torch.no_grad()
@@ -223,7 +231,7 @@ def _project(tensor: Tensor, Q: Tensor) -> None:
     """
     with torch.no_grad():
         rows, Q = local_shard(tensor), Q.clone()
-        rows.sub_((rows.to(Q, copy=True) @ Q.T @ Q).to(rows))  # paged momenta are on another device
+        rows.sub_((rows.to(Q, copy=True) @ Q.mT @ Q).to(rows))  # paged momenta are on another device
 
 
 @preset(

@@ -19,11 +19,9 @@ from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, grouped
 from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
-from lorary.spec.per_expert import why_not_per_expert
+from lorary.spec.per_expert import EACH, SHARED, why_not_per_expert
 from lorary.spec.placement import AdaptedSite, with_rank
 from lorary.spec.site import Site
-
-EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _without_impossible(part: Part, matched: list[TargetMatch], wanted: Wanted) 
     for f in matched:
         at = wanted.site_of(f)
         reasons = why_not_per_expert(at, part.method) + why_not_in_attention(at, part.method)
-        if reasons and not any(matches(str(entry), f.name) for entry in named):
+        if reasons and not f.parts and not any(matches(str(entry), f.name) for entry in named):
             why[f.name] = "; ".join(reasons)
     notes = [f"the presets leave out {text}: {reason}" for text, reason in grouped(why)]
     return [f for f in matched if f.name not in why], notes

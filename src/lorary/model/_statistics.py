@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorary.errors import Diagnostic, PlanError
 from lorary.kernels.torch_internals import parameters_of, version_of
+from lorary.layers.experts import ExpertMatrix
 from lorary.layers.kinds import KINDS
 from lorary.layers.wrappers import submodule
 from lorary.model.out_of_memory import is_out_of_memory
@@ -125,7 +126,7 @@ def measure(
     layers = {p.site.name: (submodule(model, p.site.name), p) for p in group}
     if init.reads == "gradient":
         sums: dict[str, Tensor] = {}
-        with _gradients(layers, sums), torch.enable_grad():
+        with _gradients(model, layers, sums), torch.enable_grad():
             for i, batch in enumerate(batches):
                 batch = _on(device, batch)
                 _loss(_output(model, batch, i), batch, loss).backward()
@@ -160,13 +161,14 @@ def _loss(output: Any, batch: Any, loss: Loss | None) -> Tensor:
 
 
 @contextmanager
-def _gradients(layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
+def _gradients(model: nn.Module, layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
     """Within it, every backward pass adds the gradients of these layers' weights to `sums`, in their layout.
 
     Each layer gets a parameter of its own over the same memory, so that a tied weight counts this layer's use alone,
     and each gradient is freed when it was added.
     """
-    weights = {name: parameters_of(layer)["weight"] for name, (layer, _) in layers.items()}
+    homes = {name: _home(model, name, layer) for name, (layer, _) in layers.items()}
+    weights = {name: owner[leaf] for name, (owner, leaf) in homes.items()}
 
     def added(name: str, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
@@ -177,14 +179,22 @@ def _gradients(layers: Layers, sums: dict[str, Tensor]) -> Iterator[None]:
         parameter.grad = None
 
     try:
-        for name, (layer, _) in layers.items():
+        for name, (owner, leaf) in homes.items():
             own = nn.Parameter(cast(nn.Parameter, weights[name]).detach())
             own.register_post_accumulate_grad_hook(lambda parameter, name=name: added(name, parameter))
-            parameters_of(layer)["weight"] = own
+            owner[leaf] = own
         yield
     finally:
-        for name, (layer, _) in layers.items():
-            parameters_of(layer)["weight"] = weights[name]
+        for name, (owner, leaf) in homes.items():
+            owner[leaf] = weights[name]
+
+
+def _home(model: nn.Module, name: str, layer: nn.Module) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The dictionary of parameters that holds a layer's weight, and its name there."""
+    if isinstance(layer, ExpertMatrix):
+        owner, _, leaf = name.rpartition(".")
+        return parameters_of(submodule(model, owner)), leaf
+    return parameters_of(layer), "weight"
 
 
 def _as_matrix(layer: nn.Module, p: AdaptedSite, gradient: Tensor | None) -> Tensor | None:

@@ -26,6 +26,7 @@ from lorary.model.quantize import with_progress
 from lorary.model.scan import scan
 from lorary.model.state import state_of
 from lorary.spec.calibration import CalibratedInit, Moments, Statistic
+from lorary.spec.per_expert import measured_at
 from lorary.spec.placement import AdaptedSite, with_rank
 
 HELD_BYTES = 4 * 2**30  # of the statistics of one group of layers
@@ -155,7 +156,7 @@ def _start(model: nn.Module, p: AdaptedSite, statistic: Statistic | None, seed: 
         return M.to(torch.promote_types(M.dtype, torch.float32))
 
     with torch.no_grad():
-        tensors = init.measured(statistic, weight, p.site, p.r, p.scale, p.site.generator(seed))
+        tensors = measured_at(init, statistic, weight, p.site, p.r, p.scale, p.site.generator(seed))
     return {role: tensor.cpu() for role, tensor in tensors.items()}
 
 
@@ -165,10 +166,11 @@ def _groups(sites: list[AdaptedSite], held: int) -> list[list[AdaptedSite]]:
     size = 0
     for p in sites:
         rows = p.site.out_features if _calibrated(p.init).reads == "gradient" else p.site.in_features
-        size += 4 * rows * p.site.in_features
+        own = 4 * rows * p.site.in_features * max(p.site.experts, 1)
+        size += own
         if not groups or size > held:
             groups.append([])
-            size = 4 * rows * p.site.in_features
+            size = own
         groups[-1].append(p)
     return groups
 
@@ -181,7 +183,7 @@ def _with_starts(plan: Plan, found: Mapping[str, dict[str, Tensor]]) -> Plan:
         if tensors is None:
             sites.append(p)
             continue
-        r = tensors["B"].shape[1]
+        r = tensors["B"].shape[-1]
         moved[p.site.name] = r
         if not r:
             continue

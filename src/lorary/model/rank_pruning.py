@@ -94,7 +94,7 @@ def without_pruned_directions(
     small, values = [], {}
     for p in sites:
         own = tensors[p.site.name]
-        if isinstance(p.delta, PrunableDelta) and not bool((alive := p.delta.active_directions(own)).all()):
+        if isinstance(p.delta, PrunableDelta) and not bool((alive := _active(p, own)).all()):
             kept = torch.nonzero(alive).flatten()
             dims = p.delta.directions  # a join's tensors have none
             own = {role: _select(t, kept, dims[role]) if role in dims else t for role, t in own.items()}
@@ -102,6 +102,12 @@ def without_pruned_directions(
         small.append(p)
         values[p.site.name] = own
     return tuple(small), values
+
+
+def _active(p: AdaptedSite, own: Mapping[str, Tensor]) -> Tensor:
+    """[R] the directions that contribute to a site's update; of experts, to that of any of them."""
+    alive = cast(PrunableDelta, p.delta).active_directions(own)
+    return alive.any(0) if p.site.adapters else alive
 
 
 def _prunable(sites: tuple[AdaptedSite, ...]) -> bool:

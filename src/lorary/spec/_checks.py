@@ -12,7 +12,7 @@ from lorary.errors import Diagnostic
 from lorary.spec.calibration import CalibratedInit
 from lorary.spec.context import Context
 from lorary.spec.fields import POSITIVE, field_errors
-from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage
+from lorary.spec.interfaces import COMPONENTS, Delta, Init, Join, Rule, Scale, Storage, all_in_join
 
 # axis -> the protocol of its one component; a method may have several rules
 PROTOCOLS: dict[str, Any] = {
@@ -119,7 +119,7 @@ def _join_problems(method: Any, delta: Delta, join: Join) -> Iterator[Diagnostic
         yield Diagnostic("rules", what, _ONE_OF_TWO)
     if not join.adds_delta and delta.roles:
         yield Diagnostic("join", f"{name} adds no update to the weight, so {_name(delta)} would have no effect")
-    if delta.roles and delta.roles <= join.uses and method.scale(delta.r) != 1:
+    if all_in_join(delta) and method.scale(delta.r) != 1:
         what = f"{method.scale} has no effect: {name} uses the tensors of {_name(delta)} without a scale"
         yield Diagnostic("scale", what, "set scale=ConstantScale(1.0)")
     if method.dropout and not join.adds_delta:

@@ -40,7 +40,9 @@ class Delta(Protocol):
         fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
-        batched: whether `factors` also takes tensors with leading dimensions, where a site has no parts.
+        batched: whether `factors` and `add` also take tensors with a leading dimension of experts.
+    chains: the roles of each of several products that make the update, in the order in which an input meets them.
+    chains_meet: how these products meet, as a sign.
         decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 
@@ -55,6 +57,8 @@ class Delta(Protocol):
     needs_dense_weight: bool = False
     batched: bool = False
     decayed_vectors: frozenset[str] = frozenset()
+    chains: tuple[tuple[str, ...], ...] = ()
+    chains_meet: str = "+"
 
     @property
     def roles(self) -> frozenset[str]: ...
@@ -85,6 +89,11 @@ class Fused(Protocol):
 def has_rank(delta: Delta | None) -> bool:
     """Whether a delta has a rank; `NoUpdate` has none."""
     return delta is not None and any(field.name == "r" for field in dataclasses.fields(cast(Any, delta)))
+
+
+def all_in_join(delta: Delta | type[Delta]) -> bool:
+    """Whether the join takes all of a delta's tensors, so that no product of factors is added to the weight (HiRA)."""
+    return bool(delta.join_roles) and delta.join_roles == delta.roles
 
 
 @functools.cache
@@ -119,7 +128,7 @@ class PrunableDelta(Protocol):
     """A delta that is a sum of rank directions, each of which can be removed.
 
     Attributes:
-        directions: role -> the dimension of its tensor that counts the directions.
+        directions: role -> the dimension of its tensor that counts the directions, from the end: -1 for the last.
     """
 
     directions: Mapping[str, int]
@@ -129,7 +138,7 @@ class PrunableDelta(Protocol):
         ...
 
     def active_directions(self, params: Tensors) -> Tensor:
-        """[R] bool: the directions that contribute to the update."""
+        """[..., R] bool: the directions that contribute to the update."""
         ...
 
 
@@ -186,10 +195,12 @@ class Rule(Protocol):
         needs: the roles that it works on.
         writes_base: whether it writes the base weights of the adapted layers.
         needs_optimizer: whether it changes the optimizer's state.
+        per_expert: whether it also works on layers of experts, whose tensors have a leading E.
     """
 
     writes_base: bool = False
     needs_optimizer: bool = False
+    per_expert: bool = False
 
     @property
     def needs(self) -> frozenset[str]: ...

@@ -155,7 +155,11 @@ def _write_component(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
-    written = {f.name: content for f, content in fields.items() if content != f.default or "later" not in f.metadata}
+    written = {
+        f.name: content
+        for f, content in fields.items()
+        if "later" not in f.metadata or content != f.metadata.get("before", f.default)
+    }
     return {"component": type(value).__name__} | written
 
 
@@ -213,8 +217,9 @@ def _read_component(where: str, value: Any, problems: list[Diagnostic]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     for key in sorted(set(fields) - known):
         problems.append(Diagnostic(where, f"{name} has no field `{key}`", did_you_mean(key, sorted(known))))
+    before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata}
     try:
-        return cls(**{k: v for k, v in fields.items() if k in known})
+        return cls(**before | {k: v for k, v in fields.items() if k in known})
     except TypeError as error:  # a required field is missing
         problems.append(Diagnostic(where, str(error).partition("__init__() ")[2] or str(error)))
         return None

@@ -8,17 +8,20 @@ experts one by one, stacked. Elsewhere each function asks the component itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorary.errors import Diagnostic
-from lorary.spec.calibration import CalibratedInit
+from lorary.spec.calibration import CalibratedInit, Statistic
 from lorary.spec.interfaces import Delta, Init, Join
 from lorary.spec.layer import Factors, Shapes, Tensors
 from lorary.spec.site import Site
+
+EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
 
 
 def shapes_at(component: Delta | Join, site: Site, shared: Iterable[str] = ()) -> Shapes:
@@ -31,7 +34,7 @@ def shapes_at(component: Delta | Join, site: Site, shared: Iterable[str] = ()) -
 
 def factors_at(delta: Delta, site: Site, tensors: Tensors) -> Factors:
     """(B [out, R], A [R, in]) of a site's adapter, or ([E, out, R], [E, R, in]) of those of its experts."""
-    if not site.adapters or (delta.batched and not site.parts):
+    if not site.adapters or delta.batched:
         return delta.factors(site.one, tensors)
     pairs = [delta.factors(site.one, expert) for expert in _each(site, tensors, delta.shared)]
     return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
@@ -75,6 +78,33 @@ def fill(
         init(expert, W[e], site.one, scale, generator)
 
 
+def measured_at(
+    init: CalibratedInit,
+    statistic: Statistic,
+    W: Callable[[], Tensor],
+    site: Site,
+    r: int,
+    scale: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """role -> start of a site's tensors: see `CalibratedInit.measured`.
+
+    Raises:
+        ValueError: the data does not determine it, as where an expert has had no token.
+    """
+    if not site.experts:
+        return init.measured(statistic, W, site, r, scale, generator)
+    assert isinstance(statistic, Tensor)
+    if idle := [e for e in range(site.experts) if not statistic[e].any()]:
+        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        raise ValueError(f"expert {idle[0]}{more} of {site.experts} had no token of this data")
+    each = [
+        init.measured(gradient, lambda e=e: W()[e], site.one, r, scale, generator)  # type: ignore[misc]
+        for e, gradient in enumerate(statistic)
+    ]
+    return {role: torch.stack([start[role] for start in each]) for role in each[0]}
+
+
 def why_not_per_expert(site: Site, method: Any) -> list[str]:
     """The reasons why a method cannot adapt a site of experts."""
     if not site.experts:
@@ -82,15 +112,14 @@ def why_not_per_expert(site: Site, method: Any) -> list[str]:
     why = []
     if not method.join.per_expert:
         why.append(f"{type(method.join).__name__} has no form for fused experts yet")
-    if method.delta.fused_for_all_kinds:
+    if method.delta.fused_for_all_kinds and not method.delta.batched:
         why.append(f"{type(method.delta).__name__} has no form for fused experts yet")
-    if isinstance(method.init, CalibratedInit):
-        why.append(f"no calibration pass measures fused experts yet ({type(method.init).__name__})")
+    if isinstance(method.init, CalibratedInit) and method.init.reads == "inputs":
+        why.append(f"no calibration pass measures the inputs of fused experts yet ({type(method.init).__name__})")
     if site.one_adapter:
         why += _why_not_shared(method)
-    if method.rules:
-        rules = ", ".join(type(rule).__name__ for rule in method.rules)
-        why.append(f"no rule works on fused experts yet ({rules})")
+    if rules := ", ".join(type(rule).__name__ for rule in method.rules if not rule.per_expert):
+        why.append(f"{rules} has no form for fused experts yet")
     return why
 
 
@@ -103,6 +132,27 @@ def _why_not_shared(method: Any) -> list[str]:
     if method.init.residual_init:
         why.append(f"{type(method.init).__name__} starts at the matrix of each expert, which share one adapter: {fix}")
     return why
+
+
+def experts_of(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[tuple[Site, dict[str, Tensor]]]:
+    """Each expert's matrix as a site of its own, and the tensors there; a site without experts itself."""
+    if not site.experts:
+        return [(site, dict(tensors))]
+    each = enumerate(_each(site, tensors, shared))
+    return [(replace(site.one, name=expert_name(site.name, e)), own) for e, own in each]
+
+
+def expert_name(name: str, e: int) -> str:
+    """The name of one expert's matrix, as where experts are layers: `experts.3.down_proj` of `experts.down_proj`."""
+    owner, dot, own = name.rpartition(".")
+    return f"{owner}{dot}{e}.{own}"
+
+
+def stack_experts(site: Site, each: Sequence[Tensors], shared: Iterable[str] = ()) -> dict[str, Tensor]:
+    """role -> tensor of a site from those of its experts, as `experts_of` gives them."""
+    if not site.experts:
+        return dict(each[0])
+    return {r: t if r in shared else torch.stack([own[r] for own in each]) for r, t in each[0].items()}
 
 
 def no_experts(sites: Iterable[Site], what: str) -> list[Diagnostic]:

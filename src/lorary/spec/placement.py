@@ -17,7 +17,7 @@ from lorary.spec.calibration import CalibratedInit
 from lorary.spec.interfaces import Delta, Factors, Init, Join, Rule, Scale, Shapes, Tensors, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.method import Method, braces
-from lorary.spec.per_expert import factors_at, for_every_expert, merged_at, shapes_at, why_not_per_expert
+from lorary.spec.per_expert import experts_of, factors_at, for_every_expert, merged_at, shapes_at, why_not_per_expert
 from lorary.spec.site import Site
 
 
@@ -119,6 +119,13 @@ class AdaptedSite:
     def merged(self, params: Tensors, W: Tensor, b: Tensor | None, BA: Factors) -> tuple[Tensor, Tensor | None]:
         """The join's (W', b') for this site's tensors; see `Join.merged`."""
         return merged_at(self.join, self.site, params, W, b, BA, self.scale)
+
+    def matrices(self, tensors: Tensors) -> list[tuple[AdaptedSite, dict[str, Tensor]]]:
+        """The site of each expert and its tensors; elsewhere this site alone."""
+        return [
+            (dataclasses.replace(self, site=site), own)
+            for site, own in experts_of(self.site, tensors, self.delta.shared)
+        ]
 
     def problems(self) -> list[Diagnostic]:
         """The reasons why this method cannot adapt this site."""

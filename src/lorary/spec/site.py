@@ -128,9 +128,14 @@ class Site:
         return torch.cat([part.rows(device) for part in self.parts])
 
     def place(self, B: Tensor) -> Tensor:
-        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks."""
+        """The parts' factors [rows of the parts, r] as one factor [out, parts * r], zero outside their blocks.
+
+        Those of experts have a leading E.
+        """
         if not self.parts:
             return B
+        if B.dim() == 3:
+            return torch.stack([self.place(expert) for expert in B])
         return self.place_rows(torch.block_diag(*B.split(self.rows)))
 
     def place_rows(self, M: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import lorary
 from lorary.adapters.export.gguf import export_gguf
 from lorary.errors import FileError
+from lorary.methods.token_rows import TokenRows
 from lorary.model.fingerprint import Fingerprint
 from tests import tiny
 from tests.adapters import models
@@ -28,6 +29,7 @@ def spoilt(adapter: lorary.Adapter, number: float) -> lorary.Adapter:
     return dataclasses.replace(adapter, tensors=tensors)
 
 
+ADDED = lorary.method("rows", tokens=(3, 7)).replace(join=TokenRows((3, 7), ("<b>",)))
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "DoRA": (
         lambda: plain("dora"),
@@ -72,6 +74,13 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         LLAMA.model,
         {"dtype": "int8"},
         "dtype: is 'int8'; GGUF's adapters take float32, float16, bfloat16",
+    ),
+    "tokens that the base's tokenizer does not have": (
+        lambda: of(LLAMA.model(), ADDED, "vocabulary"),
+        LLAMA.model,
+        {},
+        "tokens: '<b>' (7): added to the tokenizer, and llama.cpp reads texts with the base's own"
+        f"{MERGED}, which holds the tokenizer as well",
     ),
     "another base": (
         plain,

@@ -20,6 +20,7 @@ from lorary.adapters.adapter import without_empty_sites
 from lorary.adapters.export.engines import export_for_engine
 from lorary.adapters.readers.check import check
 from lorary.errors import FileError
+from lorary.methods.token_rows import TokenRows
 from lorary.model.fingerprint import Fingerprint
 from tests import tiny
 from tests.adapters import models
@@ -77,6 +78,26 @@ def test_any_reader_computes_the_same_update(
         torch.testing.assert_close(found[name], form.B @ form.A)
     assert not any(found[name].any() for name in found.keys() - forms.keys())
     assert [v.reasons for v in check(tmp_path / "out", engine, model=LLAMA.model())] == [()]
+    close(by_peft(LLAMA, tmp_path / "out"), outputs(made))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside LoRA"])
+def test_rows_of_tokens_that_the_base_has_are_factors_of_both_ends(beside: bool, tmp_path: Path) -> None:
+    model, rows = LLAMA.model(), lorary.method("rows", tokens=(3, 7))
+    parts = {"attention": tiny.LORA, "vocabulary": rows}
+    lorary.attach(model, lorary.plan(model, parts) if beside else lorary.plan(model, rows, targets="vocabulary"))
+    made = tiny.shaken(model).eval()
+    adapter = lorary.Adapter.of(made)
+    export_for_engine(adapter, tmp_path / "out", "vllm", model=LLAMA.model(), base="org/model")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert "trainable_token_indices" not in config, "vLLM does not know it"
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    forms = adapter.low_rank(LLAMA.model())
+    scale = config["lora_alpha"] / config["r"]
+    for name, end in (("model.embed_tokens", "lora_embedding_{}"), ("lm_head", "lora_{}.weight")):
+        A, B = (tensors[f"base_model.model.{name}.{end.format(role)}"] for role in "AB")
+        torch.testing.assert_close(scale * B @ A, forms[name].B @ forms[name].A)
+    assert [v.reasons for v in check(tmp_path / "out", "vllm", model=LLAMA.model())] == [()]
     close(by_peft(LLAMA, tmp_path / "out"), outputs(made))
 
 
@@ -160,6 +181,7 @@ def deepseek() -> Any:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK))
 
 
+ADDED = lorary.method("rows", tokens=(3, 7)).replace(join=TokenRows((3, 7), ("<b>",)))
 REFUSED: dict[str, tuple[str, Any, Any, dict[str, Any], str]] = {
     "DoRA": (
         "vllm",
@@ -234,6 +256,14 @@ REFUSED: dict[str, tuple[str, Any, Any, dict[str, Any], str]] = {
         lambda: tiny.seeded("LlamaForCausalLM"),
         {},
         f"context: it needs RoPE scaling, which SGLang has to be given{MERGED}",
+    ),
+    "tokens that the base's tokenizer does not have": (
+        "vllm",
+        lambda: of(LLAMA.model(), ADDED, "vocabulary"),
+        LLAMA.model,
+        {},
+        "tokens: '<b>' (7): added to the tokenizer, and vLLM reads texts with the base's own"
+        f"{MERGED}, which holds the tokenizer as well",
     ),
     "another base": ("vllm", plain, tiny.llama, {}, "base: other layers or sizes: "),
     "a layer that the base lacks": (

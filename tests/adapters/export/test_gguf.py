@@ -17,7 +17,7 @@ from lorary.adapters.export.gguf_architectures import ARCHITECTURES, Architectur
 from lorary.spec.site import Site
 from tests import tiny
 from tests.adapters import models
-from tests.adapters.export.made import longer
+from tests.adapters.export.made import longer, of
 from tests.adapters.models import BASES
 from tests.clients.cases import SIZES
 from tests.clients.llama_cpp import BASES as RUN
@@ -178,6 +178,17 @@ def test_the_embedding_is_transposed_and_the_head_is_not(tmp_path: Path) -> None
     }
     form = adapter.low_rank()["model.embed_tokens"]
     torch.testing.assert_close(updates(reader, tensors)["token_embd"], form.B @ form.A)
+
+
+def test_rows_of_tokens_that_the_base_has(tmp_path: Path) -> None:
+    adapter = of(LLAMA.model(), lorary.method("rows", tokens=(3, 7)), "vocabulary")
+    export_gguf(adapter, tmp_path, model=LLAMA.model())
+    found = updates(*read(tmp_path))
+    for site, name in (("model.embed_tokens", "token_embd"), ("lm_head", "output")):
+        form = adapter.low_rank(LLAMA.model())[site]
+        torch.testing.assert_close(found[name], form.B @ form.A)
+        rows = (form.B @ form.A).abs().sum(0 if name == "token_embd" else 1).nonzero().flatten()
+        assert rows.tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

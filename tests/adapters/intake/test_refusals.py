@@ -258,7 +258,7 @@ CASES: dict[str, Case] = {
     "kohya, the original names of SDXL": (
         changed(*KO, lambda t: [t.update({k.replace("te_text_model", "te_input_blocks"): t.pop(k)}) for k in list(t)]),
         text_encoder,
-        "this is the original name in SDXL's UNet",
+        "it is an original name of a Stable Diffusion UNet",
     ),
     # diffusers
     "diffusers without a model": (

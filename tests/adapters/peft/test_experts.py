@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,23 @@ def test_adapters_of_single_experts_change_the_fused_weights_exactly(
     close(logits(model), logits(by_peft))
     live = logits(model)
     lorary.save(model, tmp_path / "again")
+    assert torch.equal(logits(lorary.load(moe(name), tmp_path / "again")), live)
     close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "again")), live)
     lorary.merge(model).save_pretrained(tmp_path / "merged")
     close(logits(type(model).from_pretrained(tmp_path / "merged")), live)
+
+
+def test_parts_of_fused_experts_outside_their_blocks_are_refused(tmp_path: Path) -> None:
+    """The record says that gate and up have factors of their own, and the file mixes them."""
+    old_file("Qwen3MoeForCausalLM", tmp_path / "v4", OLD)
+    lorary.save(lorary.load(moe("Qwen3MoeForCausalLM"), tmp_path / "v4"), tmp_path / "again")
+    name = f"{START}.base_layer.lora_B.weight"
+    rewritten(tmp_path / "again", lambda t: t[name].fill_(1.0))
+    record = json.loads((tmp_path / "again" / "lorary.json").read_text())
+    data = (tmp_path / "again" / "adapter_model.safetensors").read_bytes()
+    record["files"]["adapter_model.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "again" / "lorary.json").write_text(json.dumps(record))
+    assert "is not zero outside the blocks of" in refusal(tmp_path / "again", "Qwen3MoeForCausalLM")
 
 
 def test_single_experts_of_the_bare_model(tmp_path: Path) -> None:

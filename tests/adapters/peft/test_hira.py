@@ -149,16 +149,26 @@ def test_trained_biases_are_kept_in_our_own_form(tmp_path: Path) -> None:
     assert torch.equal(outputs(lorary.load(BERT.model(), tmp_path)), outputs(model))
 
 
-def test_an_export_as_lora_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_exported_as_what_it_is(tmp_path: Path) -> None:
+    """There is no LoRA with its function, and PEFT has HiRA itself."""
     model = hira(LLAMA)
+    export_peft(lorary.Adapter.of(model), tmp_path / "out", model=LLAMA.model())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    close(by_peft(LLAMA, tmp_path / "out"), outputs(model))
+    verdicts = {v.reader: v for v in lorary.check(tmp_path / "out", "peft", "vllm")}
+    assert {name: str(v.outcome) for name, v in verdicts.items()} == {"peft": "accepted", "vllm": "rejected"}
+    assert [(p.what, p.fix) for p in verdicts["vllm"].reasons] == [
+        ("vLLM refuses the PEFT type HIRA", "lorary export ADAPTER OUT --to merged")
+    ]
+
+
+def test_what_pefts_type_cannot_say_is_not_exported(tmp_path: Path) -> None:
+    model = hira(LLAMA, ranks={"down_proj": 2})
     with pytest.raises(MethodError) as refusal:
         export_peft(lorary.Adapter.of(model), tmp_path / "out", model=LLAMA.model())
     assert "HiRA is not a low-rank change of W" in str(refusal.value)
     assert "hint: merge it into the base" in str(refusal.value)
     assert not (tmp_path / "out").exists()
-    lorary.save(model, tmp_path / "saved")
-    verdicts = {v.reader: v for v in lorary.check(tmp_path / "saved", "peft", "vllm")}
-    assert {name: str(v.outcome) for name, v in verdicts.items()} == {"peft": "accepted", "vllm": "rejected"}
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lorary
 from lorary.adapters import export_peft
 from lorary.errors import FileError
+from tests import tiny
 from tests.methods.test_token_rows import attached, close, ids, llama, moved
 from tests.train.small import tokenizer
 
@@ -121,6 +122,41 @@ def test_modules_that_are_kept_tied_are_one_parameter(modules: list[str], tmp_pa
     close(model(ids()).logits, y, 1e-5)
     assert list(lorary.Adapter.of(model).full) == ["model.embed_tokens.weight"]
     assert lorary.merge(model).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("size", [40, 44])
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])
+def test_a_tied_table_that_trains_here_is_exported_as_a_tied_one(name: str, size: int, tmp_path: Path) -> None:
+    def base() -> Any:
+        return lorary.resize_vocabulary(llama(), size)
+
+    model = base()
+    plan = lorary.plan(model, lorary.method("lora", r=2, full=(name,)), targets=["q_proj"])
+    assert "lm_head.weight is model.embed_tokens.weight, tied: both train" in plan.notes
+    y = moved(lorary.attach(model, plan))(ids()).logits
+    export_peft(lorary.Adapter.of(model), tmp_path / "peft", model=base())
+    fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (fields["modules_to_save"], fields["ensure_weight_tying"]) == (["lm_head", "model.embed_tokens"], True)
+    reader: Any = PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
+    transformers = base()
+    transformers.load_adapter(tmp_path / "peft")
+    back = lorary.load(base(), tmp_path / "peft")
+    for read in (reader, transformers, back):
+        close(read(ids()).logits, y, 1e-5)
+    assert list(lorary.Adapter.of(back).full) == ["model.embed_tokens.weight"]
+    lorary.save(model, tmp_path / "own")  # once
+    assert "lm_head.weight" not in load_file(tmp_path / "own" / "adapter.safetensors")
+    close(lorary.load(base(), tmp_path / "own")(ids()).logits, y, 0.0)
+    assert lorary.merge(back).config.tie_word_embeddings
+
+
+def test_more_than_two_tied_tables_are_not_exported(tmp_path: Path) -> None:
+    """PEFT puts T5's head in the place of its embeddings."""
+    model = tiny.model("T5ForConditionalGeneration")
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2, full=("shared.weight",)), targets=["q"]))
+    with pytest.raises(FileError, match=r"shared: PEFT would untie it from decoder\.embed_tokens\.weight"):
+        export_peft(lorary.Adapter.of(model), tmp_path / "peft", model=tiny.model("T5ForConditionalGeneration"))
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("modules", [ENDS, ["embed_tokens"], ["lm_head"]], ids=str)

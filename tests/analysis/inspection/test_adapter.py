@@ -18,7 +18,9 @@ from lorary.spec.interfaces import has_rank
 from tests import tiny
 
 OPTIONS: dict[str, dict[str, Any]] = {"adalora": {"target": 2}, "longlora": {"length": 64}, "vera": {"r": 8}}
-METHODS = [name for name in lorary.presets() if has_rank(lorary.method(name).delta) and name not in ("qlora", "loftq")]
+METHODS = [
+    name for name in lorary.presets() if has_rank(lorary.method(name).delta) and name not in ("qlora", "loftq", "alora")
+]
 
 
 def pair(name: str = "lora", targets: Any = "all-linear", kind: str = "LlamaForCausalLM") -> tuple[Any, Any]:

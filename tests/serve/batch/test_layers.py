@@ -132,7 +132,7 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bitfit": (None, {}),
     "full": (None, {}),
 }
-NOT_SERVED = {"houlsby", "prefix-tuning", "prompt-tuning"}
+NOT_SERVED = {"alora", "houlsby", "prefix-tuning", "prompt-tuning"}
 # name -> the presets that it refuses: Llama has no biases, GPT-2 no RoPE
 MODELS = {"LlamaForCausalLM": {"bitfit", *NOT_SERVED}, "GPT2LMHeadModel": {"longlora", *NOT_SERVED}}
 

@@ -63,7 +63,7 @@ def gap(base: Any, adapter: lorary.Adapter, form: ServingForm) -> float:
 # --- every method ---------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = {"longlora": {"length": 100}, "full": {}, "bitfit": {}}
-NOT_SERVED = ("houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
+NOT_SERVED = ("alora", "houlsby", "prefix-tuning", "prompt-tuning")  # no weight and bias have their function
 SINGLE = [name for name in lorary.presets() if name not in ("qlora", "loftq", *NOT_SERVED)]
 COMBINED = ["dora+bitfit", "vera+dora", "melora+dora", "pissa+dora", "lora+bitfit", "longlora+dora"]
 

@@ -68,6 +68,7 @@ def _second_task(**options: Any) -> Any:
 def _cases() -> dict[str, Callable[[], Any]]:
     """Every preset that makes adapters, and what else goes on in another way."""
     names = [name for name, preset in lorary.presets().items() if preset.adapts and name not in ALONE]
+    names.remove("alora")  # its targets are inside of the blocks
     options: dict[str, dict[str, Any]] = {
         "delta-lora": {"start": 5},
         "longlora": {"length": 4096},
@@ -76,6 +77,7 @@ def _cases() -> dict[str, Callable[[], Any]]:
     cases: dict[str, Callable[[], Any]] = {n: lambda n=n: _model(n, **options.get(n, {})) for n in names}
     cases |= {n: lambda n=n: _alone(n, **ALONE[n]) for n in ALONE}
     return cases | {
+        "alora": lambda: _alone("alora", invocation=(30,), dropout=0.2),
         "prefix-tuning of a network": lambda: _alone("prefix-tuning", tokens=3, mlp=6),
         "dora+rslora+pissa+lora+": lambda: _model("dora", "rslora", "pissa", "lora+"),
         "qlora+dora+rslora+pissa+lora+": lambda: _model("qlora", "dora", "rslora", "pissa", "lora+", rounds=3),

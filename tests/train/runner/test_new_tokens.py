@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import lorary
@@ -17,7 +17,8 @@ from lorary import builtin
 from lorary.adapters.resolve import with_tokens_of
 from lorary.cli import app
 from lorary.errors import ConfigError, FileError, PlanError
-from lorary.model.loading.source import ModelSection
+from lorary.model.loading.from_pretrained import load_config, load_model, skeleton
+from lorary.model.loading.source import ModelClass, ModelSection
 from lorary.model.vocabulary import check_tokens
 from lorary.serve.pool.loader import Loader
 from lorary.train import run
@@ -136,6 +137,15 @@ def test_configurations_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_classifier_of_more_tokens_than_its_base(words: dict[str, Any]) -> None:
+    """The configuration is the base's own until the weights are there: a skeleton with more rows does not change it."""
+    section = ModelSection.of("base", tokens=tuple(TOKENS))
+    kind = ModelClass(LlamaForSequenceClassification, load_config(section), fresh=("score.weight",))
+    assert skeleton(section, kind).config.vocab_size == 301
+    assert kind.config.vocab_size == 300
+    assert load_model(section, model_class=kind).get_input_embeddings().weight.shape[0] == 301
+
+
 def test_a_tokenizer_with_other_ids_is_refused(words: dict[str, Any]) -> None:
     run(from_dict(words), quiet=True)
     adapter = lorary.load_adapter("out/adapter")
@@ -163,6 +173,9 @@ def test_exported_and_served_with_its_tokens(words: dict[str, Any], tmp_path: Pa
     assert (found - expected).abs().max() < 2e-2 * expected.abs().max()  # rounded to the base's 16 bits
     invoked("export", "out", "peft", "--to", "peft")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["token_indices"] == [298, 299, 300]
+    invoked("convert", "out", "converted")
+    for folder in ("peft", "converted"):
+        assert AutoTokenizer.from_pretrained(folder)("<end>", add_special_tokens=False)["input_ids"] == [300]
 
     section = with_tokens_of(ModelSection.of("base"), {"mine": "out"})
     assert section.tokens == tuple(TOKENS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorary.adapters.adapter import Adapter
@@ -34,7 +35,6 @@ from lorary.kernels.torch_internals import storage_id
 from lorary.model.plan import human_bytes
 from lorary.spec.interfaces import Factors
 from lorary.spec.join import not_mergeable
-from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import unique_tensor_sets
 from lorary.spec.resizable import Resizable, Singular
 
@@ -143,11 +143,12 @@ class Spectra:
 
     Args:
         adapter: whose they are.
-        svds: site -> its decomposition, without directions that are only rounding.
+        svds: site -> the decomposition of each of its matrices, one for every expert, without directions that are only
+            rounding.
     """
 
     adapter: Adapter
-    svds: Mapping[str, Singular]
+    svds: Mapping[str, tuple[Singular, ...]]
 
     @staticmethod
     def of(adapter: Adapter) -> Spectra:
@@ -158,15 +159,15 @@ class Spectra:
         """
         if problems := _incompressible(adapter):
             raise MethodError(HEADLINE, deduplicated(problems))
-        svds: dict[str, Singular] = {}
-        shared: dict[str, Singular] = {}  # tied sites have one set of tensors
+        svds: dict[str, tuple[Singular, ...]] = {}
+        shared: dict[str, tuple[Singular, ...]] = {}  # tied sites have one set of tensors
         for s in adapter.sites:
-            name = s.site.name
-            svd = shared.get(s.share) or _significant(product_svd(*factors_on_base(s, adapter.tensors[name])))
-            svds[name] = svd
+            each = s.matrices(adapter.tensors[s.site.name])
+            found = shared.get(s.share) or tuple(_significant(product_svd(*factors_on_base(*one))) for one in each)
+            svds[s.site.name] = found
             if s.share:
-                shared[s.share] = svd
-        if not any(len(svd.S) for svd in svds.values()):
+                shared[s.share] = found
+        if not any(len(svd.S) for found in svds.values() for svd in found):
             raise MethodError(HEADLINE, [Diagnostic("adapter", "its update is zero everywhere")])
         return Spectra(adapter, svds)
 
@@ -174,17 +175,20 @@ class Spectra:
     def values(self) -> Tensor:
         """All singular values, the largest first; those of tied sites once."""
         sites = [s.site.name for s in unique_tensor_sets(self.adapter.sites)]
-        return torch.cat([self.svds[name].S for name in sites]).sort(descending=True).values
+        return torch.cat([svd.S for name in sites for svd in self.svds[name]]).sort(descending=True).values
 
     def ranks_of_count(self, count: int) -> dict[str, int]:
-        """site -> its rank if the `count` largest singular values of all sites together are kept; equal ones all."""
+        """site -> its rank if the `count` largest singular values of all sites together are kept; equal ones all.
+
+        The experts of a block have one rank, the largest that one of them needs.
+        """
         values = self.values
         least = values[min(count, len(values)) - 1]
-        return {name: int((least <= svd.S).sum()) for name, svd in self.svds.items()}
+        return {name: max(int((least <= svd.S).sum()) for svd in svds) for name, svds in self.svds.items()}
 
     def ranks_of_rank(self, rank: int) -> dict[str, int]:
         """site -> its rank if none has more than `rank`."""
-        return {name: min(rank, len(svd.S)) for name, svd in self.svds.items()}
+        return {name: min(rank, max(len(svd.S) for svd in svds)) for name, svds in self.svds.items()}
 
     def ranks_of_energy(self, energy: float) -> dict[str, int]:
         """site -> its rank in the smallest adapter that keeps this share of the squared norm of the whole update."""
@@ -198,18 +202,16 @@ class Spectra:
             settings: for the provenance.
         """
         factors: dict[str, Factors] = {}
-        parts: dict[str, tuple[float, float]] = {}
+        parts: dict[str, list[tuple[float, float]]] = {}
         for s in self.adapter.sites:
-            name, svd = s.site.name, self.svds[s.site.name]
-            cut = balanced(svd, ranks[name])
-            parts[name] = (cut.lost, cut.norm)
-            if not ranks[name]:
-                continue
+            name = s.site.name
             dtype = functools.reduce(torch.promote_types, (t.dtype for t in self.adapter.tensors[name].values()))
-            factors[name] = cut.B.to(dtype), cut.A.to(dtype)
-            if dtype.itemsize < 4:  # their rounding is a part of the error
-                parts[name] = (_distance(svd, *factors[name]), cut.norm)
-        source, error = self.adapter, relative(list(parts.values()))
+            cuts = [_cut(svd, ranks[name], dtype) for svd in self.svds[name]]
+            parts[name] = [part for _, part in cuts]
+            if ranks[name]:
+                Bs, As = zip(*(pair for pair, _ in cuts), strict=True)
+                factors[name] = (torch.stack(Bs), torch.stack(As)) if s.site.experts else (Bs[0], As[0])
+        source, error = self.adapter, relative([part for each in parts.values() for part in each])
         method, sites, tensors = plain_lora(
             source.sites,
             factors,
@@ -219,7 +221,7 @@ class Spectra:
         )
         record = Provenance("compress", (Parent(sha256=content_hash(source)),), dict(settings) | {"error": error})
         adapter = dataclasses.replace(source, method=method, sites=sites, tensors=tensors, notes=(), provenance=record)
-        errors = {name: relative([part]) for name, part in parts.items()}
+        errors = {name: relative(each) for name, each in parts.items()}
         return Compression(adapter, Size.of(source), errors, error)
 
 
@@ -227,7 +229,7 @@ def _incompressible(adapter: Adapter) -> list[Diagnostic]:
     """Why an adapter has no truncation to a plain LoRA of the unmodified base."""
     if not adapter.sites:
         return [Diagnostic("adapter", "adapts no layers, so it has no rank")]
-    if problems := adapter_problems(adapter) or no_experts([s.site for s in adapter.sites], "a compression"):
+    if problems := adapter_problems(adapter):
         return problems
     for s in adapter.sites:
         name = s.site.name
@@ -246,6 +248,14 @@ def _significant(svd: Singular) -> Singular:
     """A decomposition without the directions that are only rounding."""
     r = numerical_rank(svd)
     return Singular(svd.U[:, :r], svd.S[:r], svd.V[:r])
+
+
+def _cut(svd: Singular, r: int, dtype: torch.dtype) -> tuple[Factors, tuple[float, float]]:
+    """((B [out, r], A [r, in]), (the norm of the error, that of the whole)) of one matrix, zero beyond its own rank."""
+    cut, missing = balanced(svd, r), max(0, r - len(svd.S))
+    B, A = F.pad(cut.B, (0, missing)).to(dtype), F.pad(cut.A, (0, 0, 0, missing)).to(dtype)
+    # the rounding of short numbers is a part of the error
+    return (B, A), (_distance(svd, B, A) if dtype.itemsize < 4 and r else cut.lost, cut.norm)
 
 
 def _distance(svd: Singular, B: Tensor, A: Tensor) -> float:

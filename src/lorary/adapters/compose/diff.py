@@ -26,7 +26,6 @@ from lorary.model.targets import abbreviated
 from lorary.model.text_table import aligned, first_rows
 from lorary.spec.interfaces import Factors
 from lorary.spec.method import AXES, Method
-from lorary.spec.per_expert import no_experts
 from lorary.spec.placement import AdaptedSite
 
 _SHOWN = 10  # sites in a printed table
@@ -39,7 +38,7 @@ class SiteDiff:
     """The updates of two adapters at one site, without what their joins (DoRA) do to the weight itself.
 
     Args:
-        site: its name.
+        site: its name; that of expert 3 of a fused parameter is `experts.3.down_proj`.
         ranks: of A and of B.
         a: ||dW_A|| in the Frobenius norm.
         b: ||dW_B||.
@@ -186,7 +185,6 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     if not problems:
         found = {which: adapter_problems(x) for which, x in (("A", a), ("B", b))}
         problems = [Diagnostic(f"{which}: {p.where}", p.what, p.fix) for which, wrong in found.items() for p in wrong]
-    problems = problems or no_experts([s.site for x in (a, b) for s in x.sites], "a comparison")
     if problems:
         raise MethodError("cannot compare these adapters:", problems)
     here, there = ({s.site.name: s for s in adapter.sites} for adapter in (a, b))
@@ -195,7 +193,11 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     other = {n: f"{here[n].site.matrix} in A, {there[n].site.matrix} in B" for n in common if n not in alike}
     return AdapterDiff(
         identical=content_hash(a) == content_hash(b),
-        sites=tuple(_site_diff(here[n], a.tensors[n], there[n], b.tensors[n]) for n in alike),
+        sites=tuple(
+            _site_diff(*mine, *its)
+            for n in alike
+            for mine, its in zip(here[n].matrices(a.tensors[n]), there[n].matrices(b.tensors[n]), strict=True)
+        ),
         only_a=tuple(n for n in here if n not in there),
         only_b=tuple(n for n in there if n not in here),
         other_shapes=other,

@@ -20,7 +20,7 @@ from lorary.adapters.compose import _arguments
 from lorary.adapters.compose.dense import truncated_matrix
 from lorary.adapters.compose.merging import MERGINGS, ByElement, InSpan, drop, factored_gram
 from lorary.adapters.compose.plain_lora import plain_lora
-from lorary.adapters.compose.truncate import Truncated, product_norm, relative, truncated_product
+from lorary.adapters.compose.truncate import Truncated, product_norm, relative, stacked_experts, truncated_product
 from lorary.adapters.compose.updates import Change, Term, Update, full_changes, updates_by_site
 from lorary.adapters.content_hash import content_hash
 from lorary.adapters.provenance import Parent, Provenance
@@ -31,7 +31,7 @@ from lorary.model.fingerprint import Fingerprint, base_name, frozen_weights
 from lorary.model.state import state_of, value_before
 from lorary.model.vocabulary import added_tokens
 from lorary.spec.interfaces import Unquantized
-from lorary.spec.per_expert import no_experts
+from lorary.spec.per_expert import expert_name
 from lorary.spec.placement import AdaptedSite
 
 DENSITY = 0.2  # of the TIES paper
@@ -96,8 +96,6 @@ def mix(
     base = None if base is None else changeable(base, "mix")
     problems = _arguments.option_problems(every, how, rank, energy, density, seed) + _arguments.tensor_faults(every)
     problems += _arguments.disagreements(every, base, force=force)
-    if not problems and (how != "sum" or rank is not None or energy is not None):
-        problems += no_experts([s.site for term in every for s in term.adapter.sites], "any mix but an exact sum")
     if problems:
         raise MethodError("cannot mix these adapters:", problems)
     merging, chosen = MERGINGS[how], {"rank": rank, "energy": energy, "approximate": approximate or None}
@@ -180,6 +178,14 @@ class _Mixture:
 
     def _merged(self, name: str, several: Sequence[Update], changes: dict[str, list[Change]]) -> Truncated | None:
         """The merged update of a site as factors, None if it has rank 0; changes of its bias are added to `changes`."""
+        exact = self.how == "sum" and not {"rank", "energy", "approximate"} & self.settings.keys()
+        if several[0].B.dim() == 2 or exact:
+            return self._matrix(name, several, changes)
+        each = zip(*(update.experts() for update in several), strict=True)
+        return stacked_experts([self._matrix(expert_name(name, e), one, changes) for e, one in enumerate(each)])
+
+    def _matrix(self, name: str, several: Sequence[Update], changes: dict[str, list[Change]]) -> Truncated | None:
+        """`_merged` of one matrix; of those of all experts of a block only where the sum is exact."""
         merging = MERGINGS[self.how]
         if isinstance(merging, InSpan) and all(update.change is None for update in several):
             return self._stacked(name, merging, several)

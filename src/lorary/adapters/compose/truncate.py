@@ -7,6 +7,7 @@ root of the sum of the squares of the others. The dense [out, in] product is nev
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,25 @@ def balanced(svd: Singular, r: int) -> Truncated:
     root = svd.S[:r].sqrt()
     B, A = svd.U[:, :r] * root, root[:, None] * svd.V[:r]
     return Truncated(B.float().contiguous(), A.float().contiguous(), float(svd.S.norm()), float(svd.S[r:].norm()))
+
+
+def stacked_experts(each: Sequence[Truncated | None]) -> Truncated | None:
+    """The factors of the experts of a block, with a leading E and zeros up to the largest rank; None is an update of 0.
+
+    Returns:
+        None if all of them are.
+    """
+    known = [one for one in each if one is not None]
+    if not known:
+        return None
+    r, out, inp = max(one.A.shape[0] for one in known), known[0].B.shape[0], known[0].A.shape[1]
+    B, A = known[0].B.new_zeros(len(each), out, r), known[0].A.new_zeros(len(each), r, inp)
+    for e, one in enumerate(each):
+        if one is not None:
+            B[e, :, : one.B.shape[1]], A[e, : one.A.shape[0]] = one.B, one.A
+    norms = [product_norm(one.B, one.A) if math.isnan(one.norm) else one.norm for one in known]
+    lost = math.hypot(*(one.lost for one in known))
+    return Truncated(B, A, math.hypot(*norms), lost, all(one.exact for one in known))
 
 
 def rank_of_energy(S: Tensor, energy: float) -> int:

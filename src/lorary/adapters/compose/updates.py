@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,6 +61,17 @@ class Update(NamedTuple):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The change of the weight [out, in] and of the bias [out], in fp32."""
         return (self.B @ self.A, None) if self.change is None else self.change()
+
+    def experts(self) -> list[Update]:
+        """The update of each expert, where this is one of all experts of a block."""
+        if self.change is None:
+            return [Update(self.weight, B, A) for B, A in zip(self.B, self.A, strict=True)]
+        whole = functools.cache(self.change)
+
+        def of(e: int) -> Callable[[], tuple[Tensor, Tensor | None]]:
+            return lambda: (whole()[0][e], None)
+
+        return [Update(self.weight, self.B[e], self.A[e], of(e)) for e in range(len(self.B))]
 
 
 def updates_by_site(

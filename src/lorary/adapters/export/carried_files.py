@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lorary.adapters.hub import CHAT_TEMPLATE
@@ -12,8 +12,9 @@ from lorary.errors import FileError
 from lorary.files.safe_open import open_inside
 from lorary.model.loading.weight_files import INDEX
 
+_TOKENIZER = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", CHAT_TEMPLATE, "chat_template.json")
 _KEPT = (
-    *("*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", CHAT_TEMPLATE, "chat_template.json"),
+    *_TOKENIZER,
     *("generation_config.json", "*processor_config.json", "*.py"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
@@ -31,7 +32,24 @@ def carry_files(source: Path, target: Path) -> None:
     Raises:
         FileError: one of them is a link out of its folder, no plain file, or too large.
     """
-    for name in _found(source):
+    _copy(_found(source, _KEPT), source, target)
+
+
+def carry_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer that an adapter folder has: it may know tokens that were added for the adapter.
+
+    Args:
+        source: a resolved adapter folder.
+        target: the folder of the same adapter in another form; what it has already stays.
+
+    Raises:
+        FileError: a file is a link out of its folder, no plain file, or too large.
+    """
+    _copy(_found(source, _TOKENIZER), source, target)
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
         if not (target / name).exists() and name != INDEX:
             (target / name).parent.mkdir(exist_ok=True)
             copy_file(source, name, target / name)
@@ -56,8 +74,8 @@ def copy_file(source: Path, name: str, target: Path) -> None:
         shutil.copyfileobj(file, copy)
 
 
-def _found(source: Path) -> Iterator[str]:
-    for folder, patterns in ((source, _KEPT), (source / _TEMPLATES, ("*.jinja",))):
+def _found(source: Path, kept: Sequence[str]) -> Iterator[str]:
+    for folder, patterns in ((source, kept), (source / _TEMPLATES, ("*.jinja",))):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
                 yield path.relative_to(source).as_posix()

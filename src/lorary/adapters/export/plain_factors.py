@@ -12,9 +12,11 @@ from lorary.adapters.low_rank_form import LowRankForm, low_rank_forms
 from lorary.adapters.peft.joins import is_dora
 from lorary.adapters.tensor_checks import tensor_problems
 from lorary.errors import Diagnostic, MethodError
+from lorary.files.strict_json import show
 from lorary.layers.adapted import unwrapped_modules
 from lorary.model.checks import layer_mismatches
 from lorary.model.fingerprint import Fingerprint
+from lorary.model.vocabulary import added_tokens
 from lorary.spec.join import KEEP_ATTACHED
 from lorary.spec.placement import AdaptedSite
 from lorary.spec.site import Site
@@ -49,9 +51,17 @@ def plain_factors(
             problems.append(Diagnostic(name, what, fix))
     what = f"is trained in full, and an adapter for {program} holds low-rank updates only"
     problems += [Diagnostic(name, what, MERGE) for name in adapter.full]
+    problems += _token_problems(adapter, program)
     if not factors and not problems:
         problems.append(Diagnostic("sites", "no layer has a rank direction left: there is nothing to export"))
     return factors, problems
+
+
+def _token_problems(adapter: Adapter, program: str) -> list[Diagnostic]:
+    """The tokens that were added to the base's tokenizer: a program with the base's own never makes their ids."""
+    added = ", ".join(f"{show(text)} ({i})" for text, i in added_tokens(adapter.sites).items())
+    what = f"{added}: added to the tokenizer, and {program} reads texts with the base's own"
+    return [Diagnostic("tokens", what, f"{MERGE}, which holds the tokenizer as well")] if added else []
 
 
 def _tensor_problems(adapted: AdaptedSite, adapter: Adapter) -> list[Diagnostic]:

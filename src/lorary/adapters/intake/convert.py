@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.card import write_card
+from lorary.adapters.export.carried_files import carry_tokenizer
 from lorary.adapters.peft.export import export_peft
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, MethodError, did_you_mean
@@ -84,6 +85,8 @@ def convert(
             raise FileError(f"cannot convert {os.fspath(source)}:", [Diagnostic(worst, what)])
         if check is not None:
             check(Path(written))
+        if os.path.isdir(source):
+            carry_tokenizer(Path(source).resolve(), Path(written))
         write_card(written, adapter, name=Path(folder).name)
     return Conversion(adapter, difference, len(compared))
 

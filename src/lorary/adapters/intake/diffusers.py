@@ -69,7 +69,7 @@ class Diffusers:
             if role:
                 parts.setdefault(model, {}).setdefault(path, {})[role] = name
         fitting = {m: [p for p in paths if base is None or p in base.modules] for m, paths in parts.items()}
-        part = model_of(fitting, base, findings) if parts else ""
+        part = model_of(parts, fitting, base, findings) if parts else ""
         plain, products = lycoris.apart(parts.get(part, {}), findings)
         grouped = dict(complete(plain, _LEAVES, findings))
         said = _config(file.header.metadata, part, findings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 
 from lorary.adapters.intake.layers import Layer, Stored, plain_method
 from lorary.adapters.peft.fields import ALPHA
@@ -33,29 +33,33 @@ def refuse_other_methods(names: Iterable[str], findings: Findings) -> None:
     findings.fatal += [Diagnostic(named(name), what) for name, what in refused]
 
 
-def model_of(parts: Mapping[str, Iterable[str]], base: Base | None, findings: Findings) -> str:
+def model_of(parts: Mapping[str, Sized], fitting: Mapping[str, Sized], base: Base | None, findings: Findings) -> str:
     """The one model among those of a file that is meant: the base, or the only one.
 
+    It is the model of which the base has most layers; of two with equally many the one that adapts no others. The text
+    encoders of SDXL have the same names, and one has more blocks.
+
     Args:
-        parts: the name of the model in the file -> the paths that the file adapts in it, as far as the base has them.
+        parts: the name of the model in the file -> the layers that the file adapts in it.
+        fitting: the same, those layers that the base has.
         base: the base, if at hand.
         findings: gets a note about the other models.
 
     Raises:
         FileError: it may be several, or none.
     """
-    sizes = {part: len(list(paths)) for part, paths in parts.items()}
-    if len(sizes) == 1:
-        return next(iter(sizes))
-    listed = ", ".join(sizes)
+    if len(parts) == 1:
+        return next(iter(parts))
+    listed = ", ".join(parts)
     if base is None:
         what = f"the file adapts several models: {listed}"
         fix = "read it onto one of them: lorary.load_adapter(file, model=...)"
         raise FileError("", [Diagnostic("", what, fix)])
+    sizes = {part: (len(fitting[part]), -len(layers)) for part, layers in parts.items()}
     best = max(sizes, key=lambda part: sizes[part])
-    if not sizes[best]:
+    if not fitting[best]:
         return best  # whose layers are then refused by name
-    if sum(1 for size in sizes.values() if size == sizes[best]) > 1:
+    if list(sizes.values()).count(sizes[best]) > 1:
         what = f"the file adapts several models, {listed}, and its names do not tell which of them this is"
         raise FileError("", [Diagnostic("", what)])
     others = ", ".join(part for part in sizes if part != best)

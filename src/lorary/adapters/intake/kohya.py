@@ -6,14 +6,18 @@
 
 y = W x + alpha / r up(down(x)). A path has `_` for every `.`, so that only the model tells where its dots were.
 LyCORIS writes the same, with the names of LoHa's and LoKr's tensors (`lycoris.py`) and `lycoris_` before the path.
+Files for SDXL have the original names of its UNet, `lora_unet_input_blocks_4_1_…`; diffusers' are read as well.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.intake import lycoris
 from lorary.adapters.intake.diffusion import explain, model_of, refuse_other_methods, scaled_layers
 from lorary.adapters.intake.layers import complete, group, read_layers
+from lorary.adapters.intake.sgm import STARTS, original_names
 from lorary.adapters.peft.config import PeftConfig
 from lorary.errors import Diagnostic, FileError
 from lorary.files.findings import Findings
@@ -33,7 +37,6 @@ _MODELS = {
     "lora_te_": "text_encoder",
     "lycoris_": "model",
 }
-_SGM = ("input_blocks_", "middle_block_", "output_blocks_")  # the original UNet of SDXL
 
 
 class Kohya:
@@ -62,11 +65,15 @@ class Kohya:
         for layer in grouped:
             parts.setdefault(_model(layer), []).append(layer)
         here = {part: [x for x in layers if _path(x) in written] for part, layers in parts.items()}
-        part = model_of(here, base, findings) if parts else ""
+        part = model_of(parts, here, base, findings) if parts else ""
         wanted = {layer: grouped[layer] for layer in parts.get(part, ())}
         findings.fatal += [_unknown(layer) for layer in wanted if _path(layer) not in written]
         findings.raise_refused()
         paths = {layer: written[_path(layer)] for layer in wanted}
+        findings.fatal += _twice(paths)
+        findings.raise_refused()
+        if any(_path(layer).startswith(STARTS) for layer in wanted):
+            findings.notes.append("the original names of the UNet's blocks (input_blocks) are those of diffusers here")
         layers = scaled_layers({x: r for x, r in wanted.items() if x not in products}, paths, file, findings)
         layers += lycoris.layers({x: r for x, r in wanted.items() if x in products}, paths, file, base, findings)
         used = {roles["alpha"] for roles in grouped.values() if "alpha" in roles}
@@ -81,8 +88,9 @@ def _written(base: Base) -> dict[str, str]:
         FileError: two layers have the same.
     """
     found: dict[str, str] = {}
-    for path in base.kinds:
-        first = found.setdefault(path.replace(".", "_"), path)
+    names = {path: path for path in base.kinds} | original_names(base.kinds)
+    for name, path in names.items():
+        first = found.setdefault(name.replace(".", "_"), path)
         if first != path:
             what = f"and {path} have the same name in files of sd-scripts"
             raise FileError("", [Diagnostic(first, what)])
@@ -101,13 +109,21 @@ def _path(layer: str) -> str:
     return layer.removeprefix(_prefix(layer))
 
 
+def _twice(paths: Mapping[str, str]) -> list[Diagnostic]:
+    """The layers that a file has under both of their names."""
+    first: dict[str, str] = {}
+    found = {layer: first.setdefault(path, layer) for layer, path in paths.items()}
+    return [
+        Diagnostic(named(layer), f"is there twice, as {named(other)} too")
+        for layer, other in found.items()
+        if layer != other
+    ]
+
+
 def _unknown(layer: str) -> Diagnostic:
     what = "adapts a layer that the model does not have"
-    if _path(layer).startswith(_SGM):
-        fix = (
-            "this is the original name in SDXL's UNet; diffusers' `load_lora_weights` and `save_lora_weights` rename it"
-        )
-        return Diagnostic(named(layer), what, fix)
+    if _path(layer).startswith(STARTS):
+        return Diagnostic(named(layer), what, "it is an original name of a Stable Diffusion UNet: is it this model's?")
     return Diagnostic(named(layer), what)
 
 

@@ -18,7 +18,7 @@ from lorary.files.findings import Findings
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import TensorSource
 from lorary.methods.dora import MagnitudeDirection
-from lorary.methods.loha import HadamardProduct
+from lorary.methods.loha import LowRankHadamard
 from lorary.methods.lokr import KroneckerProduct, factorization
 from lorary.model.base import Base
 from lorary.spec.method import Method
@@ -141,7 +141,7 @@ def _method(shapes: Mapping[str, tuple[int, ...]], site: Site, rank: int, alpha:
         sizes = () if factor else _sizes(shapes)
         found = kronecker_method(KroneckerProduct(rank, factor or -1, "Ca" in shapes, "T" in shapes, sizes), alpha)
     else:
-        found = hadamard_method(HadamardProduct(rank, "T1" in shapes or "T2" in shapes), alpha)
+        found = hadamard_method(LowRankHadamard(rank, "T1" in shapes or "T2" in shapes), alpha)
     return found.replace(join=MagnitudeDirection()) if "m" in shapes else found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
-from lorary.adapters.peft import keys, writer
+from lorary.adapters.peft import writer
 from lorary.adapters.peft.attention import attention_of, with_equal_ranks
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.factors import encode_factors
@@ -33,11 +33,10 @@ from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
-from lorary.layers.adapted import base_parameters
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.attention_projections import PROJECTIONS
-from lorary.spec.interfaces import has_rank
+from lorary.spec.interfaces import all_in_join, has_rank
 from lorary.spec.join import not_mergeable
 from lorary.spec.placement import replaces_rows
 
@@ -66,8 +65,8 @@ def export_peft(
     """Write an adapter as a plain PEFT LoRA with the same function, whatever method trained it.
 
     LoRA and DoRA keep their tensors. Every other method is written as the two factors of its update of the unmodified
-    base, with the scale in B, and with DoRA's magnitudes if it has them. A method without a rank is written as what it
-    is, if PEFT has it too ((IA)³, a prefix, a prompt).
+    base, with the scale in B, and with DoRA's magnitudes if it has them. A method that adds no B A is written as what
+    it is, if PEFT has it too (HiRA, (IA)³, a prefix, a prompt).
 
     PEFT's files cannot hold RoPE scaling: for an adapter that needs it (LongLoRA), `BASE.md` beside them explains how
     to load the base, and a warning says so.
@@ -89,7 +88,7 @@ def export_peft(
         AdapterWarning: vLLM ignores some of the adapted layers.
     """
     checked_path(folder, "cannot export an adapter:")
-    files = _files_without_rank(adapter, folder, model) or lora_files(adapter, folder, model, folded)
+    files = _files_without_factors(adapter, folder, model) or lora_files(adapter, folder, model, folded)
     rope = writer.rope_overrides(adapter)
     write_lora(folder, files, {writer.BASE_README: writer.base_text(adapter)} if rope else {}, model)
     if rope:
@@ -107,6 +106,7 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
     """The LoRA or DoRA that is equivalent to an adapter; the arguments and errors of `export_peft`."""
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared) is LORA
+    exact = exact and not (folded and any(map(replaces_rows, adapter.sites)))  # which its readers do not know
     _refuse(folder, [] if exact else not_mergeable((adapted.site.name, adapted.join) for adapted in adapter.sites))
     written = adapter if exact else with_rows_as_lora(adapter)
     _refuse(folder, [*writer.base_incompatibilities(written, model, LORA), *_would_lose(folder)])
@@ -119,31 +119,23 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         fix = "merge the adapter, and save the model"
         what = "is of nn.MultiheadAttention, which the readers of this form do not know"
         _refuse(folder, [Diagnostic(a.site.name, what, fix) for a in adapter.sites if a.site.kind in PROJECTIONS])
-        files = LoraFiles(*folded_form(adapter, *files))
+        files = LoraFiles(*folded_form(written, *files))
         # a name of one component in the list of targets may end other paths
-        _refuse(folder, misread_sites(without_empty_sites(adapter), model, LORA, files.config))
-    files = files._replace(tensors=files.tensors | _tied_copies(written, model))
+        _refuse(folder, misread_sites(without_empty_sites(written), model, LORA, files.config))
     _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
     return files
 
 
-def _tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
-    """Base parameters under the other names of their tie: Transformers' loader unties them by replacing only one."""
-    parameters = dict(base_parameters(model)) if model is not None and adapter.full else {}
-    first = {id(parameters[name]): name for name in adapter.full if name in parameters}
-    tied = {name: first[id(p)] for name, p in parameters.items() if id(p) in first and name not in adapter.full}
-    sites = {adapted.site.name for adapted in adapter.sites}
-    return {keys.full(keys.full_name(name, sites)): adapter.full[other].clone() for name, other in tied.items()}
-
-
-def _files_without_rank(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None) -> LoraFiles | None:
-    """PEFT's own files of a method without a rank; None for other methods, and for those that PEFT does not have."""
+def _files_without_factors(
+    adapter: Adapter, folder: str | os.PathLike[str], model: nn.Module | None
+) -> LoraFiles | None:
+    """PEFT's own files of a method that adds no B A; None for other methods, and for those that PEFT does not have."""
     if has_virtual_tokens(adapter.sites):
         _refuse(folder, [*virtual_token_problems(adapter), *_would_lose(folder)])
         files = LoraFiles(*virtual_token_files(adapter, model), {})
         _refuse(folder, unwritable(files.tensors))
         return files
-    if not adapter.sites or any(has_rank(adapted.delta) for adapted in adapter.sites):
+    if not adapter.sites or any(has_rank(a.delta) and not all_in_join(a.delta) for a in adapter.sites):
         return None
     shared = collect_shared(adapter)
     exact = writer.exact_type(adapter, model, shared)
@@ -215,7 +207,7 @@ def _as_lora(adapter: Adapter, model: nn.Module | None, folder: str | os.PathLik
         sizes[attention_of(adapted.site)] = (A.shape[-2], float(A.shape[-2]))
     fields = lora_fields(adapter, sizes, root=False, dora=not forms, bias=bias)
     config = writer.peft_config(with_rows_as_lora(adapter), model, LORA, fields)
-    return LoraFiles(config, writer.with_prefix(tensors, adapter), dict.fromkeys(sizes, 1.0))
+    return LoraFiles(config, writer.with_prefix(tensors, adapter, model), dict.fromkeys(sizes, 1.0))
 
 
 def _shift(form: LowRankForm) -> Tensor:

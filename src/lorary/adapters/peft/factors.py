@@ -33,8 +33,7 @@ def blocks_of_parts(adapted: AdaptedSite, B: Tensor, name: str) -> Tensor:
     if not site.parts:
         return B
     blocks = torch.cat([B[..., part.rows(), i * r : (i + 1) * r] for i, part in enumerate(site.parts)], -2)
-    whole = site.place(blocks) if blocks.dim() == 2 else torch.stack([site.one.place(expert) for expert in blocks])
-    if not torch.equal(whole, B):
+    if not torch.equal(site.place(blocks), B):
         what = f"is not zero outside the blocks of {', '.join(part.name for part in site.parts)}"
         raise FileError("", [Diagnostic(name, what)])
     return blocks

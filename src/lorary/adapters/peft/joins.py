@@ -10,8 +10,10 @@ from lorary.adapters.adapter import Adapter
 from lorary.adapters.peft.config import PeftConfig
 from lorary.adapters.peft.fields import Field, field, token_list
 from lorary.adapters.peft.keys import BIAS, MAGNITUDE
+from lorary.adapters.peft.tasks import task_fields
 from lorary.errors import Diagnostic, FileError
 from lorary.files.bounded_regex import Budget
+from lorary.files.strict_json import show
 from lorary.methods.alora import FromInvocation, InvocationContext, invocation_of
 from lorary.methods.dora import MagnitudeDirection
 from lorary.methods.lora import Add, AddWithBias
@@ -50,6 +52,9 @@ def join_of(config: PeftConfig) -> tuple[Any, Any]:
 def join_mismatches(config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
     """(field, reason) for the fields that contradict each other, or do not fit these sites."""
     on = [name for name in FIELDS if config[name]]
+    task = config["task_type"]
+    if INVOCATION in on and task != "CAUSAL_LM":
+        return [(INVOCATION, f"is set, and task_type is {show(task)}: PEFT looks for it only under CAUSAL_LM")]
     found = [(name, f"is set beside {on[0]}: here an adapter has one of the two") for name in on[1:]]
     bare = [name for name in sorted(sites) if config.targets_parameter(f"{name}.weight")][:1]
     what = "is set, and {} is in target_parameters: PEFT refuses both together"
@@ -63,8 +68,14 @@ def leaves_of_join(config: PeftConfig) -> dict[str, str]:
 
 def join_fields(adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter's configuration that are not always there."""
-    tokens = invocation_of(adapter.method)
-    return {INVOCATION: list(tokens)} if tokens else {}
+    context = adapter.method.context
+    return {INVOCATION: list(context.tokens)} if isinstance(context, InvocationContext) else {}
+
+
+def waits_in_vain(adapter: Adapter) -> bool:
+    """Whether PEFT would never look for an adapter's invocation: only its class for CAUSAL_LM does."""
+    waits = bool(invocation_of(adapter.method))
+    return waits and task_fields(adapter, None, None)["task_type"] != "CAUSAL_LM"
 
 
 def is_dora(adapted: AdaptedSite) -> bool:

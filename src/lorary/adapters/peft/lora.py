@@ -133,6 +133,7 @@ class Lora(PeftType):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         reasons = {
+            "PEFT finds an invocation only in a model of the task CAUSAL_LM": joins.waits_in_vain(adapter),
             "PEFT's LoRA has DoRA's magnitudes, biases or an invocation at all layers or at none": len(
                 {type(adapted.join) for adapted in without_rows(adapter)}
             )
@@ -213,8 +214,8 @@ class Lora(PeftType):
         if joins.has_bias(adapted):
             found["c"] = bias_of_parts(adapted, tensors[f"{site.name}.{BIAS}"])
         if "A_past" in adapted.shapes:
-            sizes = [adapted.shapes["A"][0], adapted.shapes["A_past"][0]]
-            (A, A_past), (B, B_past) = A.split(sizes), B.split(sizes, 1)
+            sizes = [adapted.shapes[role][-2] for role in ("A", "A_past")]
+            (A, A_past), (B, B_past) = A.split(sizes, -2), B.split(sizes, -1)
             A, B, found = A.clone(), B.clone(), found | {"A_past": A_past.clone(), "B_past": B_past.clone()}
         return {"A": A, "B": blocks_of_parts(adapted, B, name_B)} | found
 

@@ -25,7 +25,7 @@ from lorary.adapters.peft.fields import ALPHA, EXCLUDE, PROBABILITY, RANK, SHARE
 from lorary.adapters.peft.types import PeftType, register
 from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
-from lorary.methods.loha import HadamardInit, HadamardProduct
+from lorary.methods.loha import HadamardInit, LowRankHadamard
 from lorary.methods.lokr import FACTOR, KroneckerInit, KroneckerProduct
 from lorary.methods.lora import Add, AlphaOverRank
 from lorary.spec.fields import FLAG, one_of
@@ -128,7 +128,7 @@ class LoHa(Lycoris):
     """W + s (B1 A1) * (B2 A2)."""
 
     name, title = "LOHA", "LoHa"
-    methods = ((HadamardProduct, Add),)
+    methods = ((LowRankHadamard, Add),)
     fields = _FIELDS
     leaves = {  # noqa: RUF012 (never written)
         **{"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_t1": "T1"},
@@ -138,7 +138,7 @@ class LoHa(Lycoris):
 
     def to_method(self, config: PeftConfig, site: str = "") -> Method:
         r, alpha = config.value_at("rank_pattern", "r", site), config.value_at("alpha_pattern", "alpha", site)
-        return hadamard_method(HadamardProduct(r, config["use_effective_conv2d"]), alpha)
+        return hadamard_method(LowRankHadamard(r, config["use_effective_conv2d"]), alpha)
 
 
 class LoKr(Lycoris):
@@ -184,7 +184,7 @@ class LoKr(Lycoris):
 
 
 @lru_cache(maxsize=1024, typed=True)  # every site asks
-def hadamard_method(delta: HadamardProduct, alpha: float) -> Method:
+def hadamard_method(delta: LowRankHadamard, alpha: float) -> Method:
     """A LoHa with this alpha."""
     return Method(delta, HadamardInit(), AlphaOverRank(alpha), Add())
 

@@ -152,6 +152,23 @@ def _check_ties(config: PeftConfig, saved: ModulesToSave, first: Mapping[str, st
             findings.fatal.append(Diagnostic(name, what, UNTIE))
 
 
+def tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, str]:
+    """A tied end of a vocabulary -> the other one, which the adapter trains in full: PEFT's files hold a copy of each.
+
+    Only where these two alone are tied: with more of them (T5, BART) PEFT puts the head in the place of the embeddings.
+    """
+    if model is None or not adapter.full:
+        return {}
+    parameters = dict(base_parameters(model))
+    ends = [f"{path}.weight" for path in Base(model).vocabulary]
+    table = parameters.get(ends[0]) if len(ends) == 2 else None
+    tied = [name for name, t in parameters.items() if t is table]
+    trained = [name for name in tied if name in adapter.full]
+    if not trained or sorted(tied) != sorted(ends):
+        return {}
+    return {name: trained[0] for name in tied if name != trained[0]}
+
+
 def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[str], str, list[Diagnostic]]:
     """`modules_to_save` and `bias` for an adapter's base parameters, and why PEFT cannot save them."""
     sites = {adapted.site.name for adapted in adapter.sites}
@@ -168,21 +185,29 @@ def modules_and_biases(adapter: Adapter, model: nn.Module | None) -> tuple[list[
         what = "is trained in full, and only the model knows whether its whole module is"
         return [], "none", [Diagnostic(where, what, "give the model too: model=, or --base on the command line")]
     modules, parameters = unwrapped_modules(model), dict(base_parameters(model))
-    paths = sorted({name.rpartition(".")[0] for name in others})
-    problems = [p for path in paths for p in _why_not_saved(path, modules, parameters, adapter)]
+    copies = tied_copies(adapter, model)
+    paths = sorted({name.rpartition(".")[0] for name in (*others, *copies)})
+    full = {*adapter.full, *copies}
+    problems = [p for path in paths for p in _why_not_saved(path, modules, parameters, full)]
+    problems += [
+        Diagnostic(name, f"is tied to {one}, and PEFT never saves the weights that it adapts", "merge the adapter")
+        for name, one in copies.items()
+        if name.removesuffix(".weight") in sites
+    ]
     apart = [name for name in biases if name.rpartition(".")[0] not in paths]
     return paths, "all" if apart else "none", problems
 
 
 def _why_not_saved(
-    path: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], adapter: Adapter
+    path: str, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor], full: set[str]
 ) -> list[Diagnostic]:
     """Why `modules_to_save` cannot hold the module at `path`."""
     inside = {name: t for name, t in parameters.items() if name.startswith(f"{path}.")}
     state = {f"{path}.{name}" for name in modules[path].state_dict()} if path in modules else set()
-    left_out = sorted((set(inside) | state) - set(adapter.full))
+    left_out = sorted((set(inside) | state) - full)
+    others = {name: t for name, t in parameters.items() if name not in inside and name not in full}
+    ties = sorted(name for name, t in others.items() if any(t is own for own in inside.values()))
     same = sorted(name for name in modules if name.endswith(path) and name != path)
-    ties = sorted(n for n, t in parameters.items() if n not in inside and any(t is own for own in inside.values()))
     reasons = {
         "PEFT saves modules, and this is a parameter of the model itself": not path,
         f"PEFT saves whole modules, and {', '.join(left_out[:3])} is not trained": bool(left_out),

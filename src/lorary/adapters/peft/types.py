@@ -19,6 +19,7 @@ from lorary.adapters.shared_tensors import SharedTensors
 from lorary.adapters.tensor_checks import Layout
 from lorary.kernels.torch_internals import padding_of
 from lorary.layers.kinds import kind_of
+from lorary.spec.interfaces import all_in_join
 from lorary.spec.method import Method
 from lorary.spec.no_update import NoUpdate
 from lorary.spec.placement import AdaptedSite, replaces_rows
@@ -163,9 +164,9 @@ def without_rows(adapter: Adapter) -> list[AdaptedSite]:
 
 
 def without_low_rank_form(name: str) -> bool:
-    """Whether adapters of the PEFT type of this name have no rank, and so no LoRA to be exported as."""
+    """Whether adapters of the PEFT type of this name add no B A, and so have no LoRA to be exported as."""
     methods = PEFT_TYPES[name].methods if name in PEFT_TYPES else ()
-    return any(issubclass(delta, NoUpdate) for delta, _ in methods)
+    return any(all_in_join(delta) or issubclass(delta, NoUpdate) for delta, _ in methods)
 
 
 def peft_type_of(sites: Iterable[AdaptedSite]) -> PeftType | None:

@@ -17,7 +17,7 @@ from lorary.adapters.peft import attention, keys
 from lorary.adapters.peft.config import target_modules
 from lorary.adapters.peft.experts import to_file
 from lorary.adapters.peft.joins import is_added, is_dora
-from lorary.adapters.peft.modules_to_save import modules_and_biases
+from lorary.adapters.peft.modules_to_save import modules_and_biases, tied_copies
 from lorary.adapters.peft.replay import misread_sites, taken_for_experts
 from lorary.adapters.peft.tasks import task_fields
 from lorary.adapters.peft.token_rows import row_problems
@@ -47,7 +47,9 @@ model = PeftModel.from_pretrained(base, "this folder")
 """
 
 
-def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors) -> PeftType | None:
+def exact_type(
+    adapter: Adapter, model: nn.Module | None, shared: SharedTensors, *, copies: bool = True
+) -> PeftType | None:
     """The PEFT type that computes an adapter's function from exactly its tensors; None if no type does.
 
     Args:
@@ -55,11 +57,12 @@ def exact_type(adapter: Adapter, model: nn.Module | None, shared: SharedTensors)
         model: the base, if at hand: only it tells whether a module is trained in full, and a convolution's dilation and
             padding.
         shared: the tensors that its sites share.
+        copies: whether the files may hold one trained parameter under every name that is tied to it.
     """
-    found = peft_type_of(adapter.sites)
-    if any(a.starts or a.site.one_adapter for a in adapter.sites):
+    found = None if not copies and tied_copies(adapter, model) else peft_type_of(adapter.sites)
+    if found is None or any(a.starts or a.site.one_adapter for a in adapter.sites):
         return None
-    if found is None or found.peft_incompatibilities(adapter, shared):
+    if found.peft_incompatibilities(adapter, shared):
         return None
     return None if base_incompatibilities(adapter, model, found) else found
 
@@ -168,6 +171,7 @@ def _shared_fields(adapter: Adapter, model: nn.Module | None, peft_type: PeftTyp
         "layers_pattern": None,
         "fan_in_fan_out": any(adapted.site.kind == "transposed" for adapted in adapter.sites),
         "modules_to_save": modules or None,
+        **({"ensure_weight_tying": True} if tied_copies(adapter, model) else {}),
         "bias": bias,
     }
 
@@ -180,13 +184,14 @@ def exact_files(
     tensors = {peft_type.shared[role]: t for role, t in shared.tensors.items()} if shared.stored else {}
     for adapted in adapter.sites:
         tensors |= peft_type.encode(adapted, adapter.tensors[adapted.site.name])
-    return config, with_prefix(tensors, adapter)
+    return config, with_prefix(tensors, adapter, model)
 
 
-def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+def with_prefix(tensors: Mapping[str, Tensor], adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
     """The contents of `adapter_model.safetensors`: these tensors and the adapter's base parameters."""
     sites = {adapted.site.name for adapted in adapter.sites}
     full = {keys.full_name(name, sites): t for name, t in adapter.full.items()}
+    full |= {name: adapter.full[one].clone() for name, one in tied_copies(adapter, model).items()}
     by_site = [adapted.site for adapted in adapter.sites]
     named = attention.to_file({**to_file(tensors, by_site), **full}, by_site)
     return {keys.full(name): t for name, t in named.items()}

@@ -30,7 +30,6 @@ from lorary.analysis.inspection.weight_changes import (
 from lorary.errors import Diagnostic, MethodError, StateError, deduplicated, not_a
 from lorary.model.ambient import mode_independent
 from lorary.model.state import require_values
-from lorary.spec.per_expert import no_experts
 from lorary.spec.presets import presets_of
 
 _HEADLINE = "cannot inspect this adapter:"
@@ -70,11 +69,14 @@ def inspect_adapter(
     """
     _check(adapter, base, tuned, top, epsilon)
     sites = []
-    for change in weight_changes(adapter, base):
+    for whole in weight_changes(adapter, base):
         if progress is not None:
-            progress(change.name)
-        other = None if tuned is None else tuned_matrix(tuned, change.name)
-        sites.append(_site(change, other, top, epsilon, dtype or _dtype(base)))
+            progress(whole.name)
+        other = None if tuned is None else tuned_matrix(tuned, whole.name)
+        each = whole.matrices()
+        for e, change in enumerate(each):
+            its = other if other is None or len(each) == 1 else other[e]
+            sites.append(_site(change, its, top, epsilon, dtype or _dtype(base)))
     return AdapterInspection(_method(adapter), tuple(sites), top, epsilon, tuple(_notes(adapter, base, top)))
 
 
@@ -87,7 +89,6 @@ def _check(adapter: Adapter, base: nn.Module | None, tuned: nn.Module | None, to
         problems.append(Diagnostic("epsilon", f"is {epsilon!r}, not a cosine above 0 and at most 1"))
     if tuned is not None and base is None:
         problems.append(Diagnostic("tuned", "cannot be compared without the base that it was tuned from", "give both"))
-    problems = problems or no_experts([s.site for s in adapter.sites], "an inspection")
     if not problems:
         for model in (base, tuned):
             if model is not None:
@@ -159,7 +160,7 @@ def _method(adapter: Adapter) -> str:
 def _notes(adapter: Adapter, base: nn.Module | None, top: int) -> list[str]:
     """What was left out, and why."""
     notes = []
-    covered = {f"{s.site.name}.weight" for s in adapter.sites} | {f"{n}.weight" for n in full_matrices(adapter, base)}
+    covered = {s.site.weight_name for s in adapter.sites} | {*full_matrices(adapter, base).values()}
     if rest := [name for name in adapter.full if name not in covered]:
         why = "they are not weight matrices" if base is not None else "their change needs the base"
         notes.append(f"{len(rest)} parameters trained in full are left out, such as {rest[0]}: {why}")

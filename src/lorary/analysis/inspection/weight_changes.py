@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +13,19 @@ from lorary.adapters.low_rank_form import BaseLayer, factors_on_base, form_witho
 from lorary.adapters.tensor_checks import adapter_problems
 from lorary.errors import Diagnostic
 from lorary.layers.adapted import Adapted, unwrapped_modules
-from lorary.layers.kinds import KINDS, kind_of, site
+from lorary.layers.kinds import KINDS, as_matrix, kind_of, site
 from lorary.layers.quantized_weight import is_quantized
 from lorary.layers.wrappers import submodule
 from lorary.model.checks import layer_mismatches
 from lorary.model.state import state_of, value_before
 from lorary.spec.interfaces import Factors
 from lorary.spec.join import not_mergeable
+from lorary.spec.per_expert import expert_name
 from lorary.spec.placement import AdaptedSite
 
 
 class WeightChange(NamedTuple):
-    """One weight in 32 bits on the CPU.
+    """One weight in 32 bits on the CPU; of fused experts all of them, with a leading E.
 
     Args:
         name: of its layer.
@@ -38,6 +38,19 @@ class WeightChange(NamedTuple):
     factors: Factors | None
     before: Tensor | None = None
     after: Tensor | None = None
+
+    def matrices(self) -> list[WeightChange]:
+        """The change of each expert; of another weight itself."""
+        stacked = self.before if self.factors is None else self.factors[0]
+        if stacked is None or stacked.dim() == 2:
+            return [self]
+        B, A = self.factors or (None, None)
+        parts = (B, A, self.before, self.after)
+        each = ([None if part is None else part[e] for part in parts] for e in range(len(stacked)))
+        return [
+            WeightChange(expert_name(self.name, e), None if B is None or A is None else (B, A), before, after)
+            for e, (B, A, before, after) in enumerate(each)
+        ]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,12 +77,10 @@ def weight_changes(adapter: Adapter, base: nn.Module | None) -> Iterator[WeightC
     modules = {} if base is None else unwrapped_modules(base)
     for adapted in adapter.sites:
         yield _of_site(adapter, adapted, base, modules)
-    for name in full_matrices(adapter, base):
+    for name, parameter in full_matrices(adapter, base).items():
         assert base is not None
         layer = modules[name]
-        before, after = (
-            _matrix(layer, t) for t in (value_before(base, f"{name}.weight"), adapter.full[f"{name}.weight"])
-        )
+        before, after = (_matrix(layer, t) for t in (value_before(base, parameter), adapter.full[parameter]))
         yield WeightChange(name, None, before, after)
 
 
@@ -87,8 +98,8 @@ def change_problems(adapter: Adapter, base: nn.Module | None) -> list[Diagnostic
             problems.append(Diagnostic(name, what, "give the base"))
     if base is not None:
         problems += _state_problems(base)
-        for name in full_matrices(adapter, base):
-            found, expected = tuple(value_before(base, f"{name}.weight").shape), adapter.full[f"{name}.weight"].shape
+        for name, parameter in full_matrices(adapter, base).items():
+            found, expected = tuple(value_before(base, parameter).shape), adapter.full[parameter].shape
             if found != tuple(expected):
                 problems.append(Diagnostic(name, f"its weight is {found}, the adapter's {tuple(expected)}"))
     if not problems and not adapter.sites and not full_matrices(adapter, base):
@@ -115,17 +126,17 @@ def _state_problems(base: nn.Module) -> list[Diagnostic]:
     return [Diagnostic("base", "has an adapter merged into its weights", "unmerge it first")]
 
 
-def full_matrices(adapter: Adapter, base: nn.Module | None) -> list[str]:
-    """The layers without an adapter whose whole weight was trained; none without the base."""
+def full_matrices(adapter: Adapter, base: nn.Module | None) -> dict[str, str]:
+    """layer -> its weight's name, of layers without an adapter whose whole weight was trained; {} without a base."""
     if base is None:
-        return []
-    adapted, modules = {s.site.name for s in adapter.sites}, unwrapped_modules(base)
-    layers = (name.removesuffix(".weight") for name in adapter.full if name.endswith(".weight"))
-    return [name for name in layers if name not in adapted and name in modules and kind_of(modules[name])]
+        return {}
+    adapted, kinds = {s.site.name for s in adapter.sites}, {n: kind_of(m) for n, m in unwrapped_modules(base).items()}
+    layers = {n if kind == "experts" else f"{n}.weight": n for n, kind in kinds.items() if kind and n not in adapted}
+    return {layers[name]: name for name in adapter.full if name in layers}
 
 
 def tuned_matrix(model: nn.Module, name: str) -> Tensor:
-    """The weight [out, in] of a tuned model's layer in 32 bits, with what is attached to it."""
+    """The weight [out, in], or [E, out, in], of a tuned model's layer in 32 bits, with what is attached to it."""
     layer = submodule(model, name)
     if isinstance(layer, Adapted):
         return layer.merged()[0].float().cpu()
@@ -167,5 +178,4 @@ def _plain_factors(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> Facto
 
 def _matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight in its layer's own layout as [out, in], in 32 bits on the CPU."""
-    holder: Any = SimpleNamespace(weight=weight.detach())
-    return KINDS[cast(str, kind_of(layer))].matrix(holder).to("cpu", torch.float32)
+    return as_matrix(layer, weight.detach()).to("cpu", torch.float32)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from lorary.cli._export import Export
 from lorary.cli._export.base import write_exported_card
 from lorary.cli._notes import warnings_as_notes
+
+if TYPE_CHECKING:
+    from lorary.adapters.adapter import Adapter
 
 
 def write(export: Export) -> None:
@@ -22,7 +26,7 @@ def write(export: Export) -> None:
         value = read_adapter(export.adapter)
         with warnings_as_notes():
             export_peft(value, export.output, folded=folded)
-        write_exported_card(export.output, value)
+        _write_beside(export, value)
         return
     section = find_base(export.adapter, export.base, "float32")
     model = load_base(section, export.adapter, read_adapter(export.adapter, export.base), quantized=False)
@@ -33,9 +37,17 @@ def write(export: Export) -> None:
     value = load_adapter(export.adapter, model=model)
     with warnings_as_notes():
         export_peft(value, export.output, model=model, folded=folded)
-    write_exported_card(export.output, value)
+    _write_beside(export, value)
     if value.method.context is not None and value.method.context.config_overrides:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)
     difference = (before - logits(model, row)).abs().max().item()
     print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)
+
+
+def _write_beside(export: Export, adapter: Adapter) -> None:
+    """The model card, and the adapter's tokenizer if it has one: PEFT's files do not name added tokens."""
+    from lorary.adapters.export.carried_files import carry_tokenizer
+
+    carry_tokenizer(export.adapter.resolve(), export.output)
+    write_exported_card(export.output, adapter)

@@ -6,6 +6,7 @@ without `trust_remote_code`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -244,7 +245,7 @@ def empty_model(section: ModelSection, model_class: ModelClass) -> PreTrainedMod
 
     from lorary.model.vocabulary import resized_for
 
-    config, cls = model_class.config, model_class.cls
+    config, cls = copy.deepcopy(model_class.config), model_class.cls  # new tokens change its vocabulary
     dtype, before = load_dtype(section, config), torch.get_default_dtype()
     model: PreTrainedModel
     try:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorary.errors import Diagnostic
 from lorary.layers import rope
+from lorary.methods.alora import InvocationContext
 from lorary.methods.longlora import LongContext
 from lorary.spec.context import Context
 
@@ -25,6 +26,10 @@ def scaled_rotary(
         return {}, None, []
     if context.taken:
         what = f"{context.taken:,} keys and values stand before the text, and a batch cannot add them to some rows only"
+        fix = "use it alone: lorary generate, chat and eval compute it without the serving engine"
+        return {}, None, [Diagnostic("context", what, fix)]
+    if isinstance(context, InvocationContext):
+        what = "acts from an invocation on, and a batch cannot add it to a part of a row only"
         fix = "use it alone: lorary generate, chat and eval compute it without the serving engine"
         return {}, None, [Diagnostic("context", what, fix)]
     if type(context) is not LongContext:

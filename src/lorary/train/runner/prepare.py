@@ -13,6 +13,7 @@ from lorary.analysis.memory.memory import Memory
 from lorary.analysis.memory.predict import predict
 from lorary.errors import ConfigError, DataError, Diagnostic, independent
 from lorary.layers.rope import max_context, rope_parameters
+from lorary.methods.alora import invocation_of, with_invocation
 from lorary.methods.prompt_tuning import with_prompt_text
 from lorary.model.loading.checkpoint_kind import reader
 from lorary.model.loading.from_pretrained import load_config, load_tokenizer, skeleton
@@ -20,11 +21,13 @@ from lorary.model.loading.model_class import check_task
 from lorary.model.loading.source import ModelClass
 from lorary.model.plan import Plan
 from lorary.model.vocabulary import added_tokens
+from lorary.spec.method import Method
 from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.conflicts import contradictions
 from lorary.train.config.previous_tasks import load_previous_tasks, path_of, with_digests
 from lorary.train.config.starting_adapter import Start, load_start, plan_to_go_on
+from lorary.train.data.invocation import invocation_notes
 from lorary.train.data.labels import label_notes
 from lorary.train.data.lint import Lint, lint
 from lorary.train.data.load import Data, load, load_validation
@@ -106,6 +109,7 @@ def prepare(config: Config, *, processes: int = 1) -> RunPlan:
     memory = _memory(config, model, plan, report)
     notes = (*config.notes, *data_notes, *report.notes, *plan.notes, *dtype_notes(config))
     notes += tuple(label_notes(planned.labels)) if planned.labels else ()
+    notes += tuple(invocation_notes(invocation_of(plan.method), train, held_out, tokenizer))
     notes += _length_notes(model.config.get_text_config(), plan, _longest(config, report))
     steps = _count_steps(config, train, processes)
     config = config.with_absolute_paths()
@@ -163,15 +167,19 @@ def _planned(
     if start is not None:
         plan = plan_to_go_on(config, model, start.adapter, base.fresh if base else ())
     else:
-        plan = _with_prompt_text(config.plan(model, past, new_modules(config, base, model)), tokenizer)
+        plan = _with_texts(config.plan(model, past, new_modules(config, base, model)), tokenizer)
     reader(config.model.id, model.config, plan.method.storage, None)  # refuses other quantisations
     return _Planned(config, labels, base, model, plan)
 
 
-def _with_prompt_text(plan: Plan, tokenizer: Any) -> Plan:
-    """The plan with the token ids of a text that a prompt starts at."""
-    sites = tuple(dataclasses.replace(p, method=with_prompt_text(p.method, tokenizer)) for p in plan.sites)
-    return dataclasses.replace(plan, method=with_prompt_text(plan.method, tokenizer), sites=sites)
+def _with_texts(plan: Plan, tokenizer: Any) -> Plan:
+    """The plan with the token ids of the texts that a prompt starts at, or that invoke the adapter."""
+
+    def tokenized(method: Method) -> Method:
+        return with_invocation(with_prompt_text(method, tokenizer), tokenizer)
+
+    sites = tuple(dataclasses.replace(p, method=tokenized(p.method)) for p in plan.sites)
+    return dataclasses.replace(plan, method=tokenized(plan.method), sites=sites)
 
 
 def _identified(config: Config, start: Start | None, past: list[Adapter]) -> Config:
