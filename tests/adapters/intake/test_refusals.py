@@ -248,7 +248,7 @@ CASES: dict[str, Case] = {
     "kohya, a layer under two prefixes": (
         changed(*KO, lambda t: t.update({k.replace("lora_te_", "lora_te1_"): v.clone() for k, v in t.items()})),
         text_encoder,
-        f"{Q}.lora_down.weight: is for text_model.encoder.layers.0.self_attn.q_proj, and so is lora_te1_text_model_enc",
+        f"{Q}: is there twice, as lora_te1_text_model_encoder_layers_0_self_attn_q_proj too",
     ),
     "kohya, magnitudes per input": (
         changed(*KO, put(f"{Q}.dora_scale", torch.ones(1, 16))),

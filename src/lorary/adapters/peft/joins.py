@@ -52,7 +52,7 @@ def join_of(config: PeftConfig) -> tuple[Any, Any]:
 def join_mismatches(config: PeftConfig, sites: set[str]) -> list[tuple[str, str]]:
     """(field, reason) for the fields that contradict each other, or do not fit these sites."""
     on = [name for name in FIELDS if config[name]]
-    task = config["task_type"]
+    task = config.values.get("task_type")
     if INVOCATION in on and task != "CAUSAL_LM":
         return [(INVOCATION, f"is set, and task_type is {show(task)}: PEFT looks for it only under CAUSAL_LM")]
     found = [(name, f"is set beside {on[0]}: here an adapter has one of the two") for name in on[1:]]
