@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorary
 from tests.adapters.peft.test_experts import close, saved_by_peft
-from tests.experts import MODELS, MORE, logits, moe
+from tests.experts import MODELS, MORE, logits, moe, shake
 
 peft = pytest.importorskip("peft")
 
@@ -65,6 +65,37 @@ def test_all_linear_reaches_the_weights_of_the_experts(name: str) -> None:
     reached = sum(min(covered.get(name, 0), count) for name, count in there.items())
     assert there
     assert reached >= 0.99 * sum(there.values())
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {
+        "use_rslora": True,
+        "rank_pattern": {"experts.down_proj": 3, "q_proj": 5},
+        "alpha_pattern": {"experts.down_proj": 7, "o_proj": 11},
+    },
+    "patterns": {"rank_pattern": {r".*\.experts\.down_proj": 3}, "alpha_pattern": {"^.*o_proj": 3}},
+    "one layer": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_ranks_and_alphas_of_peft(name: str, case: str, tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj", "o_proj"], "target_parameters": list(EXPERTS), "lora_alpha": 6}
+    expected = saved_by_peft(name, tmp_path / "theirs", **fields, **PATTERNS[case])
+    close(logits(lorary.load(moe(name), tmp_path / "theirs")), expected)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_our_ranks_and_alphas_in_both_clients(name: str, tmp_path: Path) -> None:
+    model = moe(name)
+    ranks, alphas = {"*experts.down_proj": 3, "*o_proj": 4}, {"*experts.*": 9, "*o_proj": 3}
+    lorary.attach(model, lorary.plan(model, lorary.method("rslora", r=2, alpha=5), ranks=ranks, alphas=alphas))
+    shake(model)
+    lorary.save(model, tmp_path / "a")
+    close(logits(peft.PeftModel.from_pretrained(moe(name), tmp_path / "a")), logits(model))
+    (by_transformers := moe(name)).load_adapter(str(tmp_path / "a"))
+    close(logits(by_transformers), logits(model))
 
 
 # --- files of Transformers 4 ------------------------------------------------------------------------------------------

@@ -209,10 +209,12 @@ def test_adapters_whose_names_begin_alike(tmp_path: Path) -> None:
         close(outputs(lorary.load(LLAMA.model(), tmp_path / name)), theirs)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["default", "fr_v2"])
-def test_an_adapters_name_in_keys_is_left_out(name: str, tmp_path: Path) -> None:
+def test_an_adapters_name_in_keys_is_left_out(name: str, dora: bool, tmp_path: Path) -> None:
     """The state dict of PEFT's model, saved as it is, with the copies of modules that are trained in full."""
     config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    config["use_dora"] = dora
     there = peft.get_peft_model(LLAMA.model(), peft.LoraConfig(**config), adapter_name=name).eval()
     fill(p for n, p in there.named_parameters() if "lora_" in n or "modules_to_save" in n)
     there.peft_config[name].save_pretrained(str(tmp_path))

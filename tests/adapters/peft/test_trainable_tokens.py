@@ -19,6 +19,7 @@ from lorary.adapters import export_peft
 from lorary.errors import FileError
 from tests import tiny
 from tests.methods.test_token_rows import attached, close, ids, llama, moved
+from tests.train.small import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ENDS = ["embed_tokens", "lm_head"]
@@ -310,3 +311,32 @@ def test_names_that_fit_no_tensor_are_refused_without_a_base_too(
     with pytest.raises(FileError) as caught:
         lorary.load_adapter(folder)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_of_a_padded_vocabulary_take_its_padding_and_peft_reads_them(tied: bool, tmp_path: Path) -> None:
+    """As after `resize_token_embeddings(pad_to_multiple_of=64)`: the rows follow the tokenizer's last one."""
+    words = tokenizer()
+
+    def padded() -> Any:
+        model = llama(tied=tied, size=300)
+        torch.manual_seed(5)
+        model.resize_token_embeddings(pad_to_multiple_of=64)
+        return model
+
+    model, first = padded(), len(words)
+    assert first < 300 < model.config.vocab_size == 320
+    new = lorary.add_tokens(model, words, ["<a>", "<b>"])
+    assert new == (first, first + 1)
+    assert model.config.vocab_size == 320
+    moved(attached(model=model, tokens=new))
+    x = words("<a> two <b>", return_tensors="pt")["input_ids"]
+    assert {*new} <= {*x[0].tolist()}
+    y = model(x).logits
+    lorary.save(model, tmp_path)
+    theirs: Any = PeftModel.from_pretrained(padded(), tmp_path).eval()
+    close(theirs(x).logits, y, 1e-5)
+    merged = lorary.merge(model)
+    close(merged(x).logits, y, 1e-5)
+    changed_rows = (merged.model.embed_tokens.weight != padded().model.embed_tokens.weight).any(1).nonzero().flatten()
+    assert tuple(changed_rows.tolist()) == new

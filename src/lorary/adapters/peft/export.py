@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorary.adapters import native
 from lorary.adapters.adapter import Adapter, without_empty_sites
 from lorary.adapters.low_rank_form import LowRankForm, factors_on_base, low_rank_forms
-from lorary.adapters.peft import writer
+from lorary.adapters.peft import keys, writer
 from lorary.adapters.peft.attention import attention_of, with_equal_ranks
 from lorary.adapters.peft.config import NAME, config_text
 from lorary.adapters.peft.factors import encode_factors
@@ -33,6 +33,7 @@ from lorary.files.findings import AdapterWarning
 from lorary.files.safe_open import checked_path
 from lorary.files.strict_json import show
 from lorary.files.tensor_file import write_tensors
+from lorary.layers.adapted import base_parameters
 from lorary.layers.rope import PositionsWarning
 from lorary.model.ambient import mode_independent
 from lorary.spec.interfaces import all_in_join, has_rank
@@ -122,8 +123,18 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         files = LoraFiles(*folded_form(written, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(written), model, LORA, files.config))
+    files = files._replace(tensors=files.tensors | _tied_copies(written, model))
     _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
     return files
+
+
+def _tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """Base parameters under the other names of their tie: Transformers' loader unties them by replacing only one."""
+    parameters = dict(base_parameters(model)) if model is not None and adapter.full else {}
+    first = {id(parameters[name]): name for name in adapter.full if name in parameters}
+    tied = {name: first[id(p)] for name, p in parameters.items() if id(p) in first and name not in adapter.full}
+    sites = {adapted.site.name for adapted in adapter.sites}
+    return {keys.full(keys.full_name(name, sites)): adapter.full[other].clone() for name, other in tied.items()}
 
 
 def _files_without_factors(

@@ -53,9 +53,10 @@ def translate(
         base: the base, if at hand.
     """
     found, leaves, paths = Translation(), tuple(leaves), ModulePaths(base, single_experts=True)
-    adapters: dict[str, None] = {}
+    others = (f"{leaf}.weight" for leaf in leaves if canonical(f".{leaf}.weight") == f".{leaf}")
+    spelt, adapters = (*leaves, *others), dict[str, None]()
     for name in names:
-        short, adapter = without_adapter_name(keys.short(paths.without_wrappers(name)), leaves)
+        short, adapter = without_adapter_name(keys.short(paths.without_wrappers(name)), spelt)
         adapters |= {adapter: None} if adapter else {}
         short = canonical(short)
         site = keys.site_of(short, leaves)
