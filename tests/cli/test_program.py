@@ -32,7 +32,7 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 # Every option of every command: a new one is a promise, so it is made here on purpose.
 OPTIONS = {
     "": ["--debug", "--install-completion", "--show-completion", "--version"],
-    "convert": ["--base", "--to"],
+    "convert": ["--base", "--expert-layout", "--to"],
     "demo": ["--out", "--steps"],
     "doctor": ["--json"],
     "export": ["--base", "--base-gguf", "--dtype", "--folded", "--force", "--onto", "--to"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,11 +77,11 @@ def _diffusion_model(folder: Path) -> nn.Module | None:
     if not folder.is_dir() or "_class_name" not in _config(folder):
         return None
     try:
-        from diffusers import AutoModel
+        diffusers = importlib.import_module("diffusers")
     except ImportError:
         what = f"{folder} holds a model of diffusers, which is not installed"
         raise ConfigError(headline, [Diagnostic("--base", what, "pip install diffusers")]) from None
-    model: nn.Module = AutoModel.from_pretrained(str(folder))
+    model: nn.Module = diffusers.AutoModel.from_pretrained(str(folder))
     return model
 
 

@@ -117,7 +117,9 @@ def is_replica(module: nn.Module) -> bool:
 # --- tensors and operations -------------------------------------------------------------------------------------------
 
 READ_SCALAR: Any = torch.ops.aten._local_scalar_dense.default
+SAME_WIDTHS = "_qkv_same_embed_dim"  # of nn.MultiheadAttention, whose fused paths ask for it
 GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.8
+UNSAFE_VIEW: Any = torch.ops.aten._unsafe_view.default
 FUSED_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 _traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorary.kernels.torch_internals import children_of, parameters_of
+from lorary.kernels.torch_internals import SAME_WIDTHS, children_of, parameters_of
 from lorary.layers.parameter_layer import ParameterLayer
 
 FUSED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 IN_PROJECTIONS = (FUSED, *SEPARATE)
 OUT_PROJECTION = "out_proj"
-_SAME_WIDTHS = "_qkv_same_embed_dim"  # PyTorch's fused paths ask the attention for it
 
 
 class InProjection(ParameterLayer):
@@ -119,10 +118,10 @@ def choose_forward(owner: nn.Module) -> None:
     out: Any = children[OUT_PROJECTION]
     if type(out).forward is not nn.Linear.forward or not children.keys().isdisjoint(IN_PROJECTIONS):
         vars(owner)["forward"] = functools.partial(attention_forward, owner)
-        setattr(owner, _SAME_WIDTHS, False)
+        setattr(owner, SAME_WIDTHS, False)
     else:
         vars(owner).pop("forward", None)
-        setattr(owner, _SAME_WIDTHS, parameters_of(owner).get(FUSED) is not None)
+        setattr(owner, SAME_WIDTHS, parameters_of(owner).get(FUSED) is not None)
 
 
 def attention_forward(

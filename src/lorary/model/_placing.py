@@ -19,11 +19,9 @@ from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, grouped
 from lorary.spec.attention_projections import why_not_in_attention
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
-from lorary.spec.per_expert import why_not_per_expert
+from lorary.spec.per_expert import EACH, SHARED, why_not_per_expert
 from lorary.spec.placement import AdaptedSite, with_rank
 from lorary.spec.site import Site
-
-EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,10 @@ def damage(folder: Path, how: str) -> None:
         ("no weights", "adapter_model.safetensors: is missing"),
         ("a pickle", "adapter_model.bin: is a pickle, which can run code when it is read; it was not opened"),
         ("not JSON", "adapter_config.json: not JSON: expecting property name"),
-        ("an invocation", "FromInvocation does more than add B A x, and an adapter for vLLM does only that"),
+        (
+            "an invocation",
+            "model.layers.0.self_attn.q_proj and 5 more: FromInvocation does more than add B A x, and an adapter for vLLM",
+        ),
     ],
 )
 def test_damaged_and_hostile_adapters(how: str, sentence: str, adapters: Any, tmp_path: Path) -> None:

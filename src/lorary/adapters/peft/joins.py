@@ -68,8 +68,8 @@ def leaves_of_join(config: PeftConfig) -> dict[str, str]:
 
 def join_fields(adapter: Adapter) -> dict[str, Any]:
     """The fields of an adapter's configuration that are not always there."""
-    tokens = invocation_of(adapter.method)
-    return {INVOCATION: list(tokens)} if tokens else {}
+    context = adapter.method.context
+    return {INVOCATION: list(context.tokens)} if isinstance(context, InvocationContext) else {}
 
 
 def waits_in_vain(adapter: Adapter) -> bool:

@@ -29,6 +29,7 @@ from lorary.kernels.nf4.reference import (
     matrix_shape,
     shapes_only,
 )
+from lorary.kernels.torch_internals import UNSAFE_VIEW
 
 TILE = 2**21  # dense numbers at a time, about
 TILE_GPU = 2**26  # on a GPU, where a tile does not fit the cache: 128 MiB in 16 bits
@@ -139,7 +140,7 @@ def product(x: Tensor, quantized: QuantizedTensor, bias: Tensor | None) -> Tenso
                 W = dequantize_tile(quantized, (top, bottom), (0, width), tile, x.dtype)
                 _multiply(work, W.t(), y[:, top:bottom], None if bias is None else bias[top:bottom])
     # not a view: a model may write into the output in place, which autograd refuses of views (Llama 4 does)
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], height))  # type: ignore[no-any-return]
+    return UNSAFE_VIEW(y, (*x.shape[:-1], height))  # type: ignore[no-any-return]
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
