@@ -135,9 +135,9 @@ def _why_not_shared(method: Any) -> list[str]:
 
 
 def experts_of(site: Site, tensors: Tensors, shared: Iterable[str] = ()) -> list[tuple[Site, dict[str, Tensor]]]:
-    """Each expert's matrix as a site of its own, and the tensors there; a site without experts itself."""
-    if not site.experts:
-        return [(site, dict(tensors))]
+    """Each expert's matrix as a site of its own, and the tensors there; the site alone if it has one adapter."""
+    if not site.adapters:
+        return [(site.one if site.experts else site, dict(tensors))]
     each = enumerate(_each(site, tensors, shared))
     return [(replace(site.one, name=expert_name(site.name, e)), own) for e, own in each]
 
@@ -150,7 +150,7 @@ def expert_name(name: str, e: int) -> str:
 
 def stack_experts(site: Site, each: Sequence[Tensors], shared: Iterable[str] = ()) -> dict[str, Tensor]:
     """role -> tensor of a site from those of its experts, as `experts_of` gives them."""
-    if not site.experts:
+    if not site.adapters:
         return dict(each[0])
     return {r: t if r in shared else torch.stack([own[r] for own in each]) for r, t in each[0].items()}
 

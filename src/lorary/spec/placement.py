@@ -120,7 +120,7 @@ class AdaptedSite:
         return merged_at(self.join, self.site, params, W, b, BA, self.scale)
 
     def matrices(self, tensors: Tensors) -> list[tuple[AdaptedSite, dict[str, Tensor]]]:
-        """The site of each expert and its tensors; elsewhere this site alone."""
+        """The site of each expert and its tensors; this site alone where it has one adapter."""
         return [
             (dataclasses.replace(self, site=site), own)
             for site, own in experts_of(self.site, tensors, self.delta.shared)

@@ -208,6 +208,39 @@ def test_a_change_that_is_no_product_is_approximated_expert_by_expert() -> None:
     close(update(mixed), expected.double(), 1e-3)
 
 
+# --- one adapter for all experts --------------------------------------------------------------------------------------
+
+
+def together(seed: int = 1) -> lorary.Adapter:
+    model = moe()
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=3), targets=TARGETS, experts="shared"))
+    shake(model, 0.1 * seed)
+    return lorary.Adapter.of(model)
+
+
+def test_one_adapter_of_all_experts_is_one_matrix() -> None:
+    a, b = together(), together(2)
+    (found,) = [s for s in lorary.diff(a, b).sites if s.site == DOWN]
+    assert found.a == pytest.approx(float(update(a)[0].norm()), rel=1e-5)
+    mixed = {s.site: s for s in lorary.diff(a, adapter()).sites}
+    for e in range(4):
+        assert mixed[one(e)].difference == pytest.approx(float((update(a)[e] - update(adapter())[e]).norm()), rel=1e-4)
+    inspected = {s.site for s in lorary.inspect_adapter(a, moe(), top=0).sites}
+    assert {one(e) for e in range(4)} <= inspected
+
+
+def test_one_adapter_of_all_experts_stays_one() -> None:
+    a = together()
+    small = lorary.compress(a, rank=1).adapter
+    fallen, grown = (lorary.change_rank(a, r).adapter for r in (1, 5))
+    for changed, r in ((small, 1), (fallen, 1), (grown, 5)):
+        assert changed.tensors[DOWN]["A"].shape == (r, 24)
+        assert all(s.site.one_adapter for s in changed.sites if s.site.experts)
+        for e in range(4):
+            close(update(changed)[e], best(update(a)[e], r), 1e-4)
+    close(logits(lorary.switch(moe(), grown)), logits(lorary.switch(moe(), a)), 1e-4)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -210,7 +210,7 @@ class Spectra:
             parts[name] = [part for _, part in cuts]
             if ranks[name]:
                 Bs, As = zip(*(pair for pair, _ in cuts), strict=True)
-                factors[name] = (torch.stack(Bs), torch.stack(As)) if s.site.experts else (Bs[0], As[0])
+                factors[name] = (torch.stack(Bs), torch.stack(As)) if s.site.adapters else (Bs[0], As[0])
         source, error = self.adapter, relative([part for each in parts.values() for part in each])
         method, sites, tensors = plain_lora(
             source.sites,

@@ -193,11 +193,7 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     other = {n: f"{here[n].site.matrix} in A, {there[n].site.matrix} in B" for n in common if n not in alike}
     return AdapterDiff(
         identical=content_hash(a) == content_hash(b),
-        sites=tuple(
-            _site_diff(*mine, *its)
-            for n in alike
-            for mine, its in zip(here[n].matrices(a.tensors[n]), there[n].matrices(b.tensors[n]), strict=True)
-        ),
+        sites=tuple(found for n in alike for found in _site_diffs(here[n], a.tensors[n], there[n], b.tensors[n])),
         only_a=tuple(n for n in here if n not in there),
         only_b=tuple(n for n in there if n not in here),
         other_shapes=other,
@@ -208,15 +204,26 @@ def diff(a: Adapter, b: Adapter) -> AdapterDiff:
     )
 
 
-def _site_diff(
+def _site_diffs(
     a: AdaptedSite, tensors_a: Mapping[str, Tensor], b: AdaptedSite, tensors_b: Mapping[str, Tensor]
+) -> list[SiteDiff]:
+    """The comparison at one site: matrix by matrix where experts have adapters of their own, in A or in B."""
+    mine, its = a.matrices(tensors_a), b.matrices(tensors_b)
+    n = max(len(mine), len(its))
+    names = [s.site.name for s, _ in max(mine, its, key=len)]
+    mine, its = (pairs * n if len(pairs) < n else pairs for pairs in (mine, its))
+    return [_site_diff(name, *x, *y) for name, x, y in zip(names, mine, its, strict=True)]
+
+
+def _site_diff(
+    name: str, a: AdaptedSite, tensors_a: Mapping[str, Tensor], b: AdaptedSite, tensors_b: Mapping[str, Tensor]
 ) -> SiteDiff:
     Ca, Cb = _cores(factors_on_base(a, tensors_a), factors_on_base(b, tensors_b))
     norm_a, norm_b, difference = (float(C.norm()) for C in (Ca, Cb, Ca - Cb))
     (Ua, Va), (Ub, Vb) = _spaces(Ca), _spaces(Cb)
     roles = a.join.roles & b.join.roles & tensors_a.keys() & tensors_b.keys()
     return SiteDiff(
-        a.site.name,
+        name,
         (a.r, b.r),
         norm_a,
         norm_b,

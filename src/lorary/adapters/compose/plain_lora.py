@@ -32,7 +32,8 @@ def plain_lora(
 
     Args:
         sites: the layers, with any method; those without factors are left out. The parts of a fused weight become one:
-            the rows outside of them are zero in B. Sites that share tensors have equal factors, and share them again.
+            the rows outside of them are zero in B. Experts keep one adapter where its factors have no leading E. Sites
+            that share tensors have equal factors, and share them again.
         factors: site -> (B [out, R], A [R, in]). Sites may differ in rank; the method has the largest.
         storage: of the base's weights.
         context: the RoPE scaling and attention.
@@ -51,6 +52,6 @@ def plain_lora(
             B, A = factors[name]
             roles = shared.setdefault(s.share or name, {"A": A, "B": B})
             tensors[name] = dict(roles)
-            site = s.site.whole
+            site = s.site.whole if roles["A"].dim() == 3 else dataclasses.replace(s.site, parts=())
             added.append(dataclasses.replace(s, site=site, method=of_rank(roles["A"].shape[-2])))
     return of_rank(max(a.r for a in added)) if added else Method(**common), tuple(added), tensors
