@@ -21,9 +21,7 @@ from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
 from lorary.spec.per_expert import why_not_per_expert
 from lorary.spec.placement import AdaptedSite, with_rank
-from lorary.spec.site import Site
-
-EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
+from lorary.spec.site import EACH, SHARED, Site
 
 
 @dataclass(frozen=True)

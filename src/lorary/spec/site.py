@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lorary._deprecated import RenamedAttribute
 
+EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
+
 
 @dataclass(frozen=True)
 class Part:

@@ -20,11 +20,11 @@ from lorary import methods  # noqa: F401 (registers the presets)
 from lorary.errors import PlanError
 from lorary.files.home import expanded
 from lorary.methods.lora_drop import probe_note
-from lorary.model._placing import EACH
 from lorary.model.loading.source import Section
 from lorary.model.planning import plan
 from lorary.spec.method import Method
 from lorary.spec.presets import resolve_presets
+from lorary.spec.site import EACH
 from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPattern, Size, SomeNames, Task
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
