@@ -63,6 +63,7 @@ class Kind:
     target: str = "layer"
     adapted: tuple[int, ...] = ()  # rows of the parts that are adapted, where it is not all of them
     experts: int = 1  # matrices of this size
+    sharing: str = "each"  # whether these have an adapter each, or share one
 
     @property
     def layer(self) -> str:
@@ -146,6 +147,7 @@ KINDS = [
         12,
     ),
     Kind("experts", experts, lambda: torch.randn(12, 24), 24, 20, "layer.gate_up_proj", experts=3),
+    Kind("experts, sharing", experts, lambda: torch.randn(12, 24), 24, 20, "layer.gate_up_proj", (), 3, "shared"),
     Kind("experts, gate", experts, lambda: torch.randn(12, 24), 24, 20, "layer.gate_up_proj[gate]", (10,), 3),
 ]
 
@@ -186,7 +188,8 @@ class Case:
     @cached_property
     def planned(self) -> lorary.Plan:
         """The layer and its tensors; a start that reads data has seen none."""
-        return lorary.plan(self.base(), self.method, targets=[self.kind.target])
+        experts = "each" if self.method.delta is None else self.kind.sharing
+        return lorary.plan(self.base(), self.method, targets=[self.kind.target], experts=experts)
 
     @cached_property
     def plan(self) -> lorary.Plan:
@@ -219,7 +222,7 @@ class Case:
 
 def numbers(method: lorary.Method, kind: Kind) -> int:
     """How many numbers a method trains at a layer, by the papers' formulas; by its plan where there is none here."""
-    return kind.experts * _numbers(method, kind)
+    return _numbers(method, kind) * (1 if kind.sharing == "shared" else kind.experts)
 
 
 def _numbers(method: lorary.Method, kind: Kind) -> int:

@@ -120,6 +120,9 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             or name == "delta-lora, written"
         ):
             expected |= {(name, k.name) for k in KINDS if k.experts > 1}
+        join, init = method.join, method.init
+        if (join and join.roles | join.uses) or (init and init.residual_init):  # of the matrix of each expert
+            expected |= {(name, k.name) for k in KINDS if k.sharing == "shared"}
     assert missing == expected
 
 

@@ -18,9 +18,9 @@ from lorary.model.scan import Scan
 from lorary.model.targets import TargetMatch, abbreviate_paths, as_list, grouped, resolve
 from lorary.spec.interfaces import has_rank
 from lorary.spec.method import Method
-from lorary.spec.per_expert import EACH, SHARED, why_not_per_expert
+from lorary.spec.per_expert import why_not_per_expert
 from lorary.spec.placement import AdaptedSite, why_not_in_attention, with_rank
-from lorary.spec.site import Site
+from lorary.spec.site import EACH, SHARED, Site
 
 
 @dataclass(frozen=True)

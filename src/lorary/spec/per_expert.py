@@ -21,8 +21,6 @@ from lorary.spec.interfaces import Delta, Init, Join
 from lorary.spec.layer import Factors, Shapes, Tensors
 from lorary.spec.site import Site
 
-EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
-
 
 def shapes_at(component: Delta | Join, site: Site, shared: Iterable[str] = ()) -> Shapes:
     """role -> shape of a component's tensors at a site; the roles that all sites share are those of one expert."""

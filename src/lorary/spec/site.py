@@ -16,6 +16,7 @@ PARAMETERS = ("experts", "in_projection")
 PROJECTIONS = ("in_projection", "out_projection")
 """The kinds of sites of nn.MultiheadAttention, whose forward in PyTorch reads their weights and never calls them."""
 _LINEAR_INSIDE = ("experts", *PROJECTIONS)
+EACH, SHARED = "each", "shared"  # an adapter for each expert of a block, or one for all
 
 
 @dataclass(frozen=True)

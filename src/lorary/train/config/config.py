@@ -23,8 +23,8 @@ from lorary.methods.lora_drop import probe_note
 from lorary.model.loading.source import Section
 from lorary.model.planning import plan
 from lorary.spec.method import Method
-from lorary.spec.per_expert import EACH
 from lorary.spec.presets import resolve_presets
+from lorary.spec.site import EACH
 from lorary.train.config._fields import Alpha, Fraction, Layers, Names, PathPattern, Size, SomeNames, Task
 from lorary.train.config._paths import absolute
 from lorary.train.config._places import located
