@@ -4,9 +4,9 @@
 
 A model in the shape of Qwen3-MoE (64 experts, 8 of them for each token) with r = 16 on every expert matrix. The step is
 forward and backward, with a gradient for the embedded tokens in every case, so that the base's backward is there too.
-"base" is that model frozen, in fp32. "NF4" has its weights in 4 bits. "unfused" has the same weights as one nn.Linear for
-each projection of each expert, in a loop over the experts, with lorary's LoRA on each. The cases take turns; the figures
-are medians.
+"base" is that model frozen, in fp32. "NF4" has its weights in 4 bits. "unfused" has the same weights as one nn.Linear
+for each projection of each expert, in a loop over the experts, with lorary's LoRA on each. The cases take turns; the
+figures are medians.
 """
 
 from __future__ import annotations
