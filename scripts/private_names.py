@@ -32,8 +32,9 @@ PLACES = {
     "train/trainer/trainer_internals.py": "the trainers of Transformers, TRL and accelerate",
 }
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "safetensors", "triton")
-# Names with an underscore that are documented, as PyTorch's foreach functions, or the standard library's
-PUBLIC = re.compile(r"_foreach_\w+|_asdict|_getframe|_sysconfigdata|_handle_fromlist|_bundled|_exit")
+# Names with an underscore that are documented, as PyTorch's foreach functions and a key of diffusers' files, or the
+# standard library's
+PUBLIC = re.compile(r"_foreach_\w+|_class_name|_asdict|_getframe|_sysconfigdata|_handle_fromlist|_bundled|_exit")
 # Ends of lorary's own names, and attributes that it sets itself
 OWN = {"_only", "_like", "_trains", "_K", "_dequantize", "_digest"}
 # Modules of these libraries that their documentation describes; what is in others is undocumented

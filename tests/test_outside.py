@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group(fresh.GROUP)]
 FILE = Path(__file__).parent / "outside" / "moslora.py"
 
 # With each of lorary's presets, in their order.
-LETTERS = [*"YYrYYYNNNNNNNNNYNNNNYN"]
+LETTERS = [*"YYrYYYNNNNNNNNNNYNNNNNNNYNNNNNYN"]
 
 CONFIG = """
 model: builtin:base
@@ -125,7 +125,7 @@ def test_the_laws_hold_for_it(installed: Path) -> None:
     program = fresh.Program("-m", "pytest", *tests, folder=pages.ROOT, beside=installed, path=installed)
     status, printed, errors = program.ended(900)
     assert status == 0, printed + errors
-    assert int(printed.split(" passed")[0].split()[-1]) == 10 + 6, printed  # kinds of layer; legal pairs on a layer
+    assert int(printed.split(" passed")[0].split()[-1]) == 13 + 6, printed  # kinds of layer; legal pairs on a layer
 
 
 @pytest.mark.parametrize(

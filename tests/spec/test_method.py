@@ -45,7 +45,7 @@ _INVALID = "invalid method:\n  - "
             ["lroa"],
             {},
             f"{_INVALID}'lroa': is not a method that lorary knows\n"
-            "      hint: did you mean `lora` or `qlora` or `lora+`?",
+            "      hint: did you mean `lora` or `loha` or `qlora`?",
         ),
         (
             ["mixture"],
