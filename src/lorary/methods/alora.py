@@ -38,6 +38,7 @@ from lorary.spec.site import Site
 class FromInvocation(Join):
     """W x + b, and from the invocation on s B A x as well."""
 
+    adds_apart = True
     needs_context = True
     acts_everywhere = False
     why_not_merged = "acts on the tokens from the invocation on alone, which no weight and bias can"
