@@ -62,6 +62,9 @@ def _no_adapter(path: Path) -> Diagnostic:
     if (path / "adapter.gguf").is_file():
         fix = "name the adapter that it was exported from"
         return Diagnostic(str(path), "there is no adapter in it but llama.cpp's `adapter.gguf`", fix)
+    if (path / "adapter_model.safetensors").is_file():
+        what, fix = "holds PEFT's tensors, and no adapter_config.json", "put the one of its training beside them"
+        return Diagnostic(str(path), what, fix)
     return Diagnostic(str(path), "there is no adapter in it")
 
 

@@ -64,7 +64,8 @@ class InvocationContext(Context):
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         if not self.tokens and not self.text:
-            return [("has no invocation, from which on it could act", "set invocation: a text, or token ids")]
+            fix = "set the option `invocation` (method.options.invocation): a text, or token ids"
+            return [("has no invocation, from which on it could act", fix)]
         return list(support_problems(model, self.tokens))
 
     def site_problems(self, model: nn.Module, sites: Iterable[tuple[Site, Join]]) -> list[tuple[str, str]]:
