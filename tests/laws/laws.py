@@ -193,8 +193,9 @@ def detach_gives_the_packed_base_back(case: Case, model: torch.nn.Module) -> Non
     lorary.detach(model)
     close(model(case.x()), y, case.dtype)
     if moved:
-        W, was = model.get_submodule(case.kind.layer).weight.float(), expected.get_submodule(case.kind.layer).weight
-        assert type(model.get_submodule(case.kind.layer)) is type(expected.get_submodule(case.kind.layer))
+        found, plain = (submodule(m, case.plan.sites[0].site.name) for m in (model, expected))
+        W, was = found.weight.float(), plain.weight
+        assert type(found) is type(plain)
         assert (W - was.float()).norm() <= 0.15 * max(was.float().norm(), W.norm()) * case.plan.sites[0].scale
         return
     assert torch.equal(y, expected(case.x()))
