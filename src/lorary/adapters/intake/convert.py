@@ -112,7 +112,7 @@ def _differing_form(form: LowRankForm, other: LowRankForm | None) -> float:
     """The largest relative difference of a site's update, gain and shift; of experts one by one, to save memory."""
     if other is None:
         return float("inf")
-    factors = (t.reshape(-1, *t.shape[-2:]) for t in (form.B, form.A, other.B, other.A))
+    factors = (t[None] if t.dim() == 2 else t for t in (form.B, form.A, other.B, other.A))
     found = [_relative((B @ A, B2 @ A2) for B, A, B2, A2 in zip(*factors, strict=True))]
     for one, two, neutral in ((form.gain, other.gain, 1.0), (form.shift, other.shift, 0.0)):
         if one is not None and two is not None:

@@ -172,6 +172,7 @@ HINTS = {  # key that cannot be translated -> what to write
     "eva_config": "write method: eva, with method.options: {rho: 2.0, whiten: false}",
     "corda_config": "write method: corda, with method.options: {mode: knowledge}",
     "lora_ga_config": "write method: lora-ga, with method.options: {gamma: 16}",
+    "token_indices": "write method.options: {tokens: [17]}",
     "trainable_token_indices": "write method.also: [{name: rows, targets: vocabulary, options: {tokens: [17]}}]",
     "layer_replication": "the base keeps its layers",
     **dict.fromkeys(
