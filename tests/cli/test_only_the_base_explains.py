@@ -63,6 +63,7 @@ ADAPTERS = {
     "single experts": single,
     "GGUF": llama("gguf/adapter.gguf"),
     "torchtune's own names": llama("torchtune/own"),
+    "mlx-lm": llama("mlx"),
 }
 
 

@@ -76,7 +76,7 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     from lorary.adapters.readers.folder import base_of
     from lorary.adapters.save_load import load_adapter
 
-    by_names = needs_base(adapter) or _adapts_single_experts(adapter)  # then no tokens were added for it
+    by_names = needs_base(adapter) or _says_more_on_base(adapter)  # then no tokens were added for it
     value = None if by_names else load_adapter(adapter)
     name = base or (value.base.name if value else base_of(adapter))
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
@@ -150,7 +150,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     from lorary.adapters.save_load import load_adapter
     from lorary.model.loading.from_pretrained import skeleton
 
-    on_base = needs_base(folder) or (base is not None and _adapts_single_experts(folder))
+    on_base = needs_base(folder) or (base is not None and _says_more_on_base(folder))
     return load_adapter(folder, model=skeleton(find_base(folder, base)) if on_base else None)
 
 
@@ -184,11 +184,16 @@ def needs_base(folder: Path) -> bool:
     return own_names or kind in FIELDS or (kind in PEFT_TYPES and not PEFT_TYPES[kind].factors)
 
 
-def _adapts_single_experts(folder: Path) -> bool:
-    """Whether a folder of PEFT has factors for single experts, which Transformers 5 fuses."""
+def _says_more_on_base(folder: Path) -> bool:
+    """Whether the base tells more of a folder than its tensors: single experts, which it fuses; mlx-lm's embeddings."""
+    from lorary.adapters.mlx import is_mlx
     from lorary.adapters.native import NAME
 
-    header = None if (folder / NAME).exists() else _header(folder)
+    if (folder / NAME).exists():
+        return False
+    if is_mlx(folder):
+        return True
+    header = _header(folder)
     return header is not None and any(".experts." in name for name in header.tensors)
 
 
