@@ -66,7 +66,7 @@ LOST: dict[str, tuple[tuple[str, ...], dict[str, Any], Callable[[Adapter], Adapt
     "a shift that is gone": (("lora",), {"lora_bias": True}, without_bias, "would differ by 1 of itself"),
     "a gain that is gone": (("dora",), {}, without_gain, "would differ by "),
     "a whole parameter": (("lora",), {"full": (NORM, HEAD)}, other_norm, f"{NORM}: would differ by 0.01 of itself"),
-    "one that is gone": (("lora",), {"full": (NORM, HEAD)}, without_norm, f"{NORM}: is not there in the written folder"),
+    "one that is gone": (("lora",), {"full": (NORM, HEAD)}, without_norm, f"{NORM}: is not there in the written"),
 }
 
 
