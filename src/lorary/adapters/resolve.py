@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorary.adapters.hub import adapter_folder as adapter_folder
 from lorary.adapters.hub import DIFFUSERS, download, is_hub_id
+from lorary.adapters.hub import adapter_folder as adapter_folder
 from lorary.errors import Diagnostic, FileError, suggested_path
 from lorary.files.safe_open import why_no_folder
 from lorary.model.loading.source import ModelClass, ModelSection

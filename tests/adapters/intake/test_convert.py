@@ -50,11 +50,12 @@ def other_norm(adapter: Adapter) -> Adapter:
 
 
 def without_norm(adapter: Adapter) -> Adapter:
-    return replace(
-        adapter,
-        method=adapter.method.replace(full=(HEAD,)),
-        full={name: t for name, t in adapter.full.items() if name != NORM},
-    )
+    return _with_full(adapter, {HEAD: adapter.full[HEAD]})
+
+
+def _with_full(adapter: Adapter, full: dict[str, Tensor]) -> Adapter:
+    sites = tuple(replace(a, method=a.method.replace(full=tuple(full))) for a in adapter.sites)
+    return replace(adapter, method=adapter.method.replace(full=tuple(full)), sites=sites, full=full)
 
 
 def _copied(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
@@ -83,11 +84,7 @@ def test_what_is_lost_is_refused(
     model = adapted(LLAMA, *names, **{k: v for k, v in options.items() if k != "full"})
     adapter = Adapter.of(model)
     if full:
-        adapter = replace(
-            adapter,
-            method=adapter.method.replace(full=full),
-            full={name: LLAMA.model().get_parameter(name).detach() + 0.1 for name in full},
-        )
+        adapter = _with_full(adapter, {name: LLAMA.model().get_parameter(name).detach() + 0.1 for name in full})
     save_adapter(adapter, tmp_path / "source", model=LLAMA.model())
     done = convert(tmp_path / "source", tmp_path / "same", model=LLAMA.model())
     assert (done.difference, done.compared) == (0.0, len(adapter.sites) + len(full))
