@@ -140,10 +140,10 @@ def public_name(source: str) -> str:
 
 
 def components(method: Method, sites: Sequence[AdaptedSite]) -> str:
-    """The components of a method, and of all others that its sites have, in one line."""
+    """The components of a method, and of all others that its sites have, in one line of a table's cell."""
     methods = [group[0].method for group in by_method(sites)]
     texts = [str(one).splitlines()[1:] for one in (methods if len(methods) > 1 else [method])]
-    return " | ".join("; ".join(re.sub(r"  +", " ", row.strip()) for row in rows) for rows in texts)
+    return _text(" | ".join("; ".join(re.sub(r"  +", " ", row.strip()) for row in rows) for rows in texts))
 
 
 def table(title: str, rows: Mapping[str, str]) -> str:
@@ -200,7 +200,7 @@ def _task(architecture: str) -> tuple[str, str | None]:
 
 
 def _method_rows(adapter: Adapter, names: Sequence[str]) -> dict[str, str]:
-    rows = {"method": f"{' + '.join(names)}: {_text(components(adapter.method, adapter.sites))}"}
+    rows = {"method": f"{' + '.join(names)}: {components(adapter.method, adapter.sites)}"}
     if adapter.full:
         shown = ", ".join(_code(name) for name in sorted(adapter.full)[:3])
         rows["trained in full"] = shown + (f" and {len(adapter.full) - 3:,} more" if len(adapter.full) > 3 else "")

@@ -61,8 +61,10 @@ def _no_adapter(path: Path) -> Diagnostic:
     if (path / "config.json").is_file():
         return Diagnostic(str(path), "there is no adapter in it: it is a whole model")
     if (path / "adapter.gguf").is_file():
-        fix = f"name the file: {path / 'adapter.gguf'} (with --base)"
         what = "there is no adapter folder in it, and a file of llama.cpp, `adapter.gguf`"
+        return Diagnostic(str(path), what, f"name the file: {path / 'adapter.gguf'} (with --base)")
+    if (path / "adapter_model.safetensors").is_file():
+        what, fix = "holds PEFT's tensors, and no adapter_config.json", "put the one of its training beside them"
         return Diagnostic(str(path), what, fix)
     return Diagnostic(str(path), "there is no adapter in it")
 

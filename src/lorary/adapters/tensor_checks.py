@@ -14,7 +14,6 @@ from lorary.errors import Diagnostic, nearest
 from lorary.files.findings import Findings
 from lorary.files.strict_json import named
 from lorary.files.tensor_file import DTYPES, Entry, TensorSource, name_problem
-from lorary.methods.lora import Add
 from lorary.spec.placement import AdaptedSite, shared_shapes, start_name
 
 if TYPE_CHECKING:
@@ -250,7 +249,7 @@ def alert_if_zero(
 
 
 def _adds_zero(adapted: AdaptedSite, tensors: Mapping[str, Tensor]) -> bool:
-    if not isinstance(adapted.join, Add):
+    if not adapted.join.adds_apart or any(tensors[role].any() for role in adapted.join.roles):
         return False
     if adapted.starts:  # the update is the distance from the start
         return all(torch.equal(tensors[role], tensors[start_name(role)]) for role in adapted.starts)

@@ -126,11 +126,16 @@ def _costs(row: dict[str, Any]) -> str:
 
 
 def _find(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of one method."""
+    """The row of one method, by its name or an earlier one."""
     from lorary.errors import ConfigError, Diagnostic, did_you_mean
+    from lorary.spec.presets import resolve
 
     by_name = {row["name"]: row for row in rows}
     normalised = name.lower().replace("_", "-").replace(" ", "-")
+    unknown: list[Diagnostic] = []
+    found = resolve([name], unknown)
+    if normalised not in by_name and not unknown:
+        normalised = found[-1].name
     if normalised not in by_name:
         raise ConfigError("unknown method:", [Diagnostic(name, "not found", did_you_mean(normalised, by_name))])
     return by_name[normalised]

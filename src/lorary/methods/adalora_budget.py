@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lorary.errors import ConfigError, Diagnostic
 from lorary.layers.dtensor import distribute_like, full_tensor, local_shard
-from lorary.methods.alora import FromInvocation
-from lorary.methods.lora import Add, AddWithBias
 from lorary.spec.fields import COUNT, SHARE, STEPS, as_steps
 from lorary.spec.interfaces import Layer, Rule, Run, Shapes, component
 
@@ -52,7 +50,7 @@ class RankBudget(Rule):
 
     def problems(self, method: Any) -> list[str]:
         found = []
-        if not isinstance(method.join, Add | AddWithBias | FromInvocation):
+        if not method.join.adds_apart:
             name = type(method.join).__name__
             found.append(
                 f"{name} depends on the norm of the joined weight, which changes whenever a direction is masked"

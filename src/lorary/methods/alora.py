@@ -38,6 +38,7 @@ from lorary.spec.site import Site
 class FromInvocation(Join):
     """W x + b, and from the invocation on s B A x as well."""
 
+    adds_apart = True
     needs_context = True
     acts_everywhere = False
     why_not_merged = "acts on the tokens from the invocation on alone, which no weight and bias can"
@@ -63,7 +64,8 @@ class InvocationContext(Context):
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         if not self.tokens and not self.text:
-            return [("has no invocation, from which on it could act", "set invocation: a text, or token ids")]
+            fix = "set the option `invocation` (method.options.invocation): a text, or token ids"
+            return [("has no invocation, from which on it could act", fix)]
         return list(support_problems(model, self.tokens))
 
     def site_problems(self, model: nn.Module, sites: Iterable[tuple[Site, Join]]) -> list[tuple[str, str]]:

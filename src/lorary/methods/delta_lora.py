@@ -27,7 +27,7 @@ from torch import Tensor
 from lorary.errors import ConfigError, Diagnostic, MethodError
 from lorary.kernels.low_rank import add_low_rank
 from lorary.layers.dtensor import copy_into, full_tensor
-from lorary.methods.lora import Add, AddWithBias, LowRank
+from lorary.methods.lora import LowRank
 from lorary.spec.fields import COUNT, FLAG, POSITIVE, WHOLE
 from lorary.spec.interfaces import Delta, Factors, Layer, Rule, Run, Shapes, Tensors, component
 from lorary.spec.presets import preset
@@ -87,7 +87,8 @@ class DeltaLoRADelta(PairsOfFactors, Delta):
 
 def _common_problems(method: Any) -> list[str]:
     where = ["with dropout: set dropout=0"] if method.dropout else []
-    where += [] if isinstance(method.join, Add | AddWithBias) else [f"under {type(method.join).__name__}"]
+    apart = method.join.adds_apart and method.join.acts_everywhere
+    where += [] if apart else [f"under {type(method.join).__name__}"]
     problems = [f"Delta-LoRA takes the gradient of B A for that of W, and they differ {text}" for text in where]
     if sum(isinstance(rule, DeltaLoRARule | DeltaLoRAPaperRule) for rule in method.rules) > 1:
         problems.append("the weight can follow the product once only")

@@ -108,6 +108,7 @@ class ConstantScale:
 class Add(Join):
     """W' = W + s B A, b' = b."""
 
+    adds_apart = True
     per_expert = True
 
     def forward(self, layer: Layer, x: Tensor) -> Tensor:
@@ -133,6 +134,7 @@ class AddWithBias(Join):
 
     roles = frozenset({"c"})
     scaled = frozenset({"c"})
+    adds_apart = True
     changes_bias = True
 
     def shapes(self, site: Site) -> Shapes:

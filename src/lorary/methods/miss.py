@@ -51,9 +51,7 @@ class SharedShards(Delta):
         return {"D": (rows, self.r)}
 
     def factors(self, site: Site, params: Tensors) -> Factors:
-        B = self._all_rows(site, params["D"])
-        if site.parts:  # they share the sums, and so need no ranks of their own
-            B = B.new_zeros(site.out_features, self.r).index_copy(0, site.part_rows(B.device), B)
+        B = site.place_rows(self._all_rows(site, params["D"]))  # parts share the sums, and need no ranks of their own
         shards = -(-site.in_features // self.r)
         A = torch.eye(self.r, dtype=B.dtype, device=B.device).repeat(1, shards)[:, : site.in_features]
         return B, A.expand(*B.shape[:-2], -1, -1).contiguous()

@@ -50,6 +50,7 @@ class TokenRows(Join):
     targets = ("vocabulary",)
     supports_dropout = False
     adds_delta = False
+    replaces_rows = True
     keeps_ties = True
 
     def shapes(self, site: Site) -> Shapes:

@@ -76,7 +76,7 @@ def adapted_sites(
         sites, unplaced = _sites_of(part.method, matched, wanted)
         placed.append((part, sites))
         problems += unplaced
-    shared, unshared = _shared_experts([p for _, sites in placed for p in sites], wanted)
+    shared, unshared = _shared_experts([p for _, sites in placed for p in sites], wanted, notes)
     notes, problems = [*notes, *shared], [*problems, *unshared]
     if len(parts) == 1:
         return _sharing_ties(scanned, placed[0][1]), problems, [*notes, *choice.notes]
@@ -94,11 +94,14 @@ def _sharing_ties(scanned: Scan, sites: list[AdaptedSite]) -> list[AdaptedSite]:
     return [dataclasses.replace(p, share=shares[p.site.name]) if p.site.name in shares else p for p in sites]
 
 
-def _shared_experts(sites: Sequence[AdaptedSite], wanted: Wanted) -> tuple[list[str], list[Diagnostic]]:
-    """The note about adapters that experts share, with their count; or the error, if there are none."""
+def _shared_experts(
+    sites: Sequence[AdaptedSite], wanted: Wanted, left_out: Sequence[str]
+) -> tuple[list[str], list[Diagnostic]]:
+    """The note about adapters that experts share, with their count; or the error, with what was left out and why."""
     together = [p for p in sites if p.site.one_adapter]
     if not together:
         what = f"is {SHARED!r}, and no adapted layer holds the matrices of experts"
+        what += "".join(f"; {note}" for note in left_out)
         return [], [Diagnostic("experts", what, "leave it out")] if sites and wanted.experts == SHARED else []
     trained = sum(p.trainable for p in together)
     apart = sum(p.trainable * p.site.experts for p in together)

@@ -19,6 +19,7 @@ from lorary.layers.quantized_weight import is_quantized, is_unrecognised_quantiz
 from lorary.layers.wrappers import named_modules, unwrapped
 from lorary.model.buffers import persistent_buffers
 from lorary.model.reach.bypass import Bypass, bypasses
+from lorary.spec.site import PARAMETERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class ScannedModule:
     @property
     def weight_name(self) -> str:
         """The name of its weight in the plain model."""
-        return self.path if self.kind == "experts" else f"{self.path}.weight"
+        return self.path if self.kind in PARAMETERS else f"{self.path}.weight"
 
     @cached_property
     def unrecognised(self) -> bool:

@@ -27,6 +27,8 @@ class Join(Protocol):
         changes_bias: whether it changes the layer's bias, which then cannot train in full.
         supports_dropout: whether the adapter has an input apart from the layer's own that dropout can act on.
         adds_delta: whether it adds the delta's factors; one that does not goes with `NoUpdate` alone.
+        adds_apart: whether the output is the base's plus s B A x, and what else it adds depends on neither W nor B A.
+        replaces_rows: whether its tensors take the place of rows of the weight.
         needs_context: whether it takes effect through the method's context.
         acts_everywhere: whether the update acts at every position of a text; otherwise the base must stay as it is.
         targets: the default target layers; the context axis comes after it.
@@ -44,6 +46,8 @@ class Join(Protocol):
     changes_bias: bool = False
     supports_dropout: bool = True
     adds_delta: bool = True
+    adds_apart: bool = False
+    replaces_rows: bool = False
     needs_context: bool = False
     acts_everywhere: bool = True
     targets: tuple[str, ...] = ()

@@ -48,7 +48,10 @@ def for_every_expert(site: Site, factors: Factors) -> Factors:
 
 def joined_tensors(join: Join, site: Site, tensors: Tensors, scale: float) -> Tensors:
     """A site's tensors as `Join.merged` and `Join.on_output` take them: over all rows, and with the scale in them."""
-    scaled = {role: scale * t.float() if role in join.scaled else t for role, t in tensors.items()}
+    scaled = {
+        role: scale * t.to(torch.promote_types(t.dtype, torch.float32)) if role in join.scaled else t
+        for role, t in tensors.items()
+    }
     return join.whole(site, scaled)
 
 

@@ -187,7 +187,7 @@ def unique_tensor_sets(sites: Iterable[AdaptedSite]) -> list[AdaptedSite]:
 
 def replaces_rows(adapted: AdaptedSite) -> bool:
     """Whether a site holds rows of the base's weight, in place of the base's own."""
-    return adapted.join.keeps_ties
+    return adapted.join.replaces_rows
 
 
 def replaced_tables(sites: Iterable[AdaptedSite]) -> set[str]:

@@ -12,7 +12,8 @@ from lorary.spec._registry import PRESETS as PRESETS
 from lorary.spec._registry import PlanFunction as PlanFunction
 from lorary.spec._registry import Preset as Preset
 from lorary.spec._registry import Restriction as Restriction
-from lorary.spec._registry import add_preset, resolve
+from lorary.spec._registry import add_preset
+from lorary.spec._registry import resolve as resolve
 from lorary.spec.interfaces import COMPONENTS, has_rank
 from lorary.spec.method import AXES, Method
 

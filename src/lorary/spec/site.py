@@ -142,8 +142,8 @@ class Site:
         return self.place_rows(torch.block_diag(*B.split(self.rows)))
 
     def place_rows(self, M: Tensor) -> Tensor:
-        """The rows of all parts [rows of the parts, n] as rows of the whole weight [out, n], zero elsewhere."""
+        """The rows of all parts [..., rows of the parts, n] as rows of the whole weight [..., out, n], zero elsewhere."""
         if not self.parts:
             return M
-        whole = M.new_zeros(self.out_features, M.shape[1])
-        return whole.index_copy(0, self.part_rows(M.device), M)
+        whole = M.new_zeros(*M.shape[:-2], self.out_features, M.shape[-1])
+        return whole.index_copy(-2, self.part_rows(M.device), M)

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], Any, dict[str, Any], torch.dtype | 
     "shared encoder and decoder": ("T5ForConditionalGeneration", ("lora",), ["shared"], {}, None),
     "tied in a part": ("BlipForConditionalGeneration", ("lora",), "all-linear", {}, None),
     "fused experts": ("Qwen3MoeForCausalLM", ("lora",), "all-linear", {}, None),
+    "projections of an attention": ("SiglipVisionModel", ("lora",), "all-linear", {}, None),
     "converted names": ("Dinov2ForImageClassification", ("lora",), "all-linear", {"use_swiglu_ffn": True}, None),
     "convolutions": ("ConvNextForImageClassification", ("lora",), ["conv"], {}, torch.bfloat16),
     "multimodal": ("LlavaForConditionalGeneration", ("vera",), ["q_proj", "v_proj"], {}, None),

@@ -112,7 +112,8 @@ def disagreements(terms: Sequence[Term], base: nn.Module | None, *, force: bool)
     contexts = {term.adapter.method.context for term in terms}
     if len(contexts) > 1:
         named = "; ".join(sorted(str(c or "the base's own") for c in contexts))
-        problems.append(Diagnostic("context", f"they use different RoPE scaling or attention: {named}"))
+        what = f"they use different RoPE scaling or attention, or act on other parts of a text: {named}"
+        problems.append(Diagnostic("context", what))
     seen: dict[str, tuple[Term, Site]] = {}
     for term in terms:
         for adapted in term.adapter.sites:

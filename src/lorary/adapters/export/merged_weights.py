@@ -20,6 +20,7 @@ from lorary.model.quantize import dequantize, quantize_layers
 from lorary.model.scan import scan
 from lorary.model.state import base_parameter
 from lorary.model.undo import all_or_nothing
+from lorary.spec.site import PARAMETERS
 
 
 class MergedWeights:
@@ -65,7 +66,7 @@ class MergedWeights:
         """The merged model's tensor of this name, by the first path of its module."""
         if name in self._kept:
             return self._kept.pop(name)
-        if name in self._sites:  # a fused parameter of experts
+        if name in self._sites:  # a parameter that is a layer: fused experts, an in-projection
             return self._from_layer(name, "weight", self._merge)
         path, _, last = name.rpartition(".")
         if path in self._sites and last in ("weight", "bias"):
@@ -109,7 +110,7 @@ class MergedWeights:
 
     def _model_of_one_layer(self, path: str) -> nn.Module:
         names: tuple[str, ...] = ("weight", "bias")
-        if path in self._sites and self._sites[path].site.experts:
+        if path in self._sites and self._sites[path].site.kind in PARAMETERS:
             path, _, own = path.rpartition(".")
             names = (own,)
         layer = copy.deepcopy(self.model.get_submodule(path))  # without values

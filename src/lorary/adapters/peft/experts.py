@@ -166,7 +166,7 @@ def experts_named(config: PeftConfig, base: Base | None, findings: Findings) -> 
     named = [name for name in config.values.get("target_parameters") or () if not name.endswith(".weight")]
     if named and base is None:
         what = f"names fused experts ({', '.join(named[:2])}), whose layout only the model's class tells"
-        fix = "read it onto its base: lorary.load(model, folder)"
+        fix = "read it onto its base: lorary.load(model, folder), or --base on the command line"
         raise FileError("", [Diagnostic(f"{CONFIG}: target_parameters", what, fix)])
     if base is None:
         return []

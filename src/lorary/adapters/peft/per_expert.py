@@ -76,6 +76,7 @@ class PerExpert:
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._projections: dict[str, list[_Projection]] = {}
         self._empty: list[str] = []
+        self.sites: dict[str, AdaptedSite] = {}
         paths = dict.fromkeys(path for name in found if (path := keys.site_of(name, self._leaves)))
         single = [path for path in paths if _EXPERT.search(path)]
         stacked = [path for path in paths if _STACKED.fullmatch(path)]
@@ -88,8 +89,6 @@ class PerExpert:
         self.sites = self._adapted(base, findings)
         findings.fatal += [*self._other_ranks(), *self._without_magnitudes()]
         findings.raise_refused()  # the shapes follow from the ranks
-
-    sites: dict[str, AdaptedSite] = {}  # noqa: RUF012  (of a file without such adapters)
 
     def _shape(self, path: str, role: str) -> tuple[int, ...]:
         """The shape of a factor in the file; () if it has none."""

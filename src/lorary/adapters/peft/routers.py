@@ -63,7 +63,8 @@ class Routers:
                 continue
             W = self.base.tensors[name].detach().cpu()
             roles = self.type.decode(adapted, values)
-            found[name] = (W.float() + adapted.scale * (roles["B"].float() @ roles["A"].float())).to(W.dtype)
+            exact = torch.promote_types(W.dtype, torch.float32)
+            found[name] = (W.to(exact) + adapted.scale * (roles["B"].to(exact) @ roles["A"].to(exact))).to(W.dtype)
         return found
 
     def notes(self) -> list[str]:

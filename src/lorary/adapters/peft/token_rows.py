@@ -28,6 +28,7 @@ from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.placement import AdaptedSite, replaces_rows, unique_tensor_sets
 from lorary.spec.site import Site
+from lorary.layers.adapted import Adapted
 
 LEAF = "trainable_tokens_delta"
 BESIDE = f"token_adapter.{LEAF}"
@@ -143,7 +144,7 @@ def _input_embedding(base: Base) -> list[str]:
         table = base.model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return []
-    inner = getattr(table, "base", table) if type(table).__name__ == "Adapted" else table
+    inner = table.base if isinstance(table, Adapted) else table
     return [path for path, module in base.modules.items() if module is inner and path in base.kinds][:1]
 
 

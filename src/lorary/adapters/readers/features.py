@@ -25,11 +25,13 @@ class Feature:
         noun: in sentences, after "refuses" or "computes without".
         places: the fields, tensors or sites of a folder that have it.
         merged: whether only a merged model brings it to a reader that lacks it.
+        no_export: why no merged model has it either; empty if one has.
     """
 
     noun: str
     places: Callable[[AdapterFolder], list[str]]
     merged: bool = True
+    no_export: str = ""
 
 
 def _set(name: str) -> Callable[[AdapterFolder], list[str]]:
@@ -87,7 +89,11 @@ FEATURES: Mapping[str, Feature] = {
     "lora_bias": Feature("biases beside B", _either("lora_bias", "lora_B.bias")),
     "saved": Feature("modules trained in full", _saved),
     "tokens": Feature("trained rows of an embedding", _either("trainable_token_indices", "token_adapter")),
-    "alora": Feature("a start at an invocation sequence (aLoRA)", _set("alora_invocation_tokens")),
+    "alora": Feature(
+        "a start at an invocation sequence (aLoRA)",
+        _set("alora_invocation_tokens"),
+        no_export="an adapter that acts from the invocation on alone cannot be merged",
+    ),
     "replication": Feature("repeated layers", _set("layer_replication")),
     "qalora": Feature("QA-LoRA's pooled input", _set("use_qalora")),
     "bdlora": Feature("block-diagonal factors", _set("use_bdlora")),

@@ -132,6 +132,9 @@ class Reader:
         """Why an adapter in lorary's own form has none that this reader takes; empty if it may have one."""
         if self.types & VIRTUAL_TOKENS.keys() and has_virtual_tokens(folder.own_sites):
             return ""  # PEFT has a prefix and a prompt
+        lasting = [f.no_export for f in FEATURES.values() if f.no_export and folder.is_lora and f.places(folder)]
+        if lasting:
+            return lasting[0]
         joins = (adapted.join for adapted in folder.own_sites)
         return next((f"{type(j).__name__} {j.why_not_merged}" for j in joins if j.why_not_merged), "")
 
@@ -143,7 +146,11 @@ class Reader:
             for name, feature in FEATURES.items():
                 if name in names and (places := feature.places(folder)):
                     what = f"{self.title} {verb} {feature.noun}"
-                    yield self.finding(outcome, first_of(places), what, merged=feature.merged)
+                    if feature.no_export:
+                        fix = f"no export helps: {feature.no_export}"
+                        yield Finding(outcome, Diagnostic(first_of(places), what, fix))
+                    else:
+                        yield self.finding(outcome, first_of(places), what, merged=feature.merged)
 
     def _scales(self, folder: AdapterFolder) -> Iterator[Finding]:
         wrong = []

@@ -22,6 +22,7 @@ from lorary.spec.interfaces import Factors
 from lorary.spec.join import not_mergeable
 from lorary.spec.per_expert import expert_name
 from lorary.spec.placement import AdaptedSite
+from lorary.spec.site import PARAMETERS
 
 
 class WeightChange(NamedTuple):
@@ -131,7 +132,7 @@ def full_matrices(adapter: Adapter, base: nn.Module | None) -> dict[str, str]:
     if base is None:
         return {}
     adapted, kinds = {s.site.name for s in adapter.sites}, {n: kind_of(m) for n, m in unwrapped_modules(base).items()}
-    layers = {n if kind == "experts" else f"{n}.weight": n for n, kind in kinds.items() if kind and n not in adapted}
+    layers = {n if kind in PARAMETERS else f"{n}.weight": n for n, kind in kinds.items() if kind and n not in adapted}
     return {layers[name]: name for name in adapter.full if name in layers}
 
 

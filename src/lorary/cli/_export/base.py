@@ -30,8 +30,11 @@ def adapter_and_base(export: Export) -> tuple[Adapter, PreTrainedModel, ModelSec
     return adapter, skeleton(section, base_class(section, export.adapter, adapter)), section
 
 
-def write_exported_card(folder: Path, adapter: Adapter) -> None:
-    """Write the model card of an export in PEFT's form: of the adapter that is in the folder, made from another one."""
+def write_exported_card(folder: Path, adapter: Adapter, model: PreTrainedModel | None = None) -> None:
+    """Write the model card of an export in PEFT's form: of the adapter that is in the folder, made from another one.
+
+    Without the base, adapters of fused experts cannot be read back from PEFT's files: the card is that of the source.
+    """
     import dataclasses
 
     from lorary.adapters import load_adapter
@@ -44,10 +47,11 @@ def write_exported_card(folder: Path, adapter: Adapter) -> None:
     method = ", ".join(presets_of(adapter.method))
     made = Provenance("export", (Parent(sha256=content_hash(adapter)),), {"method": method})
     written = adapter.compact()  # a method without a rank is written as what it is; only the base knows its layers
-    if any(has_rank(adapted.delta) for adapted in adapter.sites):
+    readable = model is not None or not any(adapted.site.experts for adapted in adapter.sites)
+    if readable and any(has_rank(adapted.delta) for adapted in adapter.sites):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AdapterWarning)  # the export has said it
-            written = load_adapter(folder)
+            written = load_adapter(folder, model=model)
     write_card(folder, dataclasses.replace(written, base=adapter.base, provenance=made))
 
 

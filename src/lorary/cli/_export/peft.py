@@ -10,6 +10,8 @@ from lorary.cli._export.base import write_exported_card
 from lorary.cli._notes import warnings_as_notes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lorary.adapters.adapter import Adapter
 
 
@@ -37,7 +39,7 @@ def write(export: Export) -> None:
     value = load_adapter(export.adapter, model=model)
     with warnings_as_notes():
         export_peft(value, export.output, model=model, folded=folded)
-    _write_beside(export, value)
+    _write_beside(export, value, model)
     if value.method.context is not None and value.method.context.config_overrides:  # not stored in PEFT's files
         value.method.context.apply(model).make_permanent()
     lorary.load(model, export.output)
@@ -45,9 +47,9 @@ def write(export: Export) -> None:
     print(f"compared with the adapter: logits differ by at most {difference:.2g} in fp32", file=sys.stderr)
 
 
-def _write_beside(export: Export, adapter: Adapter) -> None:
+def _write_beside(export: Export, adapter: Adapter, model: PreTrainedModel | None = None) -> None:
     """The model card, and the adapter's tokenizer if it has one: PEFT's files do not name added tokens."""
     from lorary.adapters.export.carried_files import carry_tokenizer
 
     carry_tokenizer(export.adapter.resolve(), export.output)
-    write_exported_card(export.output, adapter)
+    write_exported_card(export.output, adapter, model)

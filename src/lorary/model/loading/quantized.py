@@ -41,6 +41,7 @@ from lorary.model.loading.bitsandbytes_checkpoint import KEYS, base_of, compute_
 from lorary.model.quantize import quantizable_layers
 from lorary.model.scan import scan
 from lorary.spec.interfaces import Storage
+from lorary.spec.site import PARAMETERS
 
 QUANT_METHOD = "lorary"  # the quantiser's name in Transformers
 _NO_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # an environment variable of Transformers
@@ -138,7 +139,7 @@ class LoraryQuantizer(HfQuantizer):  # type: ignore[misc]
         if wrong:
             what = f"{self.storage} cannot quantise this layer of a {type(model).__name__}, or there is none"
             raise FileError("cannot quantise these layers:", [Diagnostic(str(name), what) for name in wrong])
-        weights = {name if found[name].kind == "experts" else f"{name}.weight": name for name in names}
+        weights = {name if found[name].kind in PARAMETERS else f"{name}.weight": name for name in names}
         self.paths = {weight: path for weight, path in weights.items() if weight not in {*tied, *tied.values()}}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:

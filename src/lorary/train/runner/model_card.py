@@ -7,7 +7,7 @@ card's text names the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,11 +195,9 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def _result(data: CardData) -> dict[str, str]:
     rows = {}
     if losses := [r for r in data.run.history if r.get("loss") is not None]:
-        start, end = losses[0], losses[-1]
-        rows["training loss"] = f"{start['loss']:.4f} at step {start['step']}, {end['loss']:.4f} at the end"
+        rows["training loss"] = _first_and_last(losses, "loss")
     if rewards := [r for r in data.run.history if isinstance(r.get("reward"), float)]:
-        start, end = rewards[0], rewards[-1]
-        rows["mean reward"] = f"{start['reward']:.4f} at step {start['step']}, {end['reward']:.4f} at the end"
+        rows["mean reward"] = _first_and_last(rewards, "reward")
     if held_out := evaluations(data):
         first, kept = held_out
         before = f"{_loss(first['eval_loss'], data)} before training, " if first["step"] == 0 else ""
@@ -208,6 +206,12 @@ def _result(data: CardData) -> dict[str, str]:
             earlier = f"{first[f'eval_{name}']:.4f} before training, " if first["step"] == 0 else ""
             rows[f"held-out {_SCORES[name]}"] = f"{earlier}{value:.4f} at step {kept['step']}"
     return rows
+
+
+def _first_and_last(records: Sequence[Mapping[str, Any]], figure: str) -> str:
+    """A figure at the first and at the last logged step, which need not be the last step of the run."""
+    ends = records[:1] if len(records) == 1 else (records[0], records[-1])
+    return ", ".join(f"{record[figure]:.4f} at step {record['step']}" for record in ends)
 
 
 def evaluations(data: CardData) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
