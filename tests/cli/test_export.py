@@ -101,7 +101,7 @@ def test_export_refuses_what_peft_has_not(command: Command) -> None:
         ("", "nowhere: there is no such folder\n"),
         ("run.json", "this run has no adapter yet"),
         ("config.json", "there is no adapter in it: it is a whole model\n"),
-        ("adapter.gguf", "name the adapter that it was exported from"),
+        ("adapter.gguf", "hint: name the file: nowhere/adapter.gguf (with --base)\n"),
     ],
 )
 def test_a_folder_without_an_adapter_is_named_for_what_it_is(file: str, what: str, command: Command) -> None:

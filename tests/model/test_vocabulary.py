@@ -178,3 +178,13 @@ def test_an_adapter_of_another_vocabulary_says_what_to_do(tmp_path: Any) -> None
     assert "resize the base first: lorary.resize_vocabulary(model, 44)" in str(caught.value)
     with pytest.raises(LoraryError, match="load the base that it was trained on"):
         lorary.load(lorary.resize_vocabulary(llama(), 50), tmp_path)
+
+
+def test_quantised_token_embeddings_are_refused_with_their_reason() -> None:
+    """A table in NF4 is no layer of PyTorch."""
+    model, words = llama(tied=False, hidden_size=64), tokenizer()
+    lorary.quantize(model, lorary.NF4(embeddings=True))
+    with pytest.raises(PlanError, match="model: its token embeddings are quantised"):
+        lorary.add_tokens(model, words, ["<a>"])
+    with pytest.raises(StateError, match="model: its token embeddings are quantised"):
+        lorary.resize_vocabulary(model, 50)

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorary.adapters.hub import DIFFUSERS, download, is_hub_id
 from lorary.adapters.hub import adapter_folder as adapter_folder
-from lorary.adapters.hub import download, is_hub_id
 from lorary.errors import Diagnostic, FileError, suggested_path
 from lorary.files.safe_open import why_no_folder
 from lorary.model.loading.source import ModelClass, ModelSection
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lorary.adapters.adapter import Adapter
     from lorary.adapters.label_names import LabelNames
+    from lorary.files.tensor_file import Header
 
 
 def adapter_at(name: str) -> Path | None:
@@ -60,8 +61,8 @@ def _no_adapter(path: Path) -> Diagnostic:
     if (path / "config.json").is_file():
         return Diagnostic(str(path), "there is no adapter in it: it is a whole model")
     if (path / "adapter.gguf").is_file():
-        fix = "name the adapter that it was exported from"
-        return Diagnostic(str(path), "there is no adapter in it but llama.cpp's `adapter.gguf`", fix)
+        what = "there is no adapter folder in it, and a file of llama.cpp, `adapter.gguf`"
+        return Diagnostic(str(path), what, f"name the file: {path / 'adapter.gguf'} (with --base)")
     if (path / "adapter_model.safetensors").is_file():
         what, fix = "holds PEFT's tensors, and no adapter_config.json", "put the one of its training beside them"
         return Diagnostic(str(path), what, fix)
@@ -77,7 +78,8 @@ def find_base(adapter: Path, base: str | None, dtype: str = "auto") -> ModelSect
     from lorary.adapters.readers.folder import base_of
     from lorary.adapters.save_load import load_adapter
 
-    value = None if needs_base(adapter) else load_adapter(adapter)
+    by_names = needs_base(adapter) or _says_more_on_base(adapter)  # then no tokens were added for it
+    value = None if by_names else load_adapter(adapter)
     name = base or (value.base.name if value else base_of(adapter))
     if not name or (base is None and "/" not in name and not name.startswith("builtin:") and not Path(name).is_dir()):
         what = f"it was trained on `{name}`, which is not a Hub id" if name else "it does not name its base"
@@ -138,7 +140,7 @@ def _adds_tokens(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path, base: str | None = None) -> Adapter:
-    """The adapter in a folder; if it cannot be read without its base, with that on the meta device.
+    """The adapter in a folder or a file; if it cannot be read without its base, with that on the meta device.
 
     Args:
         folder: of the adapter.
@@ -150,11 +152,14 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     from lorary.adapters.save_load import load_adapter
     from lorary.model.loading.from_pretrained import skeleton
 
-    return load_adapter(folder, model=skeleton(find_base(folder, base)) if needs_base(folder) else None)
+    on_base = needs_base(folder) or (base is not None and _says_more_on_base(folder))
+    return load_adapter(folder, model=skeleton(find_base(folder, base)) if on_base else None)
 
 
 def needs_base(folder: Path) -> bool:
-    """Whether only a base says which layers a folder of PEFT adapts: virtual tokens, (IA)³, VeRA and the like."""
+    """Whether only a base says which layers an adapter adapts: (IA)³, VeRA, fused experts, llama.cpp and the like."""
+    from lorary.adapters.intake.single_file import only_the_base_explains
+    from lorary.adapters.intake.torchtune import TORCHTUNE
     from lorary.adapters.native import NAME
     from lorary.adapters.peft.config import NAME as PEFT_CONFIG
     from lorary.adapters.peft.reader import MOST_JSON
@@ -162,12 +167,46 @@ def needs_base(folder: Path) -> bool:
     from lorary.adapters.peft.virtual_tokens import FIELDS
     from lorary.files.safe_open import read_json
 
+    if folder.is_file():
+        return only_the_base_explains(folder)
+    if (folder / NAME).exists():
+        return False
+    if not (folder / PEFT_CONFIG).exists():
+        return (folder / DIFFUSERS).is_file() and only_the_base_explains(folder / DIFFUSERS)
     config: object = None
-    if not (folder / NAME).exists():
-        with suppress(FileError):  # which its reader explains
-            config = read_json(folder.resolve(), PEFT_CONFIG, MOST_JSON)
-    kind = str(config.get("peft_type")).upper() if isinstance(config, dict) else ""
-    return kind in FIELDS or (kind in PEFT_TYPES and not PEFT_TYPES[kind].factors)
+    with suppress(FileError):  # which its reader explains
+        config = read_json(folder.resolve(), PEFT_CONFIG, MOST_JSON)
+    if not isinstance(config, dict):
+        return False
+    kind, parameters = str(config.get("peft_type")).upper(), config.get("target_parameters")
+    if any(not str(name).endswith(".weight") for name in (parameters if isinstance(parameters, list) else ())):
+        return True  # of fused experts
+    header = _header(folder)
+    own_names = header is not None and TORCHTUNE.recognises(header)
+    return own_names or kind in FIELDS or (kind in PEFT_TYPES and not PEFT_TYPES[kind].factors)
+
+
+def _says_more_on_base(folder: Path) -> bool:
+    """Whether the base tells more of a folder than its tensors: single experts, which it fuses; mlx-lm's embeddings."""
+    from lorary.adapters.mlx import is_mlx
+    from lorary.adapters.native import NAME
+
+    if (folder / NAME).exists():
+        return False
+    if is_mlx(folder):
+        return True
+    header = _header(folder)
+    return header is not None and any(".experts." in name for name in header.tensors)
+
+
+def _header(folder: Path) -> Header | None:
+    """The names and shapes in PEFT's tensor file; None if it cannot be read, which its reader explains."""
+    from lorary.adapters.peft.reader import WEIGHTS
+    from lorary.files.tensor_file import TensorFile
+
+    with suppress(FileError), TensorFile(folder.resolve(), WEIGHTS) as file:
+        return file.header
+    return None
 
 
 def find_model(name: str, base: str | None = None) -> tuple[Path | None, ModelSection]:

@@ -59,9 +59,10 @@ def merge(
 
     check_precision(f"cannot merge {adapter}:", dtype, onto)
     folder = find_adapter(adapter, "merge")
-    value = read_adapter(folder, base)
+    own = find_base(folder, base)
+    value = read_adapter(folder, own.id)
     check_mergeable(value.sites)
-    section, target = merge_precisions(Path(adapter), value, find_base(folder, base), dtype, onto)
+    section, target = merge_precisions(Path(adapter), value, own, dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = tokenizer_or_none(section, folder)
         compared = comparison_rows(Path(adapter), tokenizer, load_config(section), rows, data)

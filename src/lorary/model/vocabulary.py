@@ -91,9 +91,17 @@ def _taken(tokenizer: Any, tokens: Sequence[str]) -> list[Diagnostic]:
 
 
 def resized_for(model: ModelT, tokens: Sequence[str], tokenizer: Callable[[], Any]) -> ModelT:
-    """The model with a row for each of these tokens of its tokenizer, in place."""
-    size = 1 + max(map(int, tokenizer().convert_tokens_to_ids(list(tokens)))) if tokens else 0
-    if size and size > vocabulary_of(model):
+    """The model with a row for each of these tokens of its tokenizer, in place.
+
+    Raises:
+        PlanError: its token embeddings are quantised.
+    """
+    if not tokens:
+        return model
+    if problems := _quantized([_input_embedding(model)]):
+        raise PlanError(_HEADLINE, problems)
+    size = 1 + max(map(int, tokenizer().convert_tokens_to_ids(list(tokens))))
+    if size > vocabulary_of(model):
         resize_vocabulary(model, size)
     return model
 
@@ -238,12 +246,27 @@ def _not_resizable(model: Any) -> list[Diagnostic]:
     if state_of(model) is not None:
         return [Diagnostic("model", "has an adapter attached", "resize the base, and attach then")]
     tables = vocabulary_layers(model)
+    if problems := _quantized([_input_embedding(model), *tables]):
+        return problems
     if not tables or not hasattr(model, "resize_token_embeddings"):
         what = f"a {type(model).__name__} names no table of token embeddings that can be resized"
         return [Diagnostic("model", what, "use a language model of Transformers")]
-    if any(map(is_quantized, tables)):
-        return [Diagnostic("model", "its token embeddings are quantised", "load the base without quantising them")]
     return []
+
+
+def _input_embedding(model: Any) -> Any:
+    """The input embedding, also in NF4, where it is no layer of PyTorch; None if the model does not say which."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _quantized(tables: Iterable[Any]) -> list[Diagnostic]:
+    """Why quantised tables get no new rows."""
+    if not any(map(is_quantized, tables)):
+        return []
+    return [Diagnostic("model", "its token embeddings are quantised", "load the base without quantising them")]
 
 
 # --- the tokens of an adapter -----------------------------------------------------------------------------------------

@@ -194,3 +194,10 @@ def test_exported_and_served_with_its_tokens(words: dict[str, Any], tmp_path: Pa
         lorary.mix(both, base=plain, approximate=True, force=True)
     half = lorary.mix({"out": both["out"]}, [0.5], base=lorary.resize_vocabulary(plain, 301), approximate=True)
     assert "its record does not name the tokens that were added for it: '<question>' (298), " in " ".join(half.notes)
+
+
+def test_they_get_no_rows_in_quantised_embeddings(words: dict[str, Any], tmp_path: Path) -> None:
+    method = {"name": ["lora", "qlora"], "r": 2, "options": {"embeddings": True}}
+    with pytest.raises(PlanError, match="model: its token embeddings are quantised"):
+        run(from_dict(words | {"method": method}), quiet=True)
+    assert not (tmp_path / "out" / "adapter").exists()

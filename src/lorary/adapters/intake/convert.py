@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lorary.adapters.adapter import Adapter
 from lorary.adapters.card import write_card
 from lorary.adapters.export.carried_files import carry_tokenizer
+from lorary.adapters.low_rank_form import LowRankForm
 from lorary.adapters.peft.export import export_peft
 from lorary.adapters.save_load import load_adapter, save_adapter
 from lorary.errors import ConfigError, Diagnostic, FileError, MethodError, did_you_mean
@@ -31,8 +33,9 @@ class Conversion:
 
     Args:
         adapter: the adapter as it was read, with the notes of its reader.
-        difference: the largest difference of a layer's update in the written folder, relative to its largest entry.
-        compared: the number of layers that were compared.
+        difference: the largest difference of a layer's update or of a whole parameter in the written folder, relative
+            to its largest entry.
+        compared: the number of layers and whole parameters that were compared.
     """
 
     adapter: Adapter
@@ -81,8 +84,9 @@ def convert(
         compared = _compare(adapter, again, model)
         if (difference := max(compared.values(), default=0.0)) > _LARGEST:
             worst = max(compared, key=lambda site: compared[site])
-            what = f"its update would differ by {difference:.2g} of itself in the written folder"
-            raise FileError(f"cannot convert {os.fspath(source)}:", [Diagnostic(worst, what)])
+            what = "is not there" if difference == float("inf") else f"would differ by {difference:.2g} of itself"
+            problem = Diagnostic(worst, f"{what} in the written folder")
+            raise FileError(f"cannot convert {os.fspath(source)}:", [problem])
         if check is not None:
             check(Path(written))
         if os.path.isdir(source):
@@ -92,30 +96,45 @@ def convert(
 
 
 def _compare(adapter: Adapter, again: Adapter, model: nn.Module | None) -> dict[str, float]:
-    """site -> the relative difference of its update, of the layers that have one."""
+    """The relative difference of every layer's update, by its site, and of every whole parameter, by its name."""
     try:
         before, after = adapter.low_rank(model), again.low_rank(model)
     except MethodError:  # no low-rank form, or none without the base: the tensors are the same ones then
-        return _differing_tensors(adapter, again)
-    found = {}
-    for site, form in before.items():
-        other = after.get(site)
-        pairs = [] if other is None else [(form.B @ form.A, other.B @ other.A)]
-        if other is not None and form.gain is not None and other.gain is not None:
-            pairs.append((form.gain, other.gain))
-        found[site] = max((_relative(a, b) for a, b in pairs), default=float("inf"))
+        found = _differing_tensors(adapter, again)
+    else:
+        found = {site: _differing_form(form, after.get(site)) for site, form in before.items()}
+    missing = float("inf")
+    found |= {n: _relative([(t, again.full[n])]) if n in again.full else missing for n, t in adapter.full.items()}
     return found
+
+
+def _differing_form(form: LowRankForm, other: LowRankForm | None) -> float:
+    """The largest relative difference of a site's update, gain and shift; of experts one by one, to save memory."""
+    if other is None:
+        return float("inf")
+    factors = (t[None] if t.dim() == 2 else t for t in (form.B, form.A, other.B, other.A))
+    found = [_relative((B @ A, B2 @ A2) for B, A, B2, A2 in zip(*factors, strict=True))]
+    for one, two, neutral in ((form.gain, other.gain, 1.0), (form.shift, other.shift, 0.0)):
+        if one is not None and two is not None:
+            found.append(_relative([(one, two)]))
+        elif (alone := two if one is None else one) is not None:  # the other one has the neutral value
+            found.append(_relative([(alone, torch.full_like(alone, neutral))]))
+    return max(found)
 
 
 def _differing_tensors(adapter: Adapter, again: Adapter) -> dict[str, float]:
     found = {}
     for site, roles in adapter.tensors.items():
         other = again.tensors.get(site, {})
-        found[site] = max(_relative(t, other[role]) if role in other else float("inf") for role, t in roles.items())
+        found[site] = max(_relative([(t, other[r])]) if r in other else float("inf") for r, t in roles.items())
     return found
 
 
-def _relative(before: Tensor, after: Tensor) -> float:
-    largest = before.abs().max().item() if before.numel() else 0.0
-    difference = (before - after).abs().max().item() if before.numel() else 0.0
+def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference of the pairs, relative to the largest entry of the first ones."""
+    largest = difference = 0.0
+    for before, after in pairs:
+        if before.numel():
+            largest = max(largest, before.abs().max().item())
+            difference = max(difference, (before - after).abs().max().item())
     return difference / largest if largest else difference

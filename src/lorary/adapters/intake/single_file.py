@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from lorary.adapters.adapter import Adapter
@@ -9,6 +10,7 @@ from lorary.adapters.intake.diffusers import DIFFUSERS
 from lorary.adapters.intake.format import Format
 from lorary.adapters.intake.gguf import read_gguf
 from lorary.adapters.intake.kohya import KOHYA
+from lorary.adapters.intake.lycoris import LEAVES
 from lorary.adapters.intake.torchtune import TORCHTUNE
 from lorary.adapters.peft import keys
 from lorary.adapters.peft.config import NAME
@@ -45,6 +47,16 @@ def read_single_file(path: Path, base: Base | None, findings: Findings) -> Adapt
             raise FileError("", [_unknown(path.name, file.header)])
         findings.notes.append(f"read from a file of {form.title}")
         return form.read(file, base, None, findings)
+
+
+def only_the_base_explains(path: Path) -> bool:
+    """Whether the names or shapes in a file say nothing without the model."""
+    if path.suffix.lower() == GGUF:
+        return True
+    with suppress(FileError), TensorFile(path.parent.resolve(), path.name) as file:  # its reader explains why not
+        products = any(name.endswith(tuple(LEAVES)) for name in file.header.tensors)
+        return products or any(form.recognises(file.header) for form in (KOHYA, TORCHTUNE))
+    return False
 
 
 def _unknown(name: str, header: Header) -> Diagnostic:

@@ -25,8 +25,8 @@ def adapter_and_base(export: Export) -> tuple[Adapter, PreTrainedModel, ModelSec
     from lorary.adapters.resolve import base_class, find_base, read_adapter
     from lorary.model.loading.from_pretrained import skeleton
 
-    adapter = read_adapter(export.adapter, export.base)
     section = find_base(export.adapter, export.base)
+    adapter = read_adapter(export.adapter, section.id)
     return adapter, skeleton(section, base_class(section, export.adapter, adapter)), section
 
 

@@ -22,8 +22,9 @@ def write(export: Export) -> None:
 
     dtype, onto = export.options.get("dtype", "auto"), export.options.get("onto", "trained")
     check_precision(f"cannot export {export.adapter}:", dtype, onto)
-    adapter = read_adapter(export.adapter, export.base)
-    section, target = merge_precisions(export.adapter, adapter, find_base(export.adapter, export.base), dtype, onto)
+    base = find_base(export.adapter, export.base)
+    adapter = read_adapter(export.adapter, base.id)
+    section, target = merge_precisions(export.adapter, adapter, base, dtype, onto)
     template = export.adapter / CHAT_TEMPLATE
     with warnings_as_notes():
         export_merged(
