@@ -27,7 +27,7 @@ class ParameterLayer(nn.Module):
 
 
 def place(owner: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of its owner's parameter, or the parameter of a plain one back where it was registered."""
+    """Put a layer in the place of a parameter of its owner, or the parameter of a plain one back."""
     parameters, children = parameters_of(owner), children_of(owner)
     if isinstance(layer, ParameterLayer) and layer.is_plain:
         children.pop(name, None)
