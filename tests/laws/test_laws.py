@@ -16,8 +16,9 @@ import lorary
 from lorary.layers import kinds
 from lorary.methods.adalora import SVDDelta
 from lorary.methods.glora import GLoRAJoin
+from lorary.methods.hira import TimesWeight
 from lorary.methods.houlsby import Bottleneck
-from lorary.methods.lora import Kaiming
+from lorary.methods.lora import AddWithBias, Kaiming
 from lorary.methods.lora_ga import GradientInit
 from lorary.methods.melora import BlockDiagonal
 from lorary.methods.miss import SharedShards
@@ -97,6 +98,8 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
             expected |= {(name, k) for k in odd}
         if isinstance(method.delta, SharedShards):  # sums of the inputs of linear layers
             expected |= {(name, k.name) for k in KINDS if k.name.startswith(("conv", "embedding"))}
+            mini = method.delta.mini_r or 1  # divides the outputs
+            expected |= {(name, k.name) for k in KINDS if any(size % mini for size in k.adapted or (k.out,))}
         if isinstance(method.delta, SVDDelta):  # there is one budget for each layer
             expected |= {(name, k.name) for k in KINDS if k.adapted}
         if method.context is not None:  # a layer alone has no positions: see tests/papers/test_longlora.py
@@ -114,9 +117,10 @@ def test_every_preset_is_covered_on_every_kind_or_says_why() -> None:
         if isinstance(method.join, GLoRAJoin):  # over all rows of a weight, and over its bias
             expected |= {(name, k.name) for k in KINDS if k.adapted or k.name in embeddings}
         if (
-            isinstance(method.join, (Bottleneck, GLoRAJoin, TokenRows))  # no form for experts yet
+            isinstance(
+                method.join, (Bottleneck, GLoRAJoin, TokenRows, TimesWeight, AddWithBias)
+            )  # no form for experts yet
             or (isinstance(method.init, CalibratedInit) and method.init.reads == "inputs")
-            or not method.storage.writable
             or method.context is not None
             or name == "delta-lora, written"
         ):
