@@ -475,7 +475,7 @@ def test_an_adapter_of_experts_is_not_served() -> None:
     model = moe()
     lorary.attach(model, lorary.plan(model, method("lora"), targets="experts.down_proj"))
     shake(model)
-    with pytest.raises(lorary.MethodError, match="holds the matrices of 4 experts, and requests share none of them"):
+    with pytest.raises(lorary.MethodError, match="is of 4 fused experts, where a batch cannot use another adapter"):
         serving_form(lorary.Adapter.of(model), moe())
 
 

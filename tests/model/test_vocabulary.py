@@ -108,13 +108,13 @@ REFUSED: list[tuple[Any, Any, str]] = [
         None,
         "tokens: '</s>' is token 1 of the tokenizer already\n      hint: train its row by its id: tokens: [1]",
     ),
-    (["<a>"], Words(), "tokenizer: a Words takes no new tokens"),
+    (["<a>"], Words, "tokenizer: a Words takes no new tokens"),
 ]
 
 
 @pytest.mark.parametrize(("tokens", "words", "sentence"), REFUSED, ids=str)
 def test_tokens_that_cannot_be_added_change_nothing(tokens: Any, words: Any, sentence: str) -> None:
-    words = tokenizer() if words is None else words
+    words = (words or tokenizer)()
     model, before = llama(size=300), len(words) if hasattr(words, "__len__") else 0
     with pytest.raises(PlanError) as caught:
         lorary.add_tokens(model, words, tokens)

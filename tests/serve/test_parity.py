@@ -35,6 +35,7 @@ NOT_SERVED = ("alora", "houlsby", "prefix-tuning", "prompt-tuning")  # no weight
 NAMES = [name for name in lorary.presets() if name not in ("qlora", "loftq", "s-lora", *NOT_SERVED)]
 RANKS = (1, 2, 3, 5, 7, 8, 11, 13, 16, 17, 24, 31, 33, 48, 64)
 COMBINED = ("dora bitfit", "vera dora", "pissa dora", "lora bitfit", "longlora dora", "rslora lora+", "dora", "lora")
+MOST = {"pissa": 32, "olora": 32, "corda": 32, "lora-ga": 16}  # the directions of k and v; LoRA-GA takes 2 r of them
 ADDED = ("lora", "rslora", "loraplus")  # of these requests have weighted sums
 
 
@@ -47,15 +48,17 @@ def method_of(names: str, r: int) -> lorary.Method:
     chosen = names.split()
     options = {k: v for name in chosen for k, v in OPTIONS.get(name, {}).items()}
     if not {*chosen} <= {"full", "bitfit"}:
-        options["r"] = 2 * r if "melora" in chosen else r  # two blocks
+        least = 2 if {"adalora", "melora"} & {*chosen} else 1  # AdaLoRA's target, MELoRA's blocks
+        most = min((MOST[name] for name in chosen if name in MOST), default=64)
+        options["r"] = min(max(r, least), most) // least * least
     return made_of(*chosen, **options)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """32 adapters: every method once, then combinations and more ranks."""
+    """40 adapters: every method once, then combinations and more ranks."""
     root, found = tmp_path_factory.mktemp("adapters"), {}
-    kinds = [*NAMES, *COMBINED, *(["lora"] * 32)][:32]
+    kinds = [*NAMES, *COMBINED, *(["lora"] * 40)][:40]
     for i, names in enumerate(kinds):
         rank = RANKS[i % len(RANKS)]
         targets = ["q_proj", "down_proj", "lm_head", "embed_tokens"] if names == "lora" and i % 2 else None

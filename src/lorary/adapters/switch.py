@@ -64,11 +64,11 @@ def load(
     expert_layout: str | None = None,
     pack: bool | None = None,
 ) -> nn.Module:
-    """Attach a saved adapter, lorary's, PEFT's or mlx-lm's, to its base, in place. All or nothing.
+    """Attach a saved adapter, lorary's or another tool's (`load_adapter`), to its base, in place. All or nothing.
 
     Args:
         base: the model that it was trained on.
-        path: the adapter folder.
+        path: the adapter folder or file.
         strict: refuse anything missing, unexpected, malformed or not finite; False tolerates what PEFT tolerates in the
             files. The base is checked all the same.
         force: accept another base than the one it was trained on, if every tensor fits.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorary.kernels.grouped import Groups, grouped_product
 from lorary.kernels.torch_internals import children_of, parameters_of
-from lorary.layers.parameter_layer import ParameterLayer
+from lorary.layers.parameter_layer import ParameterLayer, place
 from lorary.layers.transformers_internals import (
     EXPERTS_FUNCTION,
     apply_gate,
@@ -89,7 +89,6 @@ class ExpertLayer(ParameterLayer):
         order: of the experts module, on which PEFT's files depend.
     """
 
-    weight: nn.Parameter
     layout: ExpertLayout
     count: int
     interleaved: bool
@@ -108,6 +107,8 @@ class ExpertMatrix(ExpertLayer):
         layout: of the experts module's class.
         order: see `ExpertLayer`.
     """
+
+    is_plain = True
 
     def __init__(self, weight: nn.Parameter, layout: ExpertLayout, order: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -154,16 +155,7 @@ def place_expert_layer(owner: nn.Module, name: str, layer: nn.Module) -> bool:
     """
     if not isinstance(getattr(layer, "base", layer), ExpertLayer):
         return False
-    parameters, children = parameters_of(owner), children_of(owner)
-    if isinstance(layer, ExpertMatrix):
-        children.pop(name, None)
-        parameters[name] = layer.weight
-        for key in [key for key in layer.order if key in parameters]:
-            parameters[key] = parameters.pop(key)  # the order of registration
-    else:
-        parameters.pop(name, None)
-        children[name] = layer
-        layer.train(owner.training)
+    place(owner, name, layer)
     _dispatch(owner)
     return True
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorary.kernels.torch_internals import SAME_WIDTHS, children_of, parameters_of
-from lorary.layers.parameter_layer import ParameterLayer
+from lorary.layers.parameter_layer import ParameterLayer, place, reorder
 
 FUSED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -35,6 +34,8 @@ class InProjection(ParameterLayer):
         weight: [out, in], the attention's own parameter.
         order: see `ParameterLayer`.
     """
+
+    is_plain = True
 
     def __init__(self, weight: nn.Parameter, order: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -88,23 +89,11 @@ def place_in_projection(owner: nn.Module, name: str, layer: nn.Module) -> bool:
     """
     if not isinstance(getattr(layer, "base", layer), InProjection):
         return False
-    parameters, children = parameters_of(owner), children_of(owner)
-    if isinstance(layer, InProjection):
-        children.pop(name, None)
-        parameters[name] = layer.weight
-        _sort(parameters, layer.order)
-    else:
-        parameters.pop(name, None)
-        children[name] = layer
-        _sort(children, (*IN_PROJECTIONS, *(key for key in children if key not in IN_PROJECTIONS)))
-        layer.train(owner.training)
+    place(owner, name, layer)
+    children = children_of(owner)
+    reorder(children, (*IN_PROJECTIONS, *(key for key in children if key not in IN_PROJECTIONS)))
     choose_forward(owner)
     return True
-
-
-def _sort(found: MutableMapping[str, Any], order: tuple[str, ...]) -> None:
-    for key in [key for key in order if key in found]:
-        found[key] = found.pop(key)
 
 
 def choose_forward(owner: nn.Module) -> None:

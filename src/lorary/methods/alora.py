@@ -1,6 +1,6 @@
 """aLoRA: y_t = W x_t + b + s B A x_t from the invocation on, y_t = W x_t + b before it.
 
-The adapter is invoked by a sequence of tokens in the text and acts on the tokens from the last occurrence on alone. The
+A sequence of tokens in the text invokes the adapter, which acts only on the tokens from its last occurrence on. The
 keys and values of everything before it are the base's, so the cache of a conversation serves the base and any number of
 such adapters.
 
@@ -136,7 +136,7 @@ def alora(invocation: str | Sequence[int] = "") -> dict[str, Any]:
     """y_t = W x_t + b + (alpha / r) B A x_t from the last invocation on, W x_t + b before it
 
     Args:
-        invocation: the text, or the token ids, from which on the adapter acts.
+        invocation: the text, or its token ids, from which on the adapter acts.
     """
     if isinstance(invocation, str):
         return {"join": FromInvocation(), "context": InvocationContext((), invocation)}

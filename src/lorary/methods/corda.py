@@ -1,8 +1,8 @@
 """CorDA: y = (W - s B0 A0) x + b + s B A x, where s B0 A0 = U_r S_r V_r^T C^-1 of W C = U S V^T, and C = X^T X.
 
-The decomposition is weighted by what the layer reads, X. In the knowledge-preserved mode the adapter is given the r
+The decomposition is weighted by X, the inputs of the layer. In the knowledge-preserved mode the adapter gets the r
 smallest directions, so that what matters for the data stays frozen; sample the knowledge to keep. In the
-instruction-previewed mode it is given the r largest; sample the task.
+instruction-previewed mode it gets the r largest; sample the task.
 
 Yang et al. 2024, arXiv:2406.05223, equations 2 to 5. The damping of C before it is inverted, 256 rows and the roots of
 the singular values in both factors are those of the authors' code; the division by s, for any alpha, is PEFT's.

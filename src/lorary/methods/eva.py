@@ -1,7 +1,7 @@
 """EVA: y = W x + b + s B A x, where A starts at the principal directions of the layer's inputs, and B at 0.
 
 The directions of all layers compete for the ranks: those that explain the largest shares of their layer's variance
-win, at most rho r in a layer, so that the sum of the ranks stays what it was. A layer that wins none gets no adapter.
+win, at most rho r in a layer, so that the sum of the ranks does not change. A layer that wins none gets no adapter.
 
 Paischer et al. 2024, arXiv:2410.07170, section 3 and algorithm 1. rho 2, the centred inputs and labelled tokens alone
 are those of the authors' code and PEFT's; alpha follows the rank, as in PEFT, so that s stays as it was.
@@ -107,7 +107,7 @@ def eva(rho: float = 2.0, samples: int = 128, whiten: bool = False) -> dict[str,
     """y = W x + b + s B A x, A = the principal directions of the inputs
 
     Args:
-        rho: a layer gets at most rho r of the ranks; 1 leaves them as they are.
+        rho: a layer's rank is at most rho r; 1 leaves the ranks as they are.
         samples: rows of the training data whose inputs are read.
         whiten: divide each direction by the root of its singular value, which the authors do for images.
     """

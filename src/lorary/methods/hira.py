@@ -77,7 +77,7 @@ class TimesWeight(Join):
     "hira",
     citation="Huang et al. 2025, ICLR, openreview:TwJrTz9cRS",
     lr=1e-3,
-    when="For an update of high rank with LoRA's parameters, where it will be merged.",
+    when="For a high-rank update with as many parameters as LoRA, if the adapter will be merged.",
     restrictions={
         "lora+": "the ratio comes from an analysis of B A x, not of W * (B A)",
         "lora-fa": Restriction(

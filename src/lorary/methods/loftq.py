@@ -1,7 +1,7 @@
 """LoftQ: y = Q x + b + s B A x, where Q in 4 bits and s B0 A0 of rank r together approximate W.
 
 Q and s B A start at 0. In each of T rounds Q becomes the quantised W - s B A, and s B A the r largest singular
-directions of what that lost, W - Q. Training starts closer to the pretrained model than after quantising alone.
+directions of the error W - Q. Training starts closer to the pretrained model than after quantising alone.
 
 Li et al. 2023, arXiv:2310.08659, algorithm 1. T is 5, or 1, in the paper; the roots of the singular values are in both
 factors as there. The division by s, which allows any alpha, is not in the paper, whose s is 1.

@@ -82,7 +82,7 @@ def lora_ga(gamma: float = 16.0, samples: int = 8, niter: int | None = 4) -> dic
     """y = (W - s B0 A0) x + b + s B A x, B0 = c U_2, A0 = c V_1^T of the gradient U S V^T
 
     Args:
-        gamma: a larger one starts smaller.
+        gamma: the larger, the smaller the start.
         samples: rows of the training data whose gradient is decomposed.
         niter: power iterations of the randomised decomposition; None decomposes exactly.
     """

@@ -1,8 +1,8 @@
 """MiSS: y = W x + b + D (x_1 + ... + x_g), where x_1 ... x_g are the shards of r inputs that make up x.
 
 One matrix D [out, r] trains, which starts at zero: every shard of r columns of the update is D itself. The sum of the
-shards takes the place of LoRA's A x and costs no product; backward keeps its r numbers per token instead of the input.
-There is no alpha: D learns its own scale. As a LoRA of rank r, A is a row of g identity matrices.
+shards takes the place of LoRA's A x and needs no matrix product; its r numbers per token are all that the backward pass
+keeps of the input. There is no alpha: D learns its own scale. As a LoRA of rank r, A is a row of g identity matrices.
 
 Kang and Yin 2024, arXiv:2409.15371 (first called Bone, then DiSHA), equations 4 to 7, which the paper calls MiSS^e; the
 authors' code and PEFT compute this form alone. The paper's sentence before equation 4 divides x into r blocks of size
@@ -113,13 +113,13 @@ class ZeroShards(Init):
     aliases=("bone", "disha"),
     citation="Kang and Yin 2024, arXiv:2409.15371",
     lr=2e-5,
-    when="For fast, lean steps: one trained matrix in a layer, and no inputs kept for it.",
+    when="For fast steps in little memory: one trained matrix per layer, and no inputs kept for backward.",
 )
 def miss(r: int = 64, mini_r: int | None = None) -> dict[str, Any]:
     """y = W x + b + D (x_1 + ... + x_g)
 
     Args:
-        r: the inputs of a shard, and the rank. Half as many numbers as LoRA's at this rank, where layers are square.
+        r: the inputs of a shard, and the rank: half as many parameters as LoRA of this rank where layers are square.
         mini_r: rows of D, which are repeated down the outputs; None: one for each output.
     """
     return {"delta": SharedShards(r, mini_r), "init": ZeroShards(), "scale": ConstantScale(1.0)}

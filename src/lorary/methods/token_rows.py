@@ -2,8 +2,8 @@
 
 Only the rows of a few tokens train, at the input embedding and at the output head: n d numbers for n tokens, once where
 the two are tied. R holds the rows themselves, and not their change, because the rows of a resized vocabulary are drawn
-again whenever the base is loaded: a change of them would mean nothing. As an update of a known base it has rank n: a
-selection of n rows times R - W[t].
+again whenever the base is loaded: a difference from them would mean nothing. As an update of a known base it has rank
+n: a selection of n rows times R - W[t].
 
 PEFT's trainable tokens, 2025 (`trainable_token_indices`, TRAINABLE_TOKENS); there is no paper.
 

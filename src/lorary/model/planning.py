@@ -228,8 +228,8 @@ def _notes(
 
 
 def _unreached_notes(scan: Scan, total: int) -> list[str]:
-    """Matrices that targets cannot reach: fused experts, nn.MultiheadAttention and other weights outside of layers."""
-    reached = {path for path, m in scan.layers.items() if m.why_not_adaptable is None}  # fused experts
+    """Matrices that targets cannot reach: experts of unknown classes, and other weights outside of layers."""
+    reached = {path for path, m in scan.layers.items() if m.why_not_adaptable is None}  # parameters that are layers too
     unreached = {
         name: parameter.numel()
         for path, m in scan.modules.items()

@@ -40,9 +40,9 @@ class Delta(Protocol):
         fused_for_all_kinds: whether `Fused.add` supports every kind of layer.
         task_index: mixed into the seed, so that every task gets its own initialisation.
         needs_dense_weight: whether every step uses the elements of the weight.
-        batched: whether `factors` and `add` also take tensors with a leading dimension of experts.
-    chains: the roles of each of several products that make the update, in the order in which an input meets them.
-    chains_meet: how these products meet, as a sign.
+        batched: whether `factors`, and an `add` for all kinds of layers, also take tensors with a leading E of experts.
+        chains: the roles of each of several products that make the update, in the order in which an input meets them.
+        chains_meet: how these products meet, as a sign.
         decayed_vectors: roles that take weight decay even where their tensors are vectors, as in the authors' code.
     """
 

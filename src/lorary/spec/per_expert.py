@@ -2,8 +2,8 @@
 
 Where all experts share one adapter, its tensors are those of a single expert.
 
-This is the only file that knows it: shapes, factors, merged weights and starts of a site with experts are those of its
-experts one by one, stacked. Elsewhere each function asks the component itself.
+Shapes, factors, merged weights and starts of a site with experts are those of its experts one by one, stacked; a delta
+that is `batched` computes the factors of all at once. Elsewhere each function asks the component itself.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Site:
         return self.place_rows(torch.block_diag(*B.split(self.rows)))
 
     def place_rows(self, M: Tensor) -> Tensor:
-        """The rows of all parts [..., rows of the parts, n] as rows of the whole weight [..., out, n], zero elsewhere."""
+        """The rows of all parts [..., rows of the parts, n] as rows of the whole weight [..., out, n]; else zero."""
         if not self.parts:
             return M
         whole = M.new_zeros(*M.shape[:-2], self.out_features, M.shape[-1])

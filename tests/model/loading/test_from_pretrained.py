@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorary.errors import FileError
 from lorary.layers.nf4 import NF4
 from lorary.model.fingerprint import Fingerprint
-from lorary.model.loading import from_pretrained
-from lorary.model.loading.from_pretrained import load_config, load_dtype, load_model, load_tokenizer, skeleton
+from lorary.model.loading import dtype as dtype_of_model
+from lorary.model.loading.dtype import load_dtype
+from lorary.model.loading.from_pretrained import load_config, load_model, load_tokenizer, skeleton
 from lorary.model.loading.source import ModelSection
 from tests.train.small import tokenizer
 
@@ -56,7 +57,7 @@ def test_the_dtype_is_the_saved_one_where_that_is_quick(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(from_pretrained, "_cpu_is_quick", lambda _: quick)
+    monkeypatch.setattr(dtype_of_model, "_cpu_is_quick", lambda _: quick)
     chosen = section(folder, dtype=asked)
     assert load_dtype(chosen, load_config(chosen)) is expected
     assert load_model(chosen).dtype is expected

@@ -129,7 +129,7 @@ def test_the_card_says_what_is_true_and_nothing_about_the_machine(
 def test_weights_saved_in_16_bits_compute_in_32_where_the_cpu_has_no_other(
     words: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorary.model.loading.from_pretrained._cpu_is_quick", lambda dtype: False)
+    monkeypatch.setattr("lorary.model.loading.dtype._cpu_is_quick", lambda dtype: False)
     with caplog.at_level(logging.INFO, logger="lorary.train"):
         run(from_dict(changed(words, "training", max_steps=1, eval_steps=1, save_steps=1)), quiet=True)
     said = "the weights are saved in bfloat16 and compute in float32: this CPU has no bfloat16 arithmetic"

@@ -106,7 +106,8 @@ def extract(
 
 def _layers(scanned: Scan) -> dict[str, Site]:
     """The name of a weight -> its layer, for all that can be adapted."""
-    layers = {path: m for path, m in scanned.layers.items() if m.owner is None}  # without fused experts
+    # without fused experts and the projections of nn.MultiheadAttention
+    layers = {path: m for path, m in scanned.layers.items() if m.owner is None}
     adaptable = {path: m.module for path, m in layers.items() if m.why_not_adaptable is None}
     return {f"{path}.weight": site(path, module) for path, module in adaptable.items()}
 

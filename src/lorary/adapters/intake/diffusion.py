@@ -16,7 +16,7 @@ _WHOLE = ("diff", "diff_b", "w_norm", "b_norm", "set_weight")
 # The end of a tensor's name -> why it is refused.
 OTHER_METHODS = {
     "lora_mid.weight": "is the core of a Tucker decomposition (LoCon), which is not supported",
-    "lora_B.bias": "is a bias beside B, which is not supported",
+    "lora_B.bias": "is a bias beside B, which is read from PEFT's folders alone",
     **dict.fromkeys(_WHOLE, "is a change of a whole parameter, which is not supported"),
 }
 

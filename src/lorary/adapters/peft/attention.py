@@ -96,21 +96,15 @@ def why_not_in_peft(site: Site) -> str:
 
 def unpaired(sites: Iterable[AdaptedSite]) -> list[Diagnostic]:
     """The projections whose partner is not adapted."""
-    names: dict[str, list[str]] = {}
-    for adapted in sites:
-        if adapted.site.kind in PROJECTIONS and not why_not_in_peft(adapted.site):
-            names.setdefault(attention_of(adapted.site), []).append(adapted.site.name)
+    there = [adapted for adapted in sites if not why_not_in_peft(adapted.site)]
+    alone = [found[0].site.name for found in _by_attention(there).values() if len(found) == 1]
     fix = "adapt both, or merge the adapter and save the model"
-    return [Diagnostic(found[0], f"is adapted alone, and {_BOTH}", fix) for found in names.values() if len(found) == 1]
+    return [Diagnostic(name, f"is adapted alone, and {_BOTH}", fix) for name in alone]
 
 
 def differ(sizes: Mapping[str, tuple[int, float]], sites: Iterable[AdaptedSite]) -> bool:
     """Whether the projections of an attention differ in rank or alpha, given (rank, alpha) by site."""
-    both: dict[str, set[tuple[int, float]]] = {}
-    for adapted in sites:
-        if adapted.site.kind in PROJECTIONS:
-            both.setdefault(attention_of(adapted.site), set()).add(sizes[adapted.site.name])
-    return any(len(found) > 1 for found in both.values())
+    return any(len({sizes[a.site.name] for a in found}) > 1 for found in _by_attention(sites).values())
 
 
 def with_equal_ranks(
@@ -118,14 +112,20 @@ def with_equal_ranks(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """site -> (B [out, R], A [R, in]), zeros appended where a projection's rank is lower than its partner's."""
     found = dict(factors)
-    both: dict[str, list[str]] = {}
-    for adapted in sites:
-        if adapted.site.kind in PROJECTIONS:
-            both.setdefault(attention_of(adapted.site), []).append(adapted.site.name)
-    for names in both.values():
+    for both in _by_attention(sites).values():
+        names = [adapted.site.name for adapted in both]
         most = max(found[name][1].shape[0] for name in names)
         for name in names:
             B, A = found[name]
             more = most - A.shape[0]
             found[name] = F.pad(B, (0, more)), F.pad(A, (0, 0, 0, more))
+    return found
+
+
+def _by_attention(sites: Iterable[AdaptedSite]) -> dict[str, list[AdaptedSite]]:
+    """The path of an attention -> its projections among these sites."""
+    found: dict[str, list[AdaptedSite]] = {}
+    for adapted in sites:
+        if adapted.site.kind in PROJECTIONS:
+            found.setdefault(attention_of(adapted.site), []).append(adapted)
     return found

@@ -123,13 +123,16 @@ def lora_files(adapter: Adapter, folder: str | os.PathLike[str], model: nn.Modul
         files = LoraFiles(*folded_form(written, *files))
         # a name of one component in the list of targets may end other paths
         _refuse(folder, misread_sites(without_empty_sites(written), model, LORA, files.config))
-    files = files._replace(tensors=files.tensors | _tied_copies(written, model))
+    files = files._replace(tensors=files.tensors | _under_tied_names(written, model))
     _refuse(folder, unwritable(files.tensors, [name for name in files.tensors if ".lora_" not in name]))
     return files
 
 
-def _tied_copies(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
-    """Base parameters under the other names of their tie: Transformers' loader unties them by replacing only one."""
+def _under_tied_names(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
+    """The base parameters that train in full, under the other names of their tie.
+
+    Transformers' loader unties a pair of which only one is there.
+    """
     parameters = dict(base_parameters(model)) if model is not None and adapter.full else {}
     first = {id(parameters[name]): name for name in adapter.full if name in parameters}
     tied = {name: first[id(p)] for name, p in parameters.items() if id(p) in first and name not in adapter.full}

@@ -86,7 +86,10 @@ def _init(value: Any, budget: object) -> None:
 
 
 class Lora(PeftType):
-    """W + s B A, with DoRA's magnitudes at all layers or at none."""
+    """W + s B A, at all layers with DoRA's magnitudes, with biases, from an invocation on, or plain.
+
+    Rows of tokens may train beside it.
+    """
 
     name, title = "LORA", "LoRA"
     methods = (*((LowRank, join) for join in joins.JOINS), (SequentialLoRA, Add))

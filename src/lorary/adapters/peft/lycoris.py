@@ -165,11 +165,9 @@ class LoKr(Lycoris):
 
     def peft_incompatibilities(self, adapter: Adapter, shared: SharedTensors) -> list[str]:
         deltas = [cast(KroneckerProduct, adapted.delta) for adapted in adapter.sites]
-        reasons = {
-            "PEFT's LoKr has the sizes of its own rule": any(delta.sizes for delta in deltas),
-            next(filter(None, map(self.why_another_function, adapter.sites)), ""): True,
-        }
-        own = [what for what, holds in reasons.items() if what and holds]
+        sizes = any(delta.sizes for delta in deltas)
+        own = ["PEFT's LoKr has the sizes of its own rule"] if sizes else []
+        own += list(filter(None, map(self.why_another_function, adapter.sites)))[:1]
         return super().peft_incompatibilities(adapter, shared) + own
 
     def from_adapter(self, adapter: Adapter, shared: SharedTensors) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lorary.adapters.tensor_checks import Layout
 from lorary.errors import Diagnostic
 from lorary.files.findings import Findings
 from lorary.files.tensor_file import Entry
+from lorary.layers.adapted import Adapted
 from lorary.methods.lora import ConstantScale
 from lorary.methods.token_rows import TokenRows
 from lorary.model.base import Base
@@ -28,7 +29,6 @@ from lorary.spec.method import Method
 from lorary.spec.no_update import NoInit, NoUpdate
 from lorary.spec.placement import AdaptedSite, replaces_rows, unique_tensor_sets
 from lorary.spec.site import Site
-from lorary.layers.adapted import Adapted
 
 LEAF = "trainable_tokens_delta"
 BESIDE = f"token_adapter.{LEAF}"

@@ -112,9 +112,8 @@ class _Forming:
         for adapted in self.adapter.sites:
             self.problems += foreign_rows(adapted.site.name)
             if adapted.site.experts or adapted.site.kind in PROJECTIONS:
-                what = f"holds the matrices of {adapted.site.experts} experts, and requests share none of them"
-                if not adapted.site.experts:
-                    what = "is a projection of nn.MultiheadAttention, and requests share none of them"
+                inside = f"{n} fused experts" if (n := adapted.site.experts) else "nn.MultiheadAttention"
+                what = f"is of {inside}, where a batch cannot use another adapter for each request"
                 self.problems.append(Diagnostic(adapted.site.name, what, "merge the adapter, and serve the model"))
                 continue
             self._form_site(adapted, self.modules[adapted.site.name])
