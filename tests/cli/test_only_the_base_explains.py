@@ -123,3 +123,16 @@ def test_only_such_files_need_it(tmp_path: Path) -> None:
     plain = ["diffusers", "diffusers/pytorch_lora_weights.safetensors", "mlx", "torchtune/peft"]
     for path in (tmp_path, tmp_path / "damaged.safetensors", *(MADE / name for name in plain)):
         assert not needs_base(path), path
+
+
+@pytest.mark.parametrize("base", [(), ("--base", "base")], ids=["alone", "with the base"])
+def test_experts_are_exported_for_peft_with_a_card(base: tuple[str, ...], command: Command) -> None:
+    mixtral()
+    model = moe(vocab_size=300)
+    lorary.attach(model, lorary.plan(model, lorary.method("lora", r=2)))
+    shake(model)
+    lorary.save(model, "adapter")
+    ran = command("export", "adapter", "exported", "--to", "peft", *base)
+    assert ran.code == 0, ran.err
+    assert json.loads(Path("exported/adapter_config.json").read_text())["target_parameters"]
+    assert "PEFT reads the folder as well" in Path("exported/README.md").read_text()

@@ -23,6 +23,7 @@ from lorary.files.strict_json import show
 from lorary.layers.module_kinds import module_positions
 from lorary.model.fingerprint import base_name
 from lorary.model.loading.model_kind import classes
+from lorary.model.vocabulary import vocabulary_with_added
 from lorary.spec.method import Method
 from lorary.spec.placement import AdaptedSite, by_method, unique_tensor_sets
 from lorary.spec.presets import presets_of
@@ -81,7 +82,14 @@ def adapter_card(
         table("Method", _method_rows(adapter, names)),
         _layers(adapter.sites),
         *([] if adapter.provenance is None else [_made_from(adapter.provenance)]),
-        "## Use\n\n" + usage(known, auto, name, labels.names if labels else (), as_peft=as_peft),
+        "## Use\n\n" + usage(
+            known,
+            auto,
+            name,
+            labels.names if labels else (),
+            as_peft=as_peft,
+            vocabulary=vocabulary_with_added(adapter.sites),
+        ),
         made_with({package: metadata.version(package) for package in ("lorary", "torch", "safetensors")}),
     )
 
@@ -151,7 +159,16 @@ def table(title: str, rows: Mapping[str, str]) -> str:
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
-def usage(base: str, auto: str, folder: str, labels: Sequence[str] = (), *, as_peft: bool, outputs: int = 0) -> str:
+def usage(
+    base: str,
+    auto: str,
+    folder: str,
+    labels: Sequence[str] = (),
+    *,
+    as_peft: bool,
+    outputs: int = 0,
+    vocabulary: int = 0,
+) -> str:
     """The code that loads an adapter.
 
     Args:
@@ -161,18 +178,24 @@ def usage(base: str, auto: str, folder: str, labels: Sequence[str] = (), *, as_p
         labels: of a classifier.
         as_peft: whether PEFT reads the folder.
         outputs: of a classifier without names for its labels.
+        vocabulary: the rows that the base needs for the adapter's new tokens; 0 without new ones.
     """
     builtin = base.startswith("builtin:")
     arguments = "lorary.builtin.path()" if builtin else _literal(base or "the base model")
     if labels or outputs:
         arguments += f", num_labels={len(labels) or outputs}" + (f", id2label={dict(enumerate(labels))}" * bool(labels))
+    load = f"{auto}.from_pretrained({arguments})"
+    if vocabulary:
+        load = f"lorary.resize_vocabulary({load}, {vocabulary})"
     code = f"""```python
 import lorary{".builtin" if builtin else ""}
 from transformers import {auto}
 
-model = lorary.load({auto}.from_pretrained({arguments}), {_literal(folder)})
+model = lorary.load({load}, {_literal(folder)})
 ```"""
-    return code + ("\n\nPEFT reads the folder as well." if as_peft else "")
+    peft = "PEFT reads the folder as well"
+    peft += f", once the base is resized: `model.resize_token_embeddings({vocabulary})`." if vocabulary else "."
+    return f"{code}\n\n{peft}" if as_peft else code
 
 
 def load_from(repo: str, card: str) -> str:

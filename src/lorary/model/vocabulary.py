@@ -278,6 +278,12 @@ def added_tokens(sites: Iterable[AdaptedSite]) -> dict[str, int]:
     return {text: i for join in joins for text, i in zip(join.added, join.tokens[-len(join.added) :], strict=False)}
 
 
+def vocabulary_with_added(sites: Iterable[AdaptedSite]) -> int:
+    """The rows of the input embedding where tokens were added to the tokenizer for these sites; 0 if none were."""
+    rows = (s.site.in_features for s in sites if s.site.kind == "embedding" and added_tokens([s]))
+    return max(rows, default=0)
+
+
 def check_tokens(tokenizer: Any, sites: Iterable[AdaptedSite]) -> None:
     """Refuse a tokenizer that gives an adapter's tokens other ids than those whose rows it has trained.
 

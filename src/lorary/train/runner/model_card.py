@@ -27,6 +27,7 @@ from lorary.adapters.card import (
 )
 from lorary.adapters.peft.config import NAME as PEFT_CONFIG
 from lorary.model.plan import Plan, human_bytes
+from lorary.model.vocabulary import vocabulary_with_added
 from lorary.spec.presets import presets_of
 from lorary.train.config.config import Config
 from lorary.train.config.previous_tasks import path_of
@@ -91,13 +92,22 @@ def model_card(name: str, data: CardData) -> str:
     )
     auto = "AutoModelForSequenceClassification" if config.task in _PIPELINES else "AutoModelForCausalLM"
     labels, outputs = config.data.labels or (), int(config.task in _PIPELINES)
+    use = usage(
+        base,
+        auto,
+        "adapter",
+        labels,
+        as_peft=as_peft,
+        outputs=outputs,
+        vocabulary=vocabulary_with_added(data.plan.sites),
+    )
     return page(
         name,
         head,
         f"An adapter for `{base}`: {data.plan.trainable:,} trained parameters ({data.plan.share:.3%} of the base).",
         table("Training", _training(data)),
         table("Result", _result(data)),
-        "## Use\n\n" + usage(base, auto, "adapter", labels, as_peft=as_peft, outputs=outputs),
+        f"## Use\n\n{use}",
         made_with(versions()),
     )
 
