@@ -70,7 +70,7 @@ error: invalid configuration c.yaml:
 Bad('unknown options of methods', ('c.yaml', '-m', 'lora:rr=8,vera:save_projection=false'), 2, """\
 error: invalid configuration c.yaml:
   - --methods: lora:rr=8: unknown key `rr` in `method`
-      hint: known: after, alpha, alphas, also, drop, dropout, exclude, head, layers, name, options, r, ranks, targets, train_in_full
+      hint: known: after, alpha, alphas, also, drop, dropout, exclude, experts, head, layers, name, options, r, ranks, targets, train_in_full
   - --methods: vera:save_projection=false: unknown key `save_projection` in `method`
       hint: did you mean `save_projections`?
 """),
@@ -98,7 +98,7 @@ error: invalid configuration c.yaml:
   - --methods: vera:alpha=16: `alpha`: vera sets ConstantScale(s=1.0), which has no alpha
       hint: leave it out
   - --methods: bitfit:r=8: `r` is not an option of bitfit
-      hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora
+      hint: it is an option of lora, glora, vera, melora, multilora, hira, miss, loha, lokr, adalora, delta-lora, o-lora
 """),
 Bad('a single rate', ('c.yaml', '--methods', 'lora,dora', '--rates', '1e-4'), 2, """\
 error: invalid configuration c.yaml:

@@ -102,7 +102,7 @@ def test_plan_says_when_another_machine_would_compute_in_another_precision(
 ) -> None:
     for where in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(where, "is_available", lambda: False)
-    monkeypatch.setattr("lorary.model.loading.from_pretrained._cpu_is_quick", lambda dtype: False)
+    monkeypatch.setattr("lorary.model.loading.dtype._cpu_is_quick", lambda dtype: False)
     note = "this CPU has no bfloat16 arithmetic; plan for a GPU with --set model.dtype=bfloat16"
     ran = command("plan", "builtin:base")
     assert "weights in float32" in ran.out

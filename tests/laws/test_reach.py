@@ -18,6 +18,7 @@ from lorary.errors import PlanError
 from lorary.layers.adapted import adapted_layers
 from lorary.model import planning, scan
 from lorary.model.reach.proof import Reach
+from lorary.spec.calibration import CalibratedInit
 
 from .cases import KINDS, Case, Kind, methods, possible, seed
 from .test_planted import CutsTheGradient, known
@@ -70,7 +71,8 @@ def live_layers_are_adapted_and_bypassed_ones_refused(case: Case) -> None:
         assert [p.site.name for p in plan.sites] == [case.kind.layer]
         assert case.kind.adapted or any(f"`{preset}` leaves out dead: " in note for note in plan.notes)
         assert plan.unproved == (() if read else (case.kind.layer,))
-        learns(lorary.attach(net, plan), case)
+        data = [case.x()] if isinstance(case.method.init, CalibratedInit) else None
+        learns(lorary.attach(net, plan, data=data, loss=lambda y, _: y.square().sum()), case)
 
 
 def learns(net: nn.Module, case: Case) -> None:

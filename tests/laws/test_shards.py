@@ -62,7 +62,7 @@ def build(names: tuple[str, ...]) -> nn.Module:
     else:
         model = nn.Sequential(Block())
         fewer = {name: ["linear"] for name in ("houlsby", "loftq", "corda", "eva", "miss")}
-        fewer |= {name: ["linear", "conv"] for name in ("lora-fa", "glora")}
+        fewer |= {name: ["linear", "conv"] for name in ("lora-fa", "glora")} | {"rows": ["table"]}
         targets = next((fewer[name] for name in names if name in fewer), ["linear", "conv", "table"])
         method = made_of(*names) if names[0] in ("bitfit", "full") else made_of(*names, r=2, alpha=4.0)
         plan = lorary.plan(model, method, targets=targets)

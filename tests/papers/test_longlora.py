@@ -221,7 +221,9 @@ def test_adapters_switch_with_their_positions() -> None:
     lorary.switch(model, long)
     with pytest.raises(MethodError) as refusal:
         lorary.switch(model, [long, lora])
-    assert "context: they use different RoPE scaling or attention: " in str(refusal.value)
+    assert "context: they use different RoPE scaling or attention, or act on other parts of a text: " in str(
+        refusal.value
+    )
     assert torch.equal(logits(model), alone[1]), "the model is as it was"
     both = logits(lorary.switch(model, [long, long]))
     assert not torch.equal(both, alone[1])

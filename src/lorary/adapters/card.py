@@ -82,7 +82,8 @@ def adapter_card(
         table("Method", _method_rows(adapter, names)),
         _layers(adapter.sites),
         *([] if adapter.provenance is None else [_made_from(adapter.provenance)]),
-        "## Use\n\n" + usage(
+        "## Use\n\n"
+        + usage(
             known,
             auto,
             name,

@@ -59,9 +59,10 @@ def merge(
 
     check_precision(f"cannot merge {adapter}:", dtype, onto)
     folder = find_adapter(adapter, "merge")
+    value = read_adapter(folder, base)
+    check_mergeable(value.sites)  # whatever its base is
     own = find_base(folder, base)
-    value = read_adapter(folder, own.id)
-    check_mergeable(value.sites)
+    value = read_adapter(folder, own.id) if base is None else value  # which may translate the names of older releases
     section, target = merge_precisions(Path(adapter), value, own, dtype, onto)
     with atomic_directory(output) as written:
         tokenizer = tokenizer_or_none(section, folder)

@@ -164,6 +164,7 @@ class Fingerprint:
         object.__setattr__(model, _SAMPLES_BEFORE, dict(_plain_samples(model)[0] if known is None else known))
 
     @staticmethod
+    @mode_independent
     def resized(model: nn.Module, tables: Collection[Tensor]) -> None:
         """Bring a remembered fingerprint up to date after these plain parameters of the model have got more rows."""
         known: dict[str, Sample] | None = vars(model).get(_SAMPLES_BEFORE)

@@ -361,7 +361,7 @@ method: {name: bitfit, r: 8}
 """, """\
 invalid configuration train.yaml:
   - train.yaml:3:24: `r` is not an option of bitfit
-      hint: it is an option of lora, glora, vera, melora, multilora, adalora, delta-lora, o-lora"""),
+      hint: it is an option of lora, glora, vera, melora, multilora, hira, miss, loha, lokr, adalora, delta-lora, o-lora"""),
 Bad('methods that contradict', """\
 model: builtin:base
 data: builtin:docstrings
