@@ -303,7 +303,8 @@ def test_a_kept_module_that_is_tied_is_refused(tmp_path: Path) -> None:
         ("adaptor", "there is no such folder\n      hint: did you mean `adapter`?"),
         (
             "adapter/lorary.json",
-            "it is a file, and an adapter is a folder\n      hint: name its folder, or a file that ends in .safetensors or .gguf",
+            "it is a file, and an adapter is a folder\n"
+            "      hint: name its folder, or a file that ends in .safetensors or .gguf",
         ),
         ("empty", "it holds neither lorary.json nor adapter_config.json"),
         (
