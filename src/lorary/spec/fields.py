@@ -88,11 +88,11 @@ def optional(field: dict[str, Any]) -> dict[str, Any]:
     return _validator(lambda x: x is None or field["check"](x), f"{field['expects']}, or None")
 
 
-def added_later(field: dict[str, Any], **before: Any) -> dict[str, Any]:
+def added_later(field: dict[str, Any], *, before: Any = dataclasses.MISSING) -> dict[str, Any]:
     """The validator of a field that older files lack: it is serialised only when it differs from what they mean.
 
     Args:
         field: the validator.
-        before: `before=VALUE`, what a file without the field means, if that is not the default.
+        before: what a file without the field means, if that is not the default.
     """
-    return field | {"later": True} | before
+    return field | {"later": True} | ({} if before is dataclasses.MISSING else {"before": before})
