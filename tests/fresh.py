@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -66,6 +67,14 @@ class Program:
             self.process.join()
         out, err = (path.read_text(encoding="utf-8") for path in self._said)
         return self.process.exitcode or 0, out, err
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, for the processes of `together` to meet at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
 
 
 def together(work: Callable[..., None], *arguments: Any, count: int = 2) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,7 @@ def work(rank: int, port: int, folder: str) -> None:
 @pytest.mark.xdist_group(fresh.GROUP)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_two_processes_compute_and_learn_as_one(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fresh.together(work, port, str(tmp_path))
+    fresh.together(work, fresh.free_port(), str(tmp_path))
     done = {path.name for path in tmp_path.iterdir()}
     expected = {f"{name} {'+'.join(presets)}" for name, presets in CASES}
     expected |= {f"{way} {method}" for way in ("DDP", "FSDP2") for method in ("lora", "qlora")}

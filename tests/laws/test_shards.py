@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -135,10 +134,7 @@ def work(rank: int, port: int, folder: str) -> None:
 @pytest.mark.xdist_group(fresh.GROUP)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_shards_exactly(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fresh.together(work, port, str(tmp_path))
+    fresh.together(work, fresh.free_port(), str(tmp_path))
     done = {path.name for path in tmp_path.iterdir()}
     assert {f"{rank} {'+'.join(names)}" for rank in (0, 1) for names in METHODS} <= done
     assert {"0 caught", "1 caught", "0 refused", "1 refused"} <= done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -312,8 +311,5 @@ def work(rank: int, port: int, folder: str) -> None:
 @pytest.mark.xdist_group(fresh.GROUP)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_ddp_and_fsdp(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fresh.together(work, port, str(tmp_path), count=1)
+    fresh.together(work, fresh.free_port(), str(tmp_path), count=1)
     assert {path.name for path in tmp_path.glob("* done")} == {"under_ddp done", "under_fsdp done"}

@@ -1,7 +1,7 @@
 """HiRA: y = (W + W * (B A)) x + b, where * multiplies element by element.
 
-LoRA's two factors scale the elements of the weight instead of being added to it. The update W * (B A) has a rank of up
-to rank(W) r, with the parameters of LoRA. There is no alpha. An element of W that is zero stays zero.
+The product of LoRA's factors multiplies the weight element by element instead of being added to it. With as many
+parameters as LoRA, the update W * (B A) has a rank of up to r rank(W). There is no alpha. A zero in W stays zero.
 
 Huang et al. 2025, ICLR, openreview:TwJrTz9cRS, equation 6 (their A [out, r] is our B, their B our A). Rank 32, the
 learning rate 1e-3 and the start are the paper's (sections 4.3 and 5.1; its table 7 has 1e-4 and 2e-4) and those of the

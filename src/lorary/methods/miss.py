@@ -1,6 +1,6 @@
 """MiSS: y = W x + b + D (x_1 + ... + x_g), where x_1 ... x_g are the shards of r inputs that make up x.
 
-One matrix D [out, r] trains, which starts at zero: every shard of r columns of the update is D itself. The sum of the
+A single matrix D [out, r], initialised to zero, is trained: the update repeats it for every r columns. The sum of the
 shards takes the place of LoRA's A x and needs no matrix product; its r numbers per token are all that the backward pass
 keeps of the input. There is no alpha: D learns its own scale. As a LoRA of rank r, A is a row of g identity matrices.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -268,8 +267,5 @@ def work(rank: int, port: int, folder: str) -> None:
 @pytest.mark.xdist_group(fresh.GROUP)
 def test_two_processes_train_the_structures_that_one_would(tmp_path: Path) -> None:
     """DDP waits for every gradient: tensors that a step has no use for must have one, too."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fresh.together(work, port, str(tmp_path))
+    fresh.together(work, fresh.free_port(), str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}

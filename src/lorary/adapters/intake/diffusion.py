@@ -36,7 +36,7 @@ def refuse_other_methods(names: Iterable[str], findings: Findings) -> None:
 def model_of(parts: Mapping[str, Sized], fitting: Mapping[str, Sized], base: Base | None, findings: Findings) -> str:
     """The one model among those of a file that is meant: the base, or the only one.
 
-    It is the model of which the base has most layers; of two with equally many the one that adapts no others. The text
+    The model with the most of its layers in the base; on a tie, the one without layers outside the base. The two text
     encoders of SDXL have the same names, and one has more blocks.
 
     Args:

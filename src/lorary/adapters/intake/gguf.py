@@ -97,7 +97,7 @@ def _layer(path: str, roles: Any, file: GGUFFile, base: Base, architecture: Arch
 
 
 def _value_problems(file: GGUFFile) -> list[Diagnostic]:
-    """The values that say that this is no LoRA, or none that can be computed."""
+    """Why the metadata do not describe a LoRA that can be computed."""
     found = [
         Diagnostic(key, f"is {show(file.values.get(key))}, expected {show(expected)}")
         for key, expected in _EXPECTED.items()
